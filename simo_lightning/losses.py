@@ -1,0 +1,197 @@
+"""SimO as an nn.Module: embeddings and labels in, a scalar out."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.functional.pairs import pair_terms
+from simo_lightning.functional.simo import Batch, Exchange, Form, centroid_terms, class_terms, group_terms, means_term
+
+Level = Literal["group", "class", "centroid", "pair"]
+# Share of the softmax target that goes to all classes alike, unless said otherwise: first measurements in the README.
+_SOFTMAX_SMOOTHING = 0.1
+
+
+class SimOLoss(nn.Module):
+    """SimO: similar pairs lose distance per alignment, dissimilar pairs lose alignment per distance.
+
+    With d the squared distance and o the squared dot product, at each level the loss is
+
+        similar_weight * mean f(d / (eps + o)) + dissimilar_weight * mean f(o / (eps + d)) + mean_weight * means
+
+    with f(x) = x (form "ratio") or log(1 + x) ("log"), or a cross-entropy with logits log(eps + o) - log(eps + d)
+    ("softmax"). The levels say what d and o belong to:
+
+    - "group": one class (similar) and all pairs of different classes at once (dissimilar): the paper;
+    - "class": one class, and each pair of classes;
+    - "centroid": a sample and its own class mean, and a sample and each other class mean;
+    - "pair": each pair of samples.
+
+    group, class and centroid cost time and memory linear in the batch; pair is quadratic in time, linear in memory.
+    Computed in float32 or better whatever the autocast. It asks for no rank: gather the embeddings of all processes
+    first (:func:`simo_lightning.distributed.gather_rows`) and the value and gradient are those of the global batch.
+
+    Classes of one sample have no similar pair and count for the dissimilar side alone. A batch with one class, or
+    none, gives a finite loss with a gradient.
+
+    Args:
+        level: At which resolution the ratio is taken.
+        form: What is made of a ratio; "softmax" at the levels centroid and pair.
+        eps: Added to every denominator, in units of d and o, > 0.
+        orthogonality_leaning: In 0..1: o becomes leaning * o + (1 - leaning); 0 leaves distance alone.
+        normalize: Divide each embedding by its length first.
+        similar_weight: Weight of the similar side, >= 0; in the softmax form of the whole.
+        dissimilar_weight: Weight of the dissimilar side, >= 0; in the softmax form equal to similar_weight.
+        mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0.
+        label_smoothing: Share of the softmax form's target spread over all classes (rows at the level pair), in 0..1;
+            None is 0.1 in the softmax form and 0 in the others, which have no target to smooth.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> loss = SimOLoss(level="centroid", form="log")
+        >>> embeddings = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
+        >>> loss(embeddings, torch.tensor([5, 5, 8, 8]))
+        tensor(0.)
+
+    Source:
+        arXiv 2410.05233; :meth:`paper` is its form. The levels below the group, the forms log and softmax and the
+        normalisation are ours, and so is the default: the form that trained best (centroid, softmax).
+    """
+
+    def __init__(
+        self,
+        level: Level = "centroid",
+        form: Form = "softmax",
+        eps: float = 0.01,
+        orthogonality_leaning: float = 1.0,
+        normalize: bool = True,
+        similar_weight: float = 1.0,
+        dissimilar_weight: float = 1.0,
+        mean_weight: float = 0.0,
+        label_smoothing: float | None = None,
+    ) -> None:
+        super().__init__()
+        if label_smoothing is None:
+            label_smoothing = _SOFTMAX_SMOOTHING if form == "softmax" else 0.0
+        self.level, self.form, self.normalize = level, form, normalize
+        self.eps, self.orthogonality_leaning, self.label_smoothing = eps, orthogonality_leaning, label_smoothing
+        self.similar_weight, self.dissimilar_weight, self.mean_weight = similar_weight, dissimilar_weight, mean_weight
+        self._check_arguments()
+
+    @classmethod
+    def paper(cls, eps: float = 0.01) -> "SimOLoss":
+        """The paper's form: group level, ratio, not normalised, the three terms with equal weight.
+
+        Args:
+            eps: Added to every denominator; the paper's value is not public.
+
+        Returns:
+            The loss.
+        """
+        return cls(level="group", form="ratio", eps=eps, normalize=False, mean_weight=1.0)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: Float tensor ``(N, D)``, of any float dtype.
+            labels: Integers ``(N,)``, any values.
+
+        Returns:
+            Scalar >= 0, float32, or float64 for float64 embeddings.
+
+        Raises:
+            ValueError: If a shape or dtype is wrong, or an embedding is nan or infinite.
+        """
+        return torch.stack(list(self.terms(embeddings, labels).values())).sum()
+
+    def terms(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The weighted parts of the loss by name; their sum is the loss.
+
+        Args:
+            embeddings: Float tensor ``(N, D)``.
+            labels: Integers ``(N,)``.
+
+        Returns:
+            ``similar`` and ``dissimilar``, or ``softmax``; and ``mean`` where ``mean_weight`` is not 0.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+        """
+        check_embeddings(embeddings, labels)
+        _check_finite(embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if embeddings.dtype != torch.float64:
+                embeddings = embeddings.float()
+            if self.normalize:
+                embeddings = nn.functional.normalize(embeddings, dim=1)
+            if len(embeddings) == 0:
+                return {"similar": embeddings.sum()}
+            batch = Batch.of(embeddings, labels)
+            terms = self._level_terms(batch)
+            if self.mean_weight:
+                terms |= means_term(batch, self._exchange)
+        weights = {"dissimilar": self.dissimilar_weight, "mean": self.mean_weight}
+        return {name: weights.get(name, self.similar_weight) * term for name, term in terms.items()}
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing the module."""
+        return (
+            f"level={self.level!r}, form={self.form!r}, eps={self.eps}, "
+            f"orthogonality_leaning={self.orthogonality_leaning}, normalize={self.normalize}, weights="
+            f"({self.similar_weight}, {self.dissimilar_weight}, {self.mean_weight}), "
+            f"label_smoothing={self.label_smoothing}"
+        )
+
+    @property
+    def _exchange(self) -> Exchange:
+        return Exchange(self.form, self.eps, self.orthogonality_leaning)
+
+    def _level_terms(self, batch: Batch) -> dict[str, Tensor]:
+        if self.level == "group":
+            return group_terms(batch, self._exchange)
+        if self.level == "class":
+            return class_terms(batch, self._exchange)
+        if self.level == "centroid":
+            return centroid_terms(batch, self._exchange, self.label_smoothing)
+        return pair_terms(batch, self._exchange, self.label_smoothing)
+
+    def _check_arguments(self) -> None:
+        for name, value, known in (("level", self.level, Level), ("form", self.form, Form)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be > 0, got {self.eps}")
+        for name in ("orthogonality_leaning", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("similar_weight", "dissimilar_weight", "mean_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        self._check_softmax()
+
+    def _check_softmax(self) -> None:
+        if self.form != "softmax":
+            if self.label_smoothing:
+                raise ValueError(f"label_smoothing must be 0 or None unless form='softmax', got {self.label_smoothing}")
+            return
+        if self.level not in ("centroid", "pair"):
+            raise ValueError(f"form 'softmax' needs level 'centroid' or 'pair', got level {self.level!r}")
+        if self.similar_weight != self.dissimilar_weight:
+            raise ValueError(
+                "form 'softmax' has one term for both sides: similar_weight and dissimilar_weight must be equal, "
+                f"got {self.similar_weight} and {self.dissimilar_weight}"
+            )
+
+
+def _check_finite(embeddings: Tensor) -> None:
+    finite = embeddings.detach().isfinite().all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().squeeze(1)
+        raise ValueError(
+            f"embeddings must be finite, got nan or inf in {len(bad)} of {len(embeddings)} rows, first in row {bad[0]}"
+        )

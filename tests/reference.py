@@ -1,0 +1,153 @@
+"""The formulas once more, as the paper writes them: explicit loops over pairs in float64, apart from the package.
+
+Written on torch scalars so that the gradient comes from autograd through the loops themselves.
+"""
+
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """d = |a - b|^2."""
+    return ((a - b) ** 2).sum()
+
+
+def alignment(a: Tensor, b: Tensor, leaning: float) -> Tensor:
+    """o = (a . b)^2, leant."""
+    return leaning * (a @ b) ** 2 + (1 - leaning)
+
+
+def average(values: list[Tensor], like: Tensor) -> Tensor:
+    """Mean; 0 of nothing."""
+    return torch.stack(values).mean() if values else like.sum() * 0
+
+
+def shape(form: str) -> Callable[[Tensor], Tensor]:
+    """What a form makes of a ratio."""
+    return (lambda ratio: ratio) if form == "ratio" else (lambda ratio: torch.log(1 + ratio))
+
+
+def eq1(rows: Tensor, similar: bool, eps: float, leaning: float) -> Tensor:
+    """Eq. 1 on one group, with means over pairs."""
+    pairs = list(combinations(range(len(rows)), 2))
+    d = average([distance(rows[i], rows[j]) for i, j in pairs], rows)
+    o = average([alignment(rows[i], rows[j], leaning) for i, j in pairs], rows)
+    return d / (eps + o) if similar else o / (eps + d)
+
+
+def class_mean(embeddings: Tensor, labels: list[int], label: int) -> Tensor:
+    members = [embeddings[i] for i in range(len(labels)) if labels[i] == label]
+    total = members[0]
+    for member in members[1:]:
+        total = total + member
+    return total / len(members)
+
+
+def group(embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float) -> dict[str, Tensor]:
+    f, pulls = shape(form), []
+    for label in set(labels):
+        members = [i for i in range(len(labels)) if labels[i] == label]
+        if len(members) > 1:
+            pulls.append(f(eq1(embeddings[members], True, eps, leaning)))
+    across = [(i, j) for i, j in combinations(range(len(labels)), 2) if labels[i] != labels[j]]
+    d = average([distance(embeddings[i], embeddings[j]) for i, j in across], embeddings)
+    o = average([alignment(embeddings[i], embeddings[j], leaning) for i, j in across], embeddings)
+    return {"similar": average(pulls, embeddings), "dissimilar": f(o / (eps + d)) if across else embeddings.sum() * 0}
+
+
+def class_(embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float) -> dict[str, Tensor]:
+    f, pushes = shape(form), []
+    for first, other in combinations(sorted(set(labels)), 2):
+        pairs = [
+            (i, j) for i in range(len(labels)) for j in range(len(labels)) if labels[i] == first and labels[j] == other
+        ]
+        d = average([distance(embeddings[i], embeddings[j]) for i, j in pairs], embeddings)
+        o = average([alignment(embeddings[i], embeddings[j], leaning) for i, j in pairs], embeddings)
+        pushes.append(f(o / (eps + d)))
+    similar = group(embeddings, labels, form, eps, leaning)["similar"]
+    return {"similar": similar, "dissimilar": average(pushes, embeddings)}
+
+
+def centroid(
+    embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float, smoothing: float
+) -> dict[str, Tensor]:
+    f, pulls, pushes, entropies = shape(form), [], [], []
+    classes = sorted(set(labels))
+    means = {label: class_mean(embeddings, labels, label) for label in classes}
+    for row, own in zip(embeddings, labels, strict=True):
+        logits = {}
+        for label in classes:
+            d, o = distance(row, means[label]), alignment(row, means[label], leaning)
+            logits[label] = torch.log((eps + o) / (eps + d))
+            if label != own:
+                pushes.append(f(o / (eps + d)))
+            elif labels.count(own) > 1:
+                pulls.append(f(d / (eps + o)))
+        if labels.count(own) > 1:
+            normaliser = torch.log(sum(torch.exp(logit) for logit in logits.values()))
+            every = sum(normaliser - logit for logit in logits.values()) / len(classes)
+            entropies.append((1 - smoothing) * (normaliser - logits[own]) + smoothing * every)
+    if form == "softmax":
+        return {"softmax": average(entropies, embeddings)}
+    return {"similar": average(pulls, embeddings), "dissimilar": average(pushes, embeddings)}
+
+
+def pair(
+    embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float, smoothing: float
+) -> dict[str, Tensor]:
+    f, pulls, pushes = shape(form), [], []
+    if form == "softmax":
+        return {"softmax": _pair_softmax(embeddings, labels, eps, leaning, smoothing)}
+    for i, j in combinations(range(len(labels)), 2):
+        d, o = distance(embeddings[i], embeddings[j]), alignment(embeddings[i], embeddings[j], leaning)
+        if labels[i] == labels[j]:
+            pulls.append(f(d / (eps + o)))
+        else:
+            pushes.append(f(o / (eps + d)))
+    return {"similar": average(pulls, embeddings), "dissimilar": average(pushes, embeddings)}
+
+
+def _pair_softmax(embeddings: Tensor, labels: list[int], eps: float, leaning: float, smoothing: float) -> Tensor:
+    entropies = []
+    for i in range(len(labels)):
+        logits = {
+            j: torch.log(
+                (eps + alignment(embeddings[i], embeddings[j], leaning))
+                / (eps + distance(embeddings[i], embeddings[j]))
+            )
+            for j in range(len(labels))
+            if j != i
+        }
+        partners = [j for j in logits if labels[j] == labels[i]]
+        if partners:
+            normaliser = torch.log(sum(torch.exp(logit) for logit in logits.values()))
+            own = sum(normaliser - logits[j] for j in partners) / len(partners)
+            every = sum(normaliser - logit for logit in logits.values()) / len(logits)
+            entropies.append((1 - smoothing) * own + smoothing * every)
+    return average(entropies, embeddings)
+
+
+def simo(
+    embeddings: Tensor,
+    labels: list[int],
+    level: str,
+    form: str,
+    eps: float = 0.01,
+    leaning: float = 1.0,
+    smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """Terms of the loss, unweighted, with the class-means term."""
+    if level in ("group", "class"):
+        terms = (group if level == "group" else class_)(embeddings, labels, form, eps, leaning)
+    else:
+        terms = (centroid if level == "centroid" else pair)(embeddings, labels, form, eps, leaning, smoothing)
+    classes = sorted(set(labels))
+    if len(classes) > 1:
+        means = torch.stack([class_mean(embeddings, labels, label) for label in classes])
+        terms["mean"] = shape("ratio" if form == "ratio" else "log")(eq1(means, False, eps, leaning))
+    else:
+        terms["mean"] = embeddings.sum() * 0
+    return terms

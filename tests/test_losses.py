@@ -1,0 +1,206 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from simo_lightning import SimOLoss
+from simo_lightning.functional import pairs
+from tests import reference
+
+FORMS = [
+    *((level, form) for level in ("group", "class", "centroid", "pair") for form in ("ratio", "log")),
+    ("centroid", "softmax"),
+    ("pair", "softmax"),
+]
+LABELS = {
+    "balanced": [0, 1, 2] * 5,
+    "ragged": [7, 7, -3, 100, 7, 7, 100, 7, 5, 7, 7, 100, 7, 7],  # sizes 9, 3, 1, 1
+    "far apart": [10**12, 0, 10**12, 0, -(10**9)],
+    "one class": [4] * 6,
+    "all different": [3, 1, 2],
+}
+
+
+def draw(rows: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, embeddings, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
+@pytest.mark.parametrize("dim", [3, 8])
+@pytest.mark.parametrize(("level", "form"), FORMS)
+def test_value_and_gradient_equal_the_loops(level: str, form: str, dim: int, labels: list[int]) -> None:
+    embeddings = draw(len(labels), dim).requires_grad_()
+    smoothing = 0.2 if form == "softmax" else 0.0
+    loss = SimOLoss(
+        level,
+        form,
+        eps=0.05,
+        orthogonality_leaning=0.7,
+        normalize=False,
+        similar_weight=2.0,
+        dissimilar_weight=2.0 if form == "softmax" else 3.0,
+        mean_weight=0.5,
+        label_smoothing=smoothing,
+    )
+    expected = reference.simo(embeddings, labels, level, form, eps=0.05, leaning=0.7, smoothing=smoothing)
+    weights = {"similar": 2.0, "dissimilar": 3.0, "softmax": 2.0, "mean": 0.5}
+    expected = {name: weights[name] * term for name, term in expected.items()}
+    terms = loss.terms(embeddings, torch.tensor(labels))
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            gradient(term, embeddings), gradient(expected[name], embeddings), rtol=1e-10, atol=1e-12
+        )
+    torch.testing.assert_close(loss(embeddings, torch.tensor(labels)), sum(expected.values()), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("level", "form"), FORMS)
+def test_normalize_divides_by_the_length(level: str, form: str) -> None:
+    embeddings, labels = draw(9, 4), [0, 1, 2] * 3
+    unit = torch.stack([row / math.sqrt(float(row @ row)) for row in embeddings])
+    value = SimOLoss(level, form, label_smoothing=0.0)(embeddings, torch.tensor(labels))
+    expected = reference.simo(unit, labels, level, form)
+    expected.pop("mean")
+    torch.testing.assert_close(value, sum(expected.values()), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("level", "form"), FORMS)
+def test_gradcheck(level: str, form: str) -> None:
+    embeddings = draw(10, 3, seed=3).requires_grad_()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 3])
+    loss = SimOLoss(level, form, eps=0.1, mean_weight=1.0)
+    assert torch.autograd.gradcheck(lambda rows: loss(rows, labels), (embeddings,))
+
+
+@pytest.mark.parametrize(("level", "form"), FORMS)
+def test_the_order_of_the_rows_does_not_matter(level: str, form: str) -> None:
+    embeddings, labels = draw(12, 4), torch.tensor([0, 1, 2, 2] * 3)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    loss = SimOLoss(level, form)
+    torch.testing.assert_close(loss(embeddings, labels), loss(embeddings[order], labels[order]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", ["ratio", "log", "softmax"])
+def test_chunks_of_the_pair_level_add_up(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, labels = draw(40, 4).requires_grad_(), torch.tensor([0] * 21 + [1] * 13 + [2] * 6)
+    loss = SimOLoss("pair", form)
+    whole = loss(embeddings, labels)
+    for size in (1, 50, 400):
+        monkeypatch.setattr(pairs, "_CHUNK_PAIRS", size)
+        parts = loss(embeddings, labels)
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient(parts, embeddings), gradient(whole, embeddings), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("level", "form"), FORMS)
+@pytest.mark.parametrize("labels", [[], [5], [5, 5], [5, 6]], ids=str)
+def test_batches_with_one_class_or_none_are_finite_with_a_gradient(level: str, form: str, labels: list[int]) -> None:
+    embeddings = draw(len(labels), 3).requires_grad_()
+    value = SimOLoss(level, form, mean_weight=1.0)(embeddings, torch.tensor(labels, dtype=torch.long))
+    value.backward()
+    assert value.isfinite()
+    assert embeddings.grad is not None
+    assert embeddings.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("level", ["group", "class", "centroid", "pair"])
+def test_own_class_distances_of_tight_classes_keep_their_digits_in_float32(level: str) -> None:
+    labels = torch.arange(4).repeat_interleave(32)
+    centres = torch.nn.functional.normalize(draw(4, 16, seed=1), dim=1)
+    embeddings = centres[labels] + 1e-3 / 4 * draw(128, 16, seed=2)  # spread 1e-3 of the norm
+    loss = SimOLoss(level, "ratio", normalize=False)
+    exact = loss.terms(embeddings.float().double(), labels)["similar"]
+    single = loss.terms(embeddings.float(), labels)["similar"]
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("level", ["centroid", "pair"])
+def test_softmax_of_tight_classes_keeps_its_digits_in_float32(level: str) -> None:
+    labels = torch.arange(4).repeat_interleave(32)
+    embeddings = torch.nn.functional.normalize(draw(4, 16, seed=1), dim=1)[labels] + 1e-3 / 4 * draw(128, 16, seed=2)
+    loss = SimOLoss(level, "softmax", eps=1e-9, normalize=False)
+    exact = loss(embeddings.float().double(), labels)
+    torch.testing.assert_close(loss(embeddings.float(), labels).double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("level", "form"), FORMS)
+def test_half_precision_is_computed_in_float32(level: str, form: str, dtype: torch.dtype) -> None:
+    embeddings, labels = draw(24, 8).to(dtype), torch.tensor([0, 1, 2] * 8)
+    loss = SimOLoss(level, form)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(embeddings, labels)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(embeddings.float(), labels), rtol=0, atol=0)
+
+
+def test_merged_classes_are_a_saddle_of_the_group_ratio_but_not_of_their_mirror() -> None:
+    """Where two classes coincide, nothing in the dissimilar term pushes them apart: its gradient is common to both."""
+    rows = torch.nn.functional.normalize(draw(6, 4), dim=1)
+    embeddings = torch.cat([rows, rows]).requires_grad_()
+    labels = torch.tensor([0] * 6 + [1] * 6)
+    push = gradient(SimOLoss("group", "ratio", normalize=False).terms(embeddings, labels)["dissimilar"], embeddings)
+    torch.testing.assert_close(push[:6].sum(dim=0), push[6:].sum(dim=0), rtol=1e-10, atol=1e-14)
+    step = torch.cat([torch.ones(6, 4), -torch.ones(6, 4)]).double()  # pulls the two classes apart
+    assert abs(float((push * step).sum())) < 1e-12
+
+
+@pytest.mark.parametrize("level", ["centroid", "pair"])
+def test_a_small_gap_between_classes_is_pushed_harder_by_a_ratio_per_pair(level: str) -> None:
+    """Per unit of gap the fine levels push as 1 / (eps + d); the group's ratio hardly pushes at all."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.nn.functional.normalize(torch.randn(1, 4, generator=generator, dtype=torch.float64), dim=1)
+    tangent = torch.randn(1, 4, generator=generator, dtype=torch.float64)
+    tangent -= (tangent @ base.T) * base
+    spread = 0.5 * torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    spread -= spread.view(2, 6, 4).mean(dim=1, keepdim=True).expand(2, 6, 4).reshape(12, 4)
+    sign = torch.tensor([1.0] * 6 + [-1.0] * 6, dtype=torch.float64)[:, None]
+    labels = torch.tensor([0] * 6 + [1] * 6)
+
+    def force(chosen: str) -> float:
+        embeddings = (base + 1e-2 * sign * tangent + spread * (chosen == "group")).requires_grad_()
+        push = SimOLoss(chosen, "ratio", normalize=False).terms(embeddings, labels)["dissimilar"]
+        return -float((gradient(push, embeddings) * sign * tangent).sum())
+
+    assert force(level) > 20 * abs(force("group"))
+
+
+def test_argument_errors_name_the_argument_and_the_value() -> None:
+    for arguments, message in [
+        ({"level": "batch"}, "level must be one of group, class, centroid, pair, got 'batch'"),
+        ({"form": "square"}, "form must be one of ratio, log, softmax, got 'square'"),
+        ({"eps": 0.0}, "eps must be > 0, got 0.0"),
+        ({"orthogonality_leaning": 1.5}, r"orthogonality_leaning must be in 0..1, got 1.5"),
+        ({"mean_weight": -1.0}, "mean_weight must be finite and >= 0, got -1.0"),
+        ({"level": "group"}, "form 'softmax' needs level 'centroid' or 'pair', got level 'group'"),
+        ({"form": "log", "label_smoothing": 0.1}, "label_smoothing must be 0 or None unless form='softmax', got 0.1"),
+        ({"dissimilar_weight": 9.0}, "must be equal, got 1.0 and 9.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            SimOLoss(**arguments)
+
+
+def test_input_errors_name_the_argument_and_the_value() -> None:
+    loss, rows, labels = SimOLoss(), torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\) to match embeddings, got \(3,\)"):
+        loss(rows, labels[:3])
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch.float32"):
+        loss(rows, labels.float())
+    with pytest.raises(ValueError, match=r"embeddings must be floats of shape \(N, D\), got torch.float32 of shape"):
+        loss(rows[0], labels[:2])
+    rows[2, 1] = math.nan
+    with pytest.raises(ValueError, match="embeddings must be finite, got nan or inf in 1 of 4 rows, first in row 2"):
+        loss(rows, labels)
+
+
+def test_paper_form() -> None:
+    embeddings, labels = draw(12, 5), [0, 1, 2] * 4
+    expected = sum(reference.simo(embeddings, labels, "group", "ratio").values())
+    torch.testing.assert_close(SimOLoss.paper()(embeddings, torch.tensor(labels)), expected, rtol=1e-10, atol=0)
