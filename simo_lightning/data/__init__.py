@@ -1,0 +1,35 @@
+"""Images in memory as uint8, balanced batches, batched augmentation on the device."""
+
+from simo_lightning.data.augment import BatchAugment
+from simo_lightning.data.datamodule import PairDataModule
+from simo_lightning.data.datasets import (
+    CIFAR10PairDataModule,
+    CIFAR100PairDataModule,
+    DigitsPairDataModule,
+    ImageFolderPairDataModule,
+    TensorPairDataModule,
+)
+from simo_lightning.data.folder import FolderImages, load_image_folder
+from simo_lightning.data.loader import ResumableLoader
+from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
+from simo_lightning.data.sources import ImageSource, LabelledImages, load_cifar, load_digits
+
+__all__ = [
+    "BatchAugment",
+    "CIFAR10PairDataModule",
+    "CIFAR100PairDataModule",
+    "ClassBalancedSampler",
+    "DigitsPairDataModule",
+    "EvaluationSampler",
+    "FolderImages",
+    "ImageFolderPairDataModule",
+    "ImageSource",
+    "LabelledImages",
+    "PairDataModule",
+    "ResumableLoader",
+    "TensorPairDataModule",
+    "load_cifar",
+    "load_digits",
+    "load_image_folder",
+    "pair_indices",
+]

@@ -1,0 +1,141 @@
+"""Augmentation of whole batches on their own device, with parameters drawn for each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
+
+
+@dataclass(frozen=True)
+class BatchAugment:
+    """Random crop, horizontal flip, colour jitter and cutout, in this order, each drawn anew for every image.
+
+    Args:
+        crop_padding: Pixels added on every side before a crop of the old size; 0 = no crop.
+        padding_mode: What is added: "reflect" the border, or "zeros".
+        flip: Probability in [0, 1] of a horizontal flip.
+        brightness: Strength s in [0, 1]: pixels times a factor uniform in 1 - s .. 1 + s; 0 = off.
+        contrast: The same for the distance to the mean grey of the image; 0 = off.
+        saturation: The same for the distance to the grey of the pixel; 0 = off; nothing to do for one channel.
+        cutout: Side in pixels of a square, centred on any pixel, that is filled with the image's mean; 0 = off.
+
+    Raises:
+        ValueError: If a parameter lies outside its range.
+
+    Example:
+        >>> augment = BatchAugment(crop_padding=0, flip=1.0)
+        >>> augment(torch.tensor([[[[1, 2, 3]]]], dtype=torch.uint8), torch.Generator())
+        tensor([[[[3, 2, 1]]]], dtype=torch.uint8)
+
+    Source:
+        Crop and flip as is usual for CIFAR; jitter as torchvision's ``ColorJitter``, in a fixed order; cutout by
+        DeVries & Taylor, arXiv 1708.04552, who fill with the data's mean.
+    """
+
+    crop_padding: int = 4
+    padding_mode: Literal["reflect", "zeros"] = "reflect"
+    flip: float = 0.5
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0 pixels, got {getattr(self, name)}")
+        for name in ("flip", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.padding_mode not in ("reflect", "zeros"):
+            raise ValueError(f"padding_mode must be 'reflect' or 'zeros', got {self.padding_mode!r}")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            images: ``(N, C, H, W)``, uint8 in 0..255 or float in 0..1.
+            generator: Source of the parameters, on the device of ``images``; the result is a function of it alone.
+
+        Returns:
+            Tensor of the same shape, dtype and range; ``images`` are not changed.
+
+        Raises:
+            ValueError: If ``images`` are not ``(N, C, H, W)``, or ``crop_padding`` reflects beyond them.
+        """
+        if images.ndim != 4:
+            raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
+        if self.padding_mode == "reflect" and self.crop_padding >= min(images.shape[-2:]):
+            raise ValueError(f"crop_padding must be less than the image's side to reflect it, got {self.crop_padding} "
+                             f"for {tuple(images.shape[-2:])} pixels")  # fmt: skip
+        draws = torch.rand(8, len(images), generator=generator, device=generator.device).to(images.device)
+        if self.crop_padding or self.flip:
+            images = self._crop_and_flip(images, draws[0], draws[1], draws[2] < self.flip)
+        if self.brightness or self.contrast or self.saturation:
+            images = self._jitter(images, draws[3:6])
+        return self._cut(images, draws[6], draws[7]) if self.cutout else images
+
+    def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
+        """One gather for both: each image reads from its own rows and columns."""
+        _, channels, height, width = images.shape
+        padding = self.crop_padding
+        rows = _whole(top, 2 * padding + 1)[:, None] + torch.arange(height, device=images.device)  # (N, H), padded
+        columns = torch.arange(width, device=images.device)
+        columns = torch.where(flipped[:, None], columns.flip(0), columns) + _whole(left, 2 * padding + 1)[:, None]
+        if self.padding_mode == "reflect":  # the index is reflected and nothing is padded
+            rows, columns = _reflect(rows - padding, height), _reflect(columns - padding, width)
+        else:
+            images = pad(images, (padding,) * 4)
+        pixels = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).flatten(1)  # (N, H * W)
+        return images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).unflatten(2, (height, width))
+
+    def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Brightness, contrast, saturation; each step keeps within the range."""
+        top = 1.0 if images.is_floating_point() else 255.0
+        strengths = (self.brightness, self.contrast, self.saturation)
+        factors = [1 + s * (2 * draw.view(-1, 1, 1, 1) - 1) for s, draw in zip(strengths, draws, strict=True)]
+        pixels = images if images.is_floating_point() else images.float()
+        if self.brightness:
+            pixels = (pixels * factors[0]).clamp(0, top)
+        if self.contrast:
+            mean = _grey(pixels).mean(dim=(1, 2, 3), keepdim=True)
+            pixels = torch.lerp(mean, pixels, factors[1].to(pixels.dtype)).clamp(0, top)
+        if self.saturation and images.shape[1] > 1:
+            pixels = torch.lerp(_grey(pixels), pixels, factors[2].to(pixels.dtype)).clamp(0, top)
+        return pixels.to(images.dtype) if images.is_floating_point() else pixels.round().to(images.dtype)
+
+    def _cut(self, images: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """A square about the drawn pixel, as much of it as lies in the image, becomes the mean of each channel."""
+        height, width = images.shape[-2:]
+        inside = []
+        for centre, size in ((_whole(row, height), height), (_whole(column, width), width)):
+            first = (centre - self.cutout // 2)[:, None]
+            places = torch.arange(size, device=images.device)
+            inside.append((places >= first) & (places < first + self.cutout))  # (N, size)
+        mean = images.mean(dim=(2, 3), keepdim=True, dtype=torch.float32)
+        fill = mean.to(images.dtype) if images.is_floating_point() else mean.round().to(images.dtype)
+        return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], fill, images)
+
+
+def _whole(draw: Tensor, count: int) -> Tensor:
+    """Uniform draws in [0, 1) as whole numbers 0..count - 1 (float32 rounds the largest draw up)."""
+    return (draw * count).long().clamp(max=count - 1)
+
+
+def _reflect(places: Tensor, size: int) -> Tensor:
+    """Indices outside 0..size - 1 mirrored at the border pixel, which is not doubled."""
+    return (size - 1) - ((size - 1) - places.abs()).abs()
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """Grey of each pixel, ``(N, 1, H, W)``: luma of three channels, else their mean."""
+    if pixels.shape[1] != 3:
+        return pixels.mean(dim=1, keepdim=True)
+    red, green, blue = pixels.unbind(1)
+    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]

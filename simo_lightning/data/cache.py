@@ -1,0 +1,92 @@
+"""One file that keeps the decoded images of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LAYOUT = 1  # raise when what decoding gives, or what the file holds, changes
+
+
+def fingerprint(root: Path, names: Iterable[str], image_size: int) -> str:
+    """Hash of the files' relative names, sizes and times of change, and of the decoded size."""
+    digest = hashlib.blake2b(f"{LAYOUT} {image_size}".encode(), digest_size=16)
+    for name in names:
+        status = os.stat(os.path.join(root, name))
+        digest.update(f"\0{name}\0{status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def cache_paths(root: Path, image_size: int) -> list[Path]:
+    """Where the cache may lie: in ``root`` itself (hidden, so that it is no class), then in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
+    return [
+        root / f".simo_lightning_{image_size}.pt",
+        home / "simo_lightning" / f"{root.name}_{place}_{image_size}.pt",
+    ]
+
+
+def read_cache(root: Path, image_size: int, key: str, count: int) -> Tensor | None:
+    """The ``count`` images kept under ``key``, or ``None`` where there are none; a damaged file is warned about."""
+    for path in cache_paths(root, image_size):
+        if not path.is_file():
+            continue
+        try:
+            kept = torch.load(path, weights_only=True)
+            if kept["fingerprint"] != key:
+                continue  # the folder has changed since
+            images: Tensor = kept["images"]
+            whole = images.dtype == torch.uint8 and images.shape == (count, 3, image_size, image_size)
+            if not whole or _checksum(images) != kept["checksum"]:
+                raise ValueError("its content does not match its checksum")
+        except Exception as error:  # a damaged archive fails in many ways, and none may stop a run
+            warnings.warn(f"the cache {str(path)!r} cannot be read and is built again: {error!r}", stacklevel=2)
+            continue
+        return images
+    return None
+
+
+def write_cache(root: Path, image_size: int, key: str, images: Tensor) -> None:
+    """Keep ``images`` under ``key`` at the first place that can be written, whole or not at all."""
+    content = {"fingerprint": key, "images": images, "checksum": _checksum(images)}
+    failures = []
+    for path in cache_paths(root, image_size):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, content)
+            return
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            failures.append(f"{str(path)!r}: {error}")
+    warnings.warn(f"decoded images could not be cached and are decoded again next time ({failures})", stacklevel=2)
+
+
+def _write_whole(path: Path, content: dict[str, object]) -> None:
+    """Write beside ``path``, then move: a reader sees the old file or the new one, also with several writers."""
+    handle, name = tempfile.mkstemp(
+        prefix=f"{path.name}." if path.name.startswith(".") else f".{path.name}.", dir=path.parent
+    )
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are for their owner alone
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _checksum(images: Tensor) -> int:
+    return zlib.crc32(memoryview(images.numpy()))  # type: ignore[arg-type]

@@ -1,0 +1,309 @@
+"""The data module that every data set shares: splits, balanced batches, augmentation on the device."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from simo_lightning.data.augment import BatchAugment
+from simo_lightning.data.loader import ResumableLoader, keep_batch
+from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.sources import (
+    ImageSource,
+    LabelledImages,
+    channel_statistics,
+    check_same_classes,
+    check_smallest_class,
+    stratified_split,
+    stratified_subset,
+)
+
+Split = Literal["train", "val", "test"]
+Batch = tuple[Tensor, Tensor]
+
+
+class PairDataModule(LightningDataModule):
+    """Balanced training batches of any labelled images, and plain ones for evaluation.
+
+    A subclass brings another data set by one method, ``load(split)``. A training batch is ``(images, labels)`` of P
+    classes x K images x V views, normalised, the views of an image adjacent; what is drawn for it depends on ``seed``,
+    the epoch and the batch's number alone, so that a resumed run draws the same.
+
+    Args:
+        classes_per_batch: P, different classes of a training batch on each rank.
+        samples_per_class: K, different images of each class; at least 2, at most the smallest class.
+        views: V, augmented copies of each image.
+        val_fraction: Share of each training class held out as validation split, in [0, 1); 0 = no validation. Not used
+            by a data set that has a validation split of its own.
+        split_seed: Seed of that split and of the bank's subset, apart from ``seed`` so that seeds compare on one split.
+        seed: Seed of batches and augmentation; with the same config, and the model's seed, it gives the same weights.
+        augment: Augmentation of the training batches; null = none.
+        mean: Mean of each channel, on the scale 0..1; null = computed from the training images.
+        std: Standard deviation of each channel on the same scale; null = computed from the training images.
+        eval_batch_size: Images of a batch of evaluation on each rank; near it where ranks would differ in batches.
+        num_workers: Processes that read batches; 0 is best for images in memory.
+
+    Attributes:
+        class_names: Name of each class, after ``setup``.
+        num_classes: Their number, after ``setup``.
+
+    Example:
+        >>> class Noise(PairDataModule):
+        ...     def load(self, split):
+        ...         if split == "train":
+        ...             images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
+        ...             return LabelledImages(images, torch.arange(60) % 3, ["a", "b", "c"])
+        >>> data = Noise(classes_per_batch=3, samples_per_class=4)
+        >>> data.setup("fit")
+        >>> images, labels = data.prepare(next(iter(data.train_dataloader())), augment=True)
+        >>> images.shape, labels.bincount()
+        (torch.Size([12, 3, 32, 32]), tensor([4, 4, 4]))
+    """
+
+    def __init__(
+        self,
+        classes_per_batch: int = 10,
+        samples_per_class: int = 25,
+        views: int = 1,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        augment: BatchAugment | None = BatchAugment(),  # noqa: B008  # immutable
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"views": views, "eval_batch_size": eval_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
+        if seed < 0 or split_seed < 0:
+            raise ValueError(f"seed and split_seed must be non-negative, got {seed} and {split_seed}")
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std must be given both or neither, got {mean} and {std}")
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        self.classes_per_batch = classes_per_batch
+        self.samples_per_class = samples_per_class
+        self.views = views
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.seed = seed
+        self.augment = augment
+        self.mean = mean
+        self.std = std
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self._prepared: dict[Split, ImageSource | None] = {}  # read by prepare_data, until setup takes it
+        self._splits: dict[Split, ImageSource | None] = {}
+        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._resume: dict[str, int] | None = None
+
+    def load(self, split: Split) -> ImageSource | None:
+        """Read one split; the one method that another data set must bring.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            ``LabelledImages``, or any other ``ImageSource``; ``None`` where the data set has no such split (the
+            validation split is then cut from the training images).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define load(split), which reads its images")
+
+    def prepare_data(self) -> None:
+        """Download, decode and cache on one process, before the others read."""
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        for split in splits:
+            self._prepared[split] = self.load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits that ``stage`` needs and that are not there yet; the training split always."""
+        overfit = getattr(self.trainer, "overfit_batches", 0)
+        if overfit:
+            raise ValueError(
+                f"overfit_batches must be 0, got {overfit}: Lightning then puts a sequential sampler in place of the "
+                "balanced one; use limit_train_batches instead"
+            )
+        if "train" not in self._splits:
+            self._setup_training()
+        if stage in ("test", "predict", None) and "test" not in self._splits:
+            self._splits["test"] = self._read("test")
+            check_same_classes("test", self._splits["test"], self.class_names)
+        if self.num_workers == 0 and isinstance(self._splits["train"], LabelledImages):
+            # Lightning advises workers for every loader; to images in memory they only add time
+            warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers.*")
+        if self._splits["val"] is None:  # an empty list is how Lightning is told so
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")
+
+    def _read(self, split: Split) -> ImageSource | None:
+        return self._prepared.pop(split) if split in self._prepared else self.load(split)
+
+    def _setup_training(self) -> None:
+        train, val = self._read("train"), self._read("val")
+        if train is None:
+            raise ValueError(f"{type(self).__name__}.load('train') must give images, got None")
+        self.class_names = list(train.class_names)
+        self.num_classes = len(self.class_names)
+        if val is None and self.val_fraction > 0:
+            kept, held = stratified_split(train.labels, self.val_fraction, self.split_seed)
+            train, val = train.subset(kept), train.subset(held)
+        check_smallest_class(train, self.samples_per_class)
+        if self.mean is None or self.std is None:
+            self.mean, self.std = channel_statistics(train, self.split_seed)
+        check_same_classes("val", val, self.class_names)
+        self._splits["train"], self._splits["val"] = train, val
+
+    def _need(self, split: Split) -> ImageSource:
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__}.setup() must run before a loader is asked for")
+        source = self._splits.get(split)
+        if source is None:
+            hint = "set val_fraction above 0" if split == "val" else "bring one, or use validation"
+            raise ValueError(f"{type(self).__name__} has no {split} split: {hint}")
+        return source
+
+    @property
+    def rank(self) -> int:
+        """This process among all, 0 without a trainer."""
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, 1 without a trainer."""
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of P x K raw training images of this rank, with their place in a checkpoint."""
+        train = self._need("train")
+        sampler = ClassBalancedSampler(
+            train.labels, self.classes_per_batch, self.samples_per_class, self.seed, self.rank, self.world_size
+        )
+        processed = None if self.trainer is None else self._batches_processed
+        self._train_loader = ResumableLoader(train, sampler, processed, **self._loader_arguments())
+        if self._resume is not None and self.trainer is not None and self.trainer.ckpt_path:
+            self._train_loader.load_state_dict(self._resume)
+        self._resume = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's place.
+
+        Lightning keeps it too, but loses it where anything asks for ``trainer.estimated_stepping_batches`` before the
+        checkpoint is restored, as schedules do.
+        """
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the place for the training loader, which is made later."""
+        self._resume = state_dict.get("train_loader")
+
+    def _batches_processed(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """This rank's share of the validation split; no loader where ``val_fraction`` is 0."""
+        if self._splits and self._splits["val"] is None:
+            return []
+        return self._evaluation_loader(self._need("val"))
+
+    def test_dataloader(self) -> DataLoader:
+        """This rank's share of the test split."""
+        return self._evaluation_loader(self._need("test"))
+
+    def predict_dataloader(self) -> DataLoader:
+        """This rank's share of the test split, or of the validation split where there is no test."""
+        return self._evaluation_loader(self._need("val" if self._splits.get("test") is None else "test"))
+
+    def bank_dataloader(
+        self, limit: int | None = None, rank: int | None = None, world_size: int | None = None
+    ) -> DataLoader:
+        """Raw training images in a fixed order, none twice: what a kNN classifier or a probe compares with.
+
+        Args:
+            limit: Images over all ranks, the classes in proportion, drawn by ``split_seed``; ``None`` = all.
+            rank: Whose share; ``None`` = this process's.
+            world_size: Number of shares; ``None`` = of processes.
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``.
+        """
+        train = self._need("train")
+        if limit is not None and limit < len(train):
+            train = train.subset(stratified_subset(train.labels, limit, self.split_seed))
+        return self._evaluation_loader(train, rank, world_size)
+
+    def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
+        rank, world = self.rank if rank is None else rank, self.world_size if world is None else world
+        return DataLoader(
+            source,  # type: ignore[arg-type]
+            batch_size=evaluation_batch_size(len(source), world, self.eval_batch_size),
+            sampler=EvaluationSampler(len(source), rank, world),
+            collate_fn=keep_batch,
+            **self._loader_arguments(),
+        )
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": on_cuda,
+        }
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Prepare a batch on its device: augmented in training, else only normalised."""
+        return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
+
+    def prepare(self, batch: Batch, augment: bool) -> Batch:
+        """Raw images as the encoder takes them.
+
+        Args:
+            batch: uint8 images ``(N, C, H, W)`` and labels ``(N,)`` on any device.
+            augment: Whether it is a training batch: V views of each image, augmented by the draws of the batch that
+                the training loader gave last.
+
+        Returns:
+            float32 images ``(N * V, C, H, W)``, of mean 0 and standard deviation 1 over the training images, and labels
+            ``(N * V,)``; V is 1 where ``augment`` is False.
+        """
+        images, labels = batch
+        if augment:
+            images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
+            if self.augment is not None:
+                images = self.augment(images, self._generator(images.device))
+        mean, std = self._scale(images)
+        return images.float().sub_(mean).div_(std), labels
+
+    def _scale(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation in 0..255, each ``(C, 1, 1)``, kept on the device of ``images``."""
+        if images.device not in self._scales:
+            if self.mean is None or self.std is None:
+                raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
+            for name, values in {"mean": self.mean, "std": self.std}.items():
+                if len(values) != images.shape[1]:
+                    raise ValueError(f"{name} must have one value for each of {images.shape[1]} channels, got {values}")
+            mean, std = (255 * torch.tensor(values, device=images.device) for values in (self.mean, self.std))
+            self._scales[images.device] = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        return self._scales[images.device]
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """A generator that is a function of the seed and of the batch's place among all ranks' of its epoch."""
+        loader, place = self._train_loader, (0, 0)
+        if loader is not None:
+            assert isinstance(loader.sampler, ClassBalancedSampler)
+            block = (loader.batches_yielded - 1) * loader.sampler.num_replicas + loader.sampler.rank
+            place = (loader.epoch, max(block, 0))
+        mixed = np.random.SeedSequence([self.seed, *place]).generate_state(1, np.uint64)[0]
+        return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))

@@ -1,0 +1,111 @@
+"""A loader whose place in the epoch is part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from simo_lightning.data.sampler import ClassBalancedSampler
+from simo_lightning.data.sources import ImageSource
+
+
+def keep_batch(batch: Any) -> Any:
+    """The batch itself: the sources give batches already."""
+    return batch
+
+
+class ResumableLoader(DataLoader):
+    """Batches of a ``ClassBalancedSampler``; a run resumed in mid-epoch goes on with the very next one.
+
+    ``__iter__`` is a generator, so neither sampler nor workers start before the first batch is asked for: Lightning
+    calls ``iter`` before ``set_epoch`` when it resumes, and a common loader would then give the order of epoch 0
+    (Lightning #21938).
+
+    Args:
+        dataset: Gives whole batches through ``__getitems__``.
+        sampler: Gives the order, the batch size and the epoch.
+        processed: Batches of this epoch that are through the optimiser. Where given, a batch that was handed out but
+            not worked through when the state is saved (from a signal handler) comes again after a resume.
+        **kwargs: Arguments of ``DataLoader``, such as ``num_workers``.
+
+    Attributes:
+        epoch: Epoch of the batch last given.
+        batches_yielded: Batches of that epoch given so far, those of an interrupted run included; not what workers
+            have prefetched.
+
+    Raises:
+        ValueError: If the sampler is of another class.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        sampler: ClassBalancedSampler,
+        processed: Callable[[], int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(sampler, ClassBalancedSampler):
+            raise ValueError(f"sampler must be a ClassBalancedSampler, got {type(sampler).__name__}")
+        fixed = {"batch_size": sampler.batch_size, "drop_last": True, "shuffle": False, "collate_fn": keep_batch}
+        super().__init__(dataset, sampler=sampler, **{**kwargs, **fixed})  # type: ignore[arg-type]
+        self.processed = processed
+        self.epoch = 0
+        self.batches_yielded = 0
+        self._resume: tuple[int, int] | None = None  # epoch and batches to leave out in it
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        sampler = self.sampler
+        assert isinstance(sampler, ClassBalancedSampler)
+        resume, self._resume = self._resume, None
+        self.epoch = sampler.epoch
+        self.batches_yielded = resume[1] if resume is not None and resume[0] == self.epoch else 0
+        sampler.start_batch = self.batches_yielded
+        try:
+            batches = super().__iter__()
+            for batch in batches:
+                sampler.start_batch = 0  # only now has a loader without workers asked the sampler
+                self.batches_yielded += 1
+                yield batch
+        finally:
+            sampler.start_batch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches given in it, and what they count: batches of an epoch and the number of ranks."""
+        epoch, batches = self._place()
+        return {"epoch": epoch, "batches_yielded": batches, **self._scale()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the batches of ``state_dict``; from the start of the next epoch if they were all.
+
+        Raises:
+            ValueError: If the state lies within an epoch and the epoch has another number of batches, or the run
+                another number of ranks, than when it was saved.
+        """
+        epoch, batches = state_dict["epoch"], state_dict["batches_yielded"]
+        saved = {name: state_dict[name] for name in self._scale()}
+        if 0 < batches < saved["batches_per_epoch"] and saved != self._scale():
+            raise ValueError(
+                "a checkpoint from within an epoch resumes only where the epoch is cut alike: saved after batch "
+                f"{batches} with {saved}, but this run has {self._scale()}; resume as it was, or from an epoch's end"
+            )
+        if batches >= saved["batches_per_epoch"]:
+            epoch, batches = epoch + 1, 0
+        self._resume = (epoch, batches)
+        assert isinstance(self.sampler, ClassBalancedSampler)
+        self.sampler.set_epoch(epoch)
+
+    def _place(self) -> tuple[int, int]:
+        assert isinstance(self.sampler, ClassBalancedSampler)
+        if self._resume is not None:  # loaded, and no batch given since
+            return self._resume
+        if self.sampler.epoch != self.epoch:  # a new epoch that has given none yet
+            return self.sampler.epoch, 0
+        batches = self.batches_yielded
+        return self.epoch, batches if self.processed is None else min(batches, self.processed())
+
+    def _scale(self) -> dict[str, int]:
+        assert isinstance(self.sampler, ClassBalancedSampler)
+        return {"batches_per_epoch": self.sampler.batches, "world_size": self.sampler.num_replicas}
