@@ -1,0 +1,124 @@
+"""Nearest neighbours against scikit-learn where no vote ties, and against explicit loops where votes do."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from simo_lightning.functional.knn import knn_accuracy, knn_predict
+
+
+def rows(n: int, dim: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def classes(n: int, num_classes: int = 5, seed: int = 1) -> Tensor:
+    return torch.randint(num_classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def loop(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> list[int]:
+    predicted = []
+    for query in queries.numpy():
+        cosine = [float(query @ row / np.linalg.norm(query) / np.linalg.norm(row)) for row in bank.numpy()]
+        nearest = sorted(range(len(cosine)), key=lambda row: -cosine[row])[:k]
+        ballot: dict[int, tuple[int, float]] = {}
+        for row in nearest:
+            votes, weight = ballot.get(int(labels[row]), (0, 0.0))
+            ballot[int(labels[row])] = (votes + 1, weight + cosine[row])
+        predicted.append(max(ballot, key=lambda label: ballot[label]))
+    return predicted
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 7, 20, 120])
+def test_equals_the_loop(k):
+    queries, bank, labels = rows(40), rows(120, seed=2), classes(120)
+    assert knn_predict(queries, bank, labels, k=k).tolist() == loop(queries, bank, labels, k)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_equals_scikit_learn_where_one_class_leads(k):
+    queries, bank, labels = rows(300), rows(400, seed=2), classes(400)
+    theirs = KNeighborsClassifier(k, metric="cosine").fit(bank.numpy(), labels.numpy())
+    share = np.sort(theirs.predict_proba(queries.numpy()), axis=1)
+    clear = share[:, -1] > share[:, -2]
+    assert clear.sum() > 150
+    ours = knn_predict(queries, bank, labels, k=k).numpy()
+    np.testing.assert_array_equal(ours[clear], theirs.predict(queries.numpy())[clear])
+
+
+def test_accuracy_equals_scikit_learns_score_with_one_neighbour():
+    queries, bank, labels = rows(300), rows(400, seed=2), classes(400)
+    theirs = KNeighborsClassifier(1, metric="cosine").fit(bank.numpy(), labels.numpy())
+    score = theirs.score(queries.numpy(), classes(300, seed=3).numpy())
+    assert knn_accuracy(queries, classes(300, seed=3), bank, labels, k=1).item() == pytest.approx(score)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 300, 1000])
+def test_chunks_do_not_change_the_result(chunk_size):
+    queries, bank, labels = rows(300), rows(400, seed=2), classes(400)
+    whole = knn_predict(queries, bank, labels, k=9)
+    assert torch.equal(knn_predict(queries, bank, labels, k=9, chunk_size=chunk_size), whole)
+
+
+def test_a_tied_vote_goes_to_the_more_similar_class():
+    angles = torch.tensor([0.1, 0.2, 0.15, 0.3])
+    bank = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels = torch.tensor([4, 4, 1, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn_predict(query, bank, labels, k=4).tolist() == [4]
+    assert knn_predict(query, bank, torch.tensor([1, 1, 4, 4]), k=4).tolist() == [1]
+
+
+def test_a_tie_in_everything_goes_to_the_lowest_class():
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert knn_predict(torch.tensor([[1.0, 1.0]]), bank, torch.tensor([3, 2]), k=2).tolist() == [2]
+
+
+def test_lengths_do_not_matter_however_large_or_small():
+    queries, bank, labels = rows(50).float(), rows(100, seed=2).float(), classes(100)
+    expected = knn_predict(queries, bank, labels, k=5)
+    for scale in (1e-36, 1e36):
+        assert torch.equal(knn_predict(queries * scale, bank * scale, labels, k=5), expected)
+
+
+def test_half_precision_is_computed_in_float32():
+    queries, bank, labels = rows(50).bfloat16(), rows(100, seed=2).bfloat16(), classes(100)
+    assert torch.equal(knn_predict(queries, bank, labels, k=5), knn_predict(queries.float(), bank.float(), labels, k=5))
+
+
+def test_zero_rows_are_neighbours_of_similarity_zero():
+    bank = torch.tensor([[0.0, 0.0], [-1.0, 0.0]])
+    assert knn_predict(torch.tensor([[1.0, 0.0]]), bank, torch.tensor([0, 1]), k=1).tolist() == [0]
+
+
+def test_no_query_gives_no_prediction_and_no_accuracy():
+    bank, labels = rows(5), classes(5)
+    assert knn_predict(rows(0), bank, labels, k=1).shape == (0,)
+    assert knn_accuracy(rows(0), classes(0), bank, labels, k=1).isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 6}, r"k must be in 1\.\.5, the rows of the bank, got k=6"),
+        ({"k": 0}, r"k must be in 1\.\.5, .* got k=0"),
+        ({"bank": rows(5, dim=3)}, r"\(M, D\) and \(N, D\), got \(4, 6\) and \(5, 3\)"),
+        ({"queries": rows(4)[0]}, r"got \(6,\) and \(5, 6\)"),
+        ({"bank_labels": classes(4)}, r"bank_labels must have shape \(5,\) to match bank, got \(4,\)"),
+        ({"bank_labels": torch.tensor([0, 1, -1, 0, 0])}, r"bank_labels must be in 0\.\.1, got -1\.\.1"),
+        ({"num_classes": 2, "bank_labels": torch.arange(5)}, r"bank_labels must be in 0\.\.1, got 0\.\.4"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"queries": rows(4) / 0}, "queries must be finite, got nan or inf in 4 rows"),
+        ({"bank": torch.full((5, 6), float("nan"))}, "bank must be finite, got nan or inf in 5 rows"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = {"queries": rows(4), "bank": rows(5, seed=2), "bank_labels": classes(5), "k": 2}
+    with pytest.raises(ValueError, match=message):
+        knn_predict(**{**arguments, **change})
+
+
+def test_accuracy_needs_a_label_per_query():
+    with pytest.raises(ValueError, match=r"query_labels must have shape \(4,\) to match queries, got \(3,\)"):
+        knn_accuracy(rows(4), classes(3), rows(5), classes(5), k=1)
