@@ -1,0 +1,76 @@
+"""Rows and sums over processes; the only file that touches torch.distributed."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def world_size() -> int:
+    """Number of processes; 1 where none were started together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all processes, in the order of their ranks, with gradient.
+
+    Every process then computes the same loss on the same rows. The gradient that comes back to a process is the sum of
+    what all processes ask of its rows; DDP's mean over processes makes of it the exact gradient of one such loss.
+
+    Args:
+        rows: ``(N, ...)``, any dtype; N may differ between processes, the other sizes may not.
+
+    Returns:
+        ``(sum of N, ...)`` of the same dtype; ``rows`` itself on one process.
+    """
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows) if rows.is_floating_point() else _gather(rows)[0]
+    return gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum over all processes, without gradient.
+
+    Args:
+        values: Any shape, the same on every process.
+
+    Returns:
+        The sum, on every process.
+    """
+    if world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def _gather(rows: Tensor) -> tuple[Tensor, list[int]]:
+    """Rows of all ranks and how many came from each. Ranks pad to the longest: collectives want one shape."""
+    size = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.zeros_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    lengths = [int(length) for length in sizes]
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]), lengths
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered, lengths = _gather(rows)
+        start = sum(lengths[: dist.get_rank()])
+        ctx.own = slice(start, start + len(rows))
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.own]

@@ -1,0 +1,89 @@
+"""Learning-rate schedules that take their length from the run."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LRSchedulerCallable
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+
+def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None, trainer: pl.Trainer) -> Any:
+    """What Lightning's configure_optimizers returns for an optimizer and a schedule that moves at the right times.
+
+    Args:
+        optimizer: Made.
+        lr_scheduler: From an optimizer to a scheduler, or None. One with a method ``stretch`` is told the number of
+            steps of the run and moves at every step; others move at every epoch.
+        trainer: Knows the length of the run.
+
+    Returns:
+        The optimizer, or a dictionary of it and the scheduler.
+    """
+    if lr_scheduler is None:
+        return optimizer
+    scheduler: Any = lr_scheduler(optimizer)
+    config = {"scheduler": scheduler, "interval": "epoch"}
+    if hasattr(scheduler, "stretch"):
+        scheduler.stretch(trainer.estimated_stepping_batches)
+        config["interval"] = "step"
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        config["monitor"] = getattr(scheduler, "monitor", "train/loss")
+    return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+class OneCycle(LambdaLR):
+    """Warm-up to the optimizer's own learning rate, then a cosine to almost nothing, over the whole run.
+
+    torch's OneCycleLR wants the number of steps when it is made, which a config file cannot know. Here a module calls
+    :meth:`stretch` once the trainer knows it.
+
+    Args:
+        optimizer: Its learning rate is the peak.
+        warmup: Share of the run until the peak, in 0..1.
+        start: First learning rate as a share of the peak, >= 0.
+        end: Last learning rate as a share of the peak, >= 0.
+
+    Raises:
+        ValueError: If warmup is not in 0..1.
+
+    Source:
+        Smith & Topin, arXiv 1708.07120, with cosine flanks as torch has them; momentum is left alone.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: float = 0.3, start: float = 0.04, end: float = 1e-4) -> None:
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup must be in 0..1, got {warmup}")
+        self.warmup, self.start, self.end = warmup, start, end
+        self.total_steps: int | None = None
+        super().__init__(optimizer, self._share)
+
+    def stretch(self, total_steps: int) -> None:
+        """Set the length of the run.
+
+        Args:
+            total_steps: Optimizer steps of the whole run, >= 1.
+
+        Raises:
+            ValueError: If it is under 1.
+        """
+        if total_steps < 1 or math.isinf(total_steps):
+            raise ValueError(
+                "OneCycle needs a run of known length: set the trainer's max_epochs or max_steps, "
+                f"got {total_steps} steps"
+            )
+        self.total_steps = int(total_steps)
+
+    def _share(self, step: int) -> float:
+        """Learning rate at a step as a share of the peak."""
+        if self.total_steps is None:  # before the run is known only the first step is asked for
+            return self.start
+        progress = min(1.0, step / max(1, self.total_steps - 1))
+        if progress < self.warmup:
+            return self._cosine(self.start, 1.0, progress / self.warmup)
+        return self._cosine(1.0, self.end, (progress - self.warmup) / max(1e-12, 1 - self.warmup))
+
+    @staticmethod
+    def _cosine(first: float, last: float, progress: float) -> float:
+        return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
