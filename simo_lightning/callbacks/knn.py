@@ -1,0 +1,160 @@
+"""Judge the encoder by its nearest neighbours among the training images, while it trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from simo_lightning.distributed import gather_rows, sum_over_ranks
+from simo_lightning.functional.knn import knn_predict
+
+
+class OnlineKNN(Callback):
+    """Log the accuracy of a k-nearest-neighbour classifier as ``val/knn`` and ``test/knn``.
+
+    The queries are the embeddings that validation and test steps return as ``outputs["embeddings"]`` with
+    ``outputs["labels"]``. The known ones are training images, without augmentation, from the data module's
+    ``bank_dataloader(limit=bank_size)`` and ``prepare(batch, augment=False)``, embedded by ``pl_module.embed(images)``
+    in the trainer's precision. Every process embeds its share of them and judges its own queries. A module whose steps
+    return no embeddings is left alone.
+
+    Args:
+        k: Neighbours that vote, by cosine similarity.
+        bank_size: Training images to compare with; None: all.
+        every_n_epochs: Epochs of training from one measurement to the next; in the epochs between, ``val/knn`` keeps
+            its last value for checkpoints. Validation and test by themselves always measure.
+
+    Raises:
+        ValueError: If a number is below 1; and at the end of an epoch, if k exceeds the bank.
+        TypeError: With the first embeddings, if the data module has no ``bank_dataloader`` and ``prepare``, or the
+            module no ``embed``.
+    """
+
+    def __init__(self, k: int = 20, bank_size: int | None = None, every_n_epochs: int = 1) -> None:
+        for name, value in (("k", k), ("bank_size", bank_size), ("every_n_epochs", every_n_epochs)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if bank_size is not None and k > bank_size:
+            raise ValueError(f"k must be at most bank_size={bank_size}, got k={k}")
+        self.k = k
+        self.bank_size = bank_size
+        self.every_n_epochs = every_n_epochs
+        self._embeddings: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch."""
+        self._clear()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch."""
+        self._clear()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch's embeddings."""
+        self._add(trainer, outputs)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch's embeddings."""
+        self._add(trainer, outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log ``val/knn``."""
+        self._judge(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log ``test/knn``."""
+        self._judge(trainer, pl_module, "test")
+
+    def _clear(self) -> None:
+        self._embeddings, self._labels = [], []
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.sanity_checking:
+            return False
+        return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _add(self, trainer: Trainer, outputs: Any) -> None:
+        if not isinstance(outputs, dict) or "embeddings" not in outputs:
+            return
+        _check_parts(getattr(trainer, "datamodule", None), trainer.lightning_module)
+        if self._is_due(trainer):
+            self._embeddings.append(outputs["embeddings"].detach())
+            self._labels.append(outputs["labels"])
+
+    @torch.no_grad()
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self._embeddings:
+            return
+        bank, bank_labels = self._bank(trainer, pl_module)
+        if self.k > len(bank):
+            raise ValueError(f"k must be at most the {len(bank)} images of the bank, got k={self.k}")
+        queries, labels = torch.cat(self._embeddings), torch.cat(self._labels)
+        self._clear()
+        correct = knn_predict(queries, bank, bank_labels, self.k) == labels
+        counts = sum_over_ranks(torch.stack([correct.sum(), torch.tensor(len(labels), device=labels.device)]))
+        # the value is that of all processes already; sync_dist tells Lightning that this was thought of
+        pl_module.log(f"{stage}/knn", counts[0].float() / counts[1], prog_bar=True, sync_dist=True)
+
+    def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
+        """Embeddings and labels of the training images, those of all processes, none twice."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = pl_module
+        precision, device = trainer.precision_plugin, trainer.strategy.root_device
+        embeddings, labels = [], []
+        with _evaluating(pl_module):
+            for batch in datamodule.bank_dataloader(limit=self.bank_size):
+                # not by the trainer's hooks: the data module's would prepare the batch once more
+                images, batch_labels = datamodule.prepare(move_data_to_device(batch, device), augment=False)
+                with precision.forward_context():
+                    embeddings.append(module.embed(precision.convert_input(images)))
+                labels.append(batch_labels)
+        # a process without a share of the bank does not know D, and still has to take part
+        own = embeddings[0].shape[1] if embeddings else 0
+        dim = int(gather_rows(torch.tensor([own], device=device)).max())
+        rows = torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)
+        kinds = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)
+        return gather_rows(rows), gather_rows(kinds)
+
+
+def _check_parts(datamodule: Any, module: Any) -> None:
+    for kind, owner, method in (
+        ("data module", datamodule, "bank_dataloader"),
+        ("data module", datamodule, "prepare"),
+        ("module", module, "embed"),
+    ):
+        if not callable(getattr(owner, method, None)):
+            raise TypeError(f"OnlineKNN needs a {kind} with the method {method}, got {type(owner).__name__}")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, each of its parts as before after it."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
