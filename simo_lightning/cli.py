@@ -1,0 +1,236 @@
+"""The ``simo`` command: fit, validate, test and predict from a config."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from simo_lightning.callbacks import (
+    BestCheckpoint,
+    EmbeddingPlots,
+    EmbeddingWriter,
+    GeometryMonitor,
+    ImagesPerSecond,
+    LastCheckpoint,
+    OnlineKNN,
+    StopSafely,
+)
+from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.loggers import RunCSVLogger
+from simo_lightning.run_folder import choose_run_folder, forget_run_folder, make_writable, run_folder_of
+
+
+class SimoParser(LightningArgumentParser):
+    """Says what is wrong and where in one line, where jsonargparse prints its whole search."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the command.
+
+        Args:
+            message: jsonargparse's, many lines.
+            ex: What raised it.
+
+        Raises:
+            SystemExit: With 2.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        prog = self.prog.split()[0]
+        print(f"{prog}: error: {in_one_line(message)} ({prog} fit --help lists what there is)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+# Lines of a jsonargparse message that tell how it searched, not what is wrong.
+_SEARCH = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Given value: NestedArg",
+    "Given value: Namespace",
+    "Expected a <class 'NoneType'>",
+)
+
+
+def in_one_line(message: str) -> str:
+    r"""The part of a jsonargparse message that a user needs.
+
+    Args:
+        message: Many lines.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> in_one_line("Parser key 'n':\n  Errors:\n    - Expected a <class 'int'>\n  Given value: x")
+        "Parser key 'n': Expected a int; Given value: x"
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = [re.sub(r"<class '([\w.]+)'>", r"\1", line) for line in lines if line and not line.startswith(_SEARCH)]
+    return "; ".join(kept).replace(":; ", ": ")
+
+
+class SimoCLI(LightningCLI):
+    """LightningCLI with this package's callbacks, one folder per run and a summary at the end.
+
+    A run's folder holds config.yaml, metrics.csv, TensorBoard events, checkpoints/ (best, last) and plots/.
+    """
+
+    run_dir: Path
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--run_dir`` and the callbacks that a config can set.
+
+        Args:
+            parser: Of one subcommand.
+        """
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run. Default: runs/<name of the config>/version_N, or job_ID under a scheduler; "
+            "for validate, test and predict the folder of the checkpoint.",
+        )
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_lightning_class_args(OnlineKNN, "knn")
+        parser.add_lightning_class_args(GeometryMonitor, "geometry")
+        parser.add_lightning_class_args(EmbeddingPlots, "plots")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then find the run's folder and the checkpoint, before anything slow happens.
+
+        Args:
+            parser: The command's.
+            args: None for the command line.
+        """
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        self.run_dir = self._find_run_folder(config)
+        config.ckpt_path = self._find_checkpoint(config.ckpt_path)
+        config.run_dir = str(self.run_dir)
+        config.trainer.default_root_dir = str(self.run_dir)
+        if self.config.subcommand != "fit":
+            self.save_config_callback = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, with loggers that write into the run's folder unless the config has others.
+
+        Args:
+            kwargs: For the trainer.
+
+        Returns:
+            The trainer.
+        """
+        fitting = self.subcommand == "fit"
+        if self._get(self.config_init, "trainer").logger in (None, True):
+            folder = str(self.run_dir)
+            kwargs["logger"] = (
+                [TensorBoardLogger(folder, name="", version=""), RunCSVLogger(folder)] if fitting else False
+            )
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Print what came out and where it lies."""
+        checkpoints, plots = self.run_dir / "checkpoints", self.run_dir / "plots"
+        lines = [f"{name:<28}{float(value):>12.4g}" for name, value in sorted(self.trainer.callback_metrics.items())]
+        for name, path in (("best", checkpoints / "best.ckpt"), ("last", checkpoints / "last.ckpt"), ("plots", plots)):
+            if path.exists():
+                lines.append(f"{name:<12}{path}")
+        _say("", *lines)
+
+    def after_test(self) -> None:
+        """Print where the pictures lie."""
+        self.after_validate()
+
+    def after_validate(self) -> None:
+        """Print where the pictures lie."""
+        if (self.run_dir / "plots").exists():
+            _say("", f"plots       {self.run_dir / 'plots'}")
+
+    def _find_run_folder(self, config: Any) -> Path:
+        named = config.ckpt_path in ("best", "last")
+        files = [Path(str(path)) for path in config.get("config") or []]
+        root = Path("runs", files[-1].stem if files else "simo")
+        of_checkpoint = run_folder_of(Path(config.ckpt_path)) if config.ckpt_path and not named else None
+        if config.run_dir is not None:
+            folder = Path(config.run_dir)
+        elif of_checkpoint is not None:
+            folder = of_checkpoint
+        elif self.config.subcommand == "fit" or named:
+            folder = choose_run_folder(root, resume=named)
+        else:
+            folder = root / self.config.subcommand
+        make_writable(folder)
+        return folder
+
+    def _find_checkpoint(self, asked: str | None) -> str | None:
+        if asked is None:
+            return None
+        path = Path(asked)
+        if asked in ("best", "last"):
+            path = self.run_dir / "checkpoints" / f"{asked}.ckpt"
+            if not path.is_file() and self.config.subcommand == "fit":
+                _say(f"no checkpoint at {path} yet: starting from the beginning")
+                return None
+        read_checkpoint(path, map_location="cpu")  # a damaged file is told now, not after the data is loaded
+        return str(path)
+
+
+def main(args: Any = None) -> None:
+    """Run the command.
+
+    Args:
+        args: Words of the command line; None for sys.argv.
+
+    Raises:
+        SystemExit: With 1 after a run that failed or was stopped, 2 after a wrong argument.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        forget_run_folder()
+    _hush()
+    try:
+        SimoCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults={"callbacks": [StopSafely(), ImagesPerSecond(), EmbeddingWriter()]},
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=SimoParser,
+            args=args,
+        )
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("SIMO_TRACEBACK"):
+            raise
+        print(f"simo: error: {in_one_line(str(error))} (SIMO_TRACEBACK=1 shows where)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@rank_zero_only
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n")
+
+
+def _hush() -> None:
+    """Leave out what Lightning says of itself to every user of every command."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()
