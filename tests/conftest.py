@@ -23,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*does not have many workers.*",
         r".*GPU available but not used.*",
+        r".*The `srun` command is available on your system.*",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from simo_lightning.callbacks.watcher import EmbeddingWatcher
 from simo_lightning.distributed import gather_rows, sum_over_ranks
 from simo_lightning.functional.knn import knn_predict
 
 
-class OnlineKNN(Callback):
+class OnlineKNN(EmbeddingWatcher):
     """Log the accuracy of a k-nearest-neighbour classifier as ``val/knn`` and ``test/knn``.
 
     The queries are the embeddings that validation and test steps return as ``outputs["embeddings"]`` with
@@ -36,82 +36,69 @@ class OnlineKNN(Callback):
     """
 
     def __init__(self, k: int = 20, bank_size: int | None = None, every_n_epochs: int = 1) -> None:
-        for name, value in (("k", k), ("bank_size", bank_size), ("every_n_epochs", every_n_epochs)):
+        super().__init__(every_n_epochs)
+        for name, value in (("k", k), ("bank_size", bank_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if bank_size is not None and k > bank_size:
             raise ValueError(f"k must be at most bank_size={bank_size}, got k={k}")
         self.k = k
         self.bank_size = bank_size
-        self.every_n_epochs = every_n_epochs
         self._embeddings: list[Tensor] = []
         self._labels: list[Tensor] = []
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
         """Forget the last epoch."""
-        self._clear()
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last epoch."""
-        self._clear()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the batch's embeddings."""
-        self._add(trainer, outputs)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the batch's embeddings."""
-        self._add(trainer, outputs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``val/knn``."""
-        self._judge(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``test/knn``."""
-        self._judge(trainer, pl_module, "test")
-
-    def _clear(self) -> None:
         self._embeddings, self._labels = [], []
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.sanity_checking:
-            return False
-        return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    def check(self, trainer: Trainer) -> None:
+        """Raise if the data module has no bank, or the module does not embed.
 
-    def _add(self, trainer: Trainer, outputs: Any) -> None:
-        if not isinstance(outputs, dict) or "embeddings" not in outputs:
-            return
-        _check_parts(getattr(trainer, "datamodule", None), trainer.lightning_module)
-        if self._is_due(trainer):
-            self._embeddings.append(outputs["embeddings"].detach())
-            self._labels.append(outputs["labels"])
+        Args:
+            trainer: With its module and data module.
+
+        Raises:
+            TypeError: Naming the method that is missing.
+        """
+        datamodule = getattr(trainer, "datamodule", None)
+        for kind, owner, method in (
+            ("data module", datamodule, "bank_dataloader"),
+            ("data module", datamodule, "prepare"),
+            ("module", trainer.lightning_module, "embed"),
+        ):
+            if not callable(getattr(owner, method, None)):
+                raise TypeError(f"OnlineKNN needs a {kind} with the method {method}, got {type(owner).__name__}")
+
+    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
+        """Keep a batch.
+
+        Args:
+            trainer: Unused.
+            embeddings: ``(N, D)``.
+            labels: ``(N,)``.
+        """
+        self._embeddings.append(embeddings)
+        self._labels.append(labels)
 
     @torch.no_grad()
-    def _judge(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log ``val/knn`` or ``test/knn``.
+
+        Args:
+            trainer: Knows device and precision.
+            pl_module: Embeds the bank and logs.
+            stage: "val" or "test".
+
+        Raises:
+            ValueError: If k exceeds the bank.
+        """
         if not self._embeddings:
             return
         bank, bank_labels = self._bank(trainer, pl_module)
         if self.k > len(bank):
             raise ValueError(f"k must be at most the {len(bank)} images of the bank, got k={self.k}")
         queries, labels = torch.cat(self._embeddings), torch.cat(self._labels)
-        self._clear()
+        self.begin()
         correct = knn_predict(queries, bank, bank_labels, self.k) == labels
         counts = sum_over_ranks(torch.stack([correct.sum(), torch.tensor(len(labels), device=labels.device)]))
         # the value is that of all processes already; sync_dist tells Lightning that this was thought of
@@ -136,16 +123,6 @@ class OnlineKNN(Callback):
         rows = torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)
         kinds = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)
         return gather_rows(rows), gather_rows(kinds)
-
-
-def _check_parts(datamodule: Any, module: Any) -> None:
-    for kind, owner, method in (
-        ("data module", datamodule, "bank_dataloader"),
-        ("data module", datamodule, "prepare"),
-        ("module", module, "embed"),
-    ):
-        if not callable(getattr(owner, method, None)):
-            raise TypeError(f"OnlineKNN needs a {kind} with the method {method}, got {type(owner).__name__}")
 
 
 @contextmanager

@@ -5,22 +5,23 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from simo_lightning.callbacks.watcher import EmbeddingWatcher
 from simo_lightning.distributed import gather_rows
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
 from simo_lightning.plotting import class_similarity_figure, project_2d, scatter_figure
 
 
-class EmbeddingPlots(Callback):
+class EmbeddingPlots(EmbeddingWatcher):
     """Draw the validation embeddings: the cosines between class means, and the points in the plane.
 
     Writes ``similarity.png`` and ``scatter.png``, always the latest, and in training a copy per epoch such as
@@ -46,10 +47,9 @@ class EmbeddingPlots(Callback):
         dirname: str = "plots",
         projection: Literal["pca", "tsne"] = "pca",
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("max_points", max_points)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.every_n_epochs = every_n_epochs
+        super().__init__(every_n_epochs)
+        if max_points < 1:
+            raise ValueError(f"max_points must be at least 1, got {max_points}")
         self.max_points = max_points
         self.dirname = dirname
         self.projection: Literal["pca", "tsne"] = projection
@@ -62,30 +62,33 @@ class EmbeddingPlots(Callback):
         if stage in ("fit", "validate") and trainer.is_global_zero:
             _check_folder(self._folder(trainer))
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
         """Forget the last epoch."""
         self._metric, self._points, self._labels = None, [], []
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch to the class means, and its first rows of each class to the points."""
-        if not isinstance(outputs, dict) or "embeddings" not in outputs:
-            return
+    def check(self, trainer: Trainer) -> None:
+        """Raise if the classes have no names.
+
+        Args:
+            trainer: With its data module.
+
+        Raises:
+            TypeError: If the data module has no ``class_names``.
+        """
         datamodule = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "class_names"):
             raise TypeError(
                 f"EmbeddingPlots needs a data module with the attribute class_names, got {type(datamodule).__name__}"
             )
-        if not self._is_due(trainer):
-            return
-        embeddings, labels = outputs["embeddings"].detach(), outputs["labels"]
+
+    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
+        """Add the batch to the class means, and its first rows of each class to the points.
+
+        Args:
+            trainer: Knows the classes.
+            embeddings: ``(N, D)``.
+            labels: ``(N,)``.
+        """
         if self._metric is None:
             self._metric = _new_metric(trainer, embeddings.shape[1], embeddings.device)
         seen = self._metric.counts.long()
@@ -94,22 +97,23 @@ class EmbeddingPlots(Callback):
         self._points.append(embeddings[kept])
         self._labels.append(labels[kept])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw; every process sends its part, the first one draws."""
-        if self._metric is None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Draw validation, not test; every process sends its part, the first one draws.
+
+        Args:
+            trainer: Knows the folder.
+            pl_module: Unused.
+            stage: "val" or "test".
+        """
+        if self._metric is None or stage != "val":
             return
         with self._metric.sync_context():
             moments = self._metric.moments
         points = gather_rows(torch.cat(self._points))
         labels = gather_rows(torch.cat(self._labels))
-        self._metric, self._points, self._labels = None, [], []
+        self.begin()
         if trainer.is_global_zero:
             self._draw(trainer, moments, points, labels)
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.sanity_checking:
-            return False
-        return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.dirname

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -139,3 +140,29 @@ def _grey(pixels: Tensor) -> Tensor:
         return pixels.mean(dim=1, keepdim=True)
     red, green, blue = pixels.unbind(1)
     return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Raw images with mean 0 and standard deviation 1 over the training images.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+        mean: Of each channel, in 0..1.
+        std: Of each channel, in 0..1, > 0.
+
+    Returns:
+        float32 ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: If there is not one value for each channel.
+    """
+    for name, values in {"mean": mean, "std": std}.items():
+        if len(values) != images.shape[1]:
+            raise ValueError(f"{name} must have one value for each of {images.shape[1]} channels, got {list(values)}")
+    return images.float().sub_(_of_channels(mean, images.device)).div_(_of_channels(std, images.device))
+
+
+@lru_cache(maxsize=64)
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values in 0..255 as (C, 1, 1), sent to a device once."""
+    return 255 * torch.tensor(values, device=device).view(-1, 1, 1)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.augment import BatchAugment
+from simo_lightning.data.augment import BatchAugment, normalize
 from simo_lightning.data.loader import ResumableLoader, keep_batch
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
 from simo_lightning.data.sources import (
@@ -105,7 +105,6 @@ class PairDataModule(LightningDataModule):
         self.num_workers = num_workers
         self._prepared: dict[Split, ImageSource | None] = {}  # read by prepare_data, until setup takes it
         self._splits: dict[Split, ImageSource | None] = {}
-        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._train_loader: ResumableLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -283,20 +282,9 @@ class PairDataModule(LightningDataModule):
             images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
             if self.augment is not None:
                 images = self.augment(images, self._generator(images.device))
-        mean, std = self._scale(images)
-        return images.float().sub_(mean).div_(std), labels
-
-    def _scale(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation in 0..255, each ``(C, 1, 1)``, kept on the device of ``images``."""
-        if images.device not in self._scales:
-            if self.mean is None or self.std is None:
-                raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
-            for name, values in {"mean": self.mean, "std": self.std}.items():
-                if len(values) != images.shape[1]:
-                    raise ValueError(f"{name} must have one value for each of {images.shape[1]} channels, got {values}")
-            mean, std = (255 * torch.tensor(values, device=images.device) for values in (self.mean, self.std))
-            self._scales[images.device] = mean.view(-1, 1, 1), std.view(-1, 1, 1)
-        return self._scales[images.device]
+        if self.mean is None or self.std is None:
+            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
+        return normalize(images, tuple(self.mean), tuple(self.std)), labels
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """A generator that is a function of the seed and of the batch's place among all ranks' of its epoch."""
