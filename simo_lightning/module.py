@@ -1,6 +1,9 @@
 """SimOModule: trains an encoder with a contrastive loss."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
 
 from simo_lightning.checkpoints import SelfContained
 from simo_lightning.distributed import gather_rows
@@ -33,6 +37,15 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
             as OneCycle, is told the length of the run and moves at every step; others move at every epoch.
         channels_last: Keep images and convolutions in the memory layout (N, H, W, C), which most hardware runs faster;
             the result is the same up to rounding.
+        micro_batch_size: Images that are embedded at a time in training; None for all at once. The loss stays that of
+            the whole batch over all processes, and the gradient is exact, but only so many images' activations are in
+            memory: each micro-batch is embedded again on the way back, which costs one more forward pass. A process's
+            batch is cut into as few and as equal parts as may be. BatchNorm takes its statistics from each part, so
+            that they are noisier than of the whole batch, and its running ones move once per part; choose norm "layer"
+            or "group" where the result must not depend on the size. Dropout draws the same both times.
+
+    Raises:
+        ValueError: If ``micro_batch_size`` is under 1.
 
     Example:
         >>> from simo_lightning.encoders import ImageEncoder
@@ -48,13 +61,17 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         channels_last: bool = False,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, or None for whole batches, got {micro_batch_size}")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.encoder = encoder.to(memory_format=self.memory_format)
         self.loss = SimOLoss() if loss is None else loss
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.micro_batch_size = micro_batch_size
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of images.
@@ -94,7 +111,7 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
             ValueError: If the loss or an embedding is nan or infinite; the message names the step.
         """
         images, labels = batch
-        embeddings, labels = gather_rows(self.embed(images)), gather_rows(labels)
+        embeddings, labels = gather_rows(self._embed_in_parts(images)), gather_rows(labels)
         terms = self.loss_terms(embeddings, labels)
         loss = torch.stack(list(terms.values())).sum()
         if not loss.isfinite():
@@ -103,6 +120,15 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         if len(terms) > 1:
             self.log_dict({f"train/loss_{name}": term for name, term in terms.items()})
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels}
+
+    def _embed_in_parts(self, images: Tensor) -> Tensor:
+        """Embeddings ``(N, D)`` of a training batch, by micro-batches that each forget their activations."""
+        if self.micro_batch_size is None or len(images) <= self.micro_batch_size:
+            return self.embed(images)
+        parts = images.tensor_split(-(-len(images) // self.micro_batch_size))
+        passes = partial(_two_passes, self)
+        # The recomputation runs inside autograd, part by part, so DDP, GradScaler and accumulation see one backward.
+        return torch.cat([checkpoint(self.embed, part, use_reentrant=False, context_fn=passes) for part in parts])
 
     def loss_terms(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Parts of the loss by name, outside any autocast; what is minimised is their sum.
@@ -183,3 +209,31 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         """
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         return with_schedule(optimizer, self.lr_scheduler, self.trainer)
+
+
+def _two_passes(module: nn.Module) -> tuple[Any, Any]:
+    """Contexts of a part's two forward passes: the second sees the buffers that the first saw, and leaves no trace.
+
+    So running statistics move once per part and whatever else a forward pass keeps in a buffer is the same in both.
+    """
+    buffers: list[tuple[nn.Module, str, Tensor]] = []
+    return _remember(module, buffers), _revisit(buffers)
+
+
+@contextmanager
+def _remember(module: nn.Module, buffers: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    for part in module.modules():
+        buffers += [(part, name, buffer.clone()) for name, buffer in part.named_buffers(recurse=False)]
+    yield
+
+
+@contextmanager
+def _revisit(buffers: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    current = [getattr(part, name) for part, name, _ in buffers]
+    try:
+        for part, name, former in buffers:
+            setattr(part, name, former)
+        yield
+    finally:
+        for (part, name, _), buffer in zip(buffers, current, strict=True):
+            setattr(part, name, buffer)
