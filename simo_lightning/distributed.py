@@ -47,6 +47,23 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """Largest of one number per process, for decisions that all must take alike.
+
+    Args:
+        value: This process's.
+        device: Where the backend sums.
+
+    Returns:
+        The largest, on every process.
+    """
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def _gather(rows: Tensor) -> tuple[Tensor, list[int]]:
     """Rows of all ranks and how many came from each. Ranks pad to the longest: collectives want one shape."""
     size = torch.tensor([len(rows)], device=rows.device)

@@ -1,18 +1,23 @@
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simo_lightning import SimOLoss
-from simo_lightning.distributed import gather_rows, sum_over_ranks
+from simo_lightning.distributed import gather_rows, largest_over_ranks, sum_over_ranks
+from tests.rank_processes import saved, start_ranks
 
 SHARES = [3, 8, 1, 4]  # rows of each rank: unequal
 LABELS = torch.tensor([0, 1, 0, 1, 1, 2, 0, 9, 9, 0, 2, 2, 1, 0, 0, 1])  # 9 lives on one rank alone, where W = 2
+
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def data() -> Tensor:
@@ -28,27 +33,46 @@ def shares(world: int) -> list[int]:
     return [sum(SHARES[rank::world]) for rank in range(world)] if world < 4 else SHARES
 
 
-def run(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save((gather_job(rank, world), train_job(rank, world)), folder / f"{rank}.pt")
+FORMS = [("group", "ratio"), ("group", "log"), ("class", "ratio"), ("class", "log")]
+FORMS += [(level, form) for level in ("centroid", "pair") for form in ("ratio", "log", "softmax")]
+LOSSES = {f"{level} {form}": SimOLoss(level, form, mean_weight=0.5) for level, form in FORMS} | {"SupCon": SupConLoss()}
+DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
+History = list[tuple[Tensor, list[Tensor]]]
+
+
+def run(world: int, folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    trained = {key: train(*key, rank, world) for key in itertools.product(LOSSES, DTYPES)}
+    torch.save((gather_job(rank, world), trained), folder / f"ranks.{rank}.pt")
     dist.destroy_process_group()
 
 
 def gather_job(rank: int, world: int) -> Any:
     own = data().split(shares(world))[rank]
     labels = LABELS.split(shares(world))[rank]
-    half = gather_rows(own.bfloat16())
-    return gather_rows(own), gather_rows(labels), half, sum_over_ranks(torch.tensor([rank + 1.0]))
+    total, largest = sum_over_ranks(torch.tensor([rank + 1.0])), largest_over_ranks(rank, torch.device("cpu"))
+    return gather_rows(own), gather_rows(labels), [half_job(own, dtype) for dtype in HALVES], (total, largest)
 
 
-def train_job(rank: int, world: int) -> Any:
-    model = DistributedDataParallel(network())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    rows, labels = data().split(shares(world))[rank], LABELS.split(shares(world))[rank]
+def half_job(own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gathered rows, and the gradient of a sum that weighs row i of all with i."""
+    own = own.to(dtype).requires_grad_()
+    rows = gather_rows(own)
+    (rows * torch.arange(len(rows)).unsqueeze(1).to(dtype)).sum().backward()
+    assert own.grad is not None
+    return rows.detach(), own.grad
+
+
+def train(name: str, dtype: torch.dtype, rank: int = 0, world: int = 1) -> History:
+    """Loss and gradients of three steps on this rank's share of the rows."""
+    model = network().to(dtype)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    rows, labels = data().to(dtype).split(shares(world))[rank], LABELS.split(shares(world))[rank]
     history = []
     for _ in range(3):
-        loss = SimOLoss()(gather_rows(model(rows)), gather_rows(labels))
+        loss = LOSSES[name](gather_rows(wrapped(rows)), gather_rows(labels))
         optimizer.zero_grad()
         loss.backward()
         history.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
@@ -56,37 +80,49 @@ def train_job(rank: int, world: int) -> Any:
     return history
 
 
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Relative to the size of the whole tensor."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of 2 or 4 real processes returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, (request.param, folder), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    assert start_ranks(request.param, run, request.param, folder) == [0] * request.param
+    return saved(folder, "ranks", request.param)
 
 
-def test_rows_come_in_the_order_of_the_ranks(results: list[Any]) -> None:
-    for (rows, labels, half, total), _ in results:
+def test_rows_come_in_the_order_of_the_ranks_and_keep_their_dtype(results: list[Any]) -> None:
+    for (rows, labels, halves, (total, largest)), _ in results:
         assert torch.equal(rows, data())
         assert torch.equal(labels, LABELS)
-        assert half.dtype == torch.bfloat16
-        assert torch.equal(half, data().bfloat16())
+        for dtype, (half, _) in zip(HALVES, halves, strict=True):
+            assert half.dtype == dtype
+            assert torch.equal(half, data().to(dtype))
         assert total == sum(range(1, len(results) + 1))
+        assert largest == len(results) - 1
 
 
-def test_loss_and_gradients_are_those_of_one_process(results: list[Any]) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    expected = []
-    for _ in range(3):
-        loss = SimOLoss()(model(data()), LABELS)
-        optimizer.zero_grad()
-        loss.backward()
-        expected.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
-        optimizer.step()
-    for _, history in results:
-        for (loss, gradients), (wanted, wanted_gradients) in zip(history, expected, strict=True):
-            torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=0)
-            torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-10, atol=1e-14)
+def test_gradients_of_half_precision_keep_their_dtype(results: list[Any]) -> None:
+    for place in range(len(HALVES)):
+        gradients = torch.cat([halves[place][1] for (_, _, halves, _), _ in results])
+        assert gradients.dtype == HALVES[place]
+        # each process asks for the same: the sum over processes, in whole numbers that half precision holds
+        expected = len(results) * torch.arange(16.0).unsqueeze(1).expand(16, 5)
+        assert torch.equal(gradients.float(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_are_those_of_one_process(results: list[Any], name: str, dtype: torch.dtype) -> None:
+    largest = 0.0
+    for _, histories in results:
+        for (loss, gradients), (wanted, expected) in zip(histories[name, dtype], train(name, dtype), strict=True):
+            pairs = zip([loss, *gradients], [wanted, *expected], strict=True)
+            largest = max(largest, *(error(found, exact) for found, exact in pairs))
+    print(f"largest relative error, {len(results)} processes, {name}, {dtype}: {largest:.1e}")  # pytest -rP shows it
+    assert largest <= DTYPES[dtype]
 
 
 def test_one_process_gathers_nothing() -> None:
