@@ -22,9 +22,11 @@ from simo_lightning.callbacks import (
     ImagesPerSecond,
     LastCheckpoint,
     OnlineKNN,
+    RequeueAtTimeLimit,
     StopSafely,
 )
 from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.extras import missing_extra
 from simo_lightning.loggers import RunCSVLogger
 from simo_lightning.run_folder import choose_run_folder, forget_run_folder, make_writable, run_folder_of
 
@@ -45,7 +47,8 @@ class SimoParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         prog = self.prog.split()[0]
-        print(f"{prog}: error: {in_one_line(message)} ({prog} fit --help lists what there is)", file=sys.stderr)
+        line = missing_extra(message) or f"{in_one_line(message)} ({prog} fit --help lists what there is)"
+        print(f"{prog}: error: {line}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -204,7 +207,7 @@ def main(args: Any = None) -> None:
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_defaults={"callbacks": [StopSafely(), ImagesPerSecond(), EmbeddingWriter()]},
+            trainer_defaults={"callbacks": [StopSafely(), RequeueAtTimeLimit(), ImagesPerSecond(), EmbeddingWriter()]},
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,

@@ -67,9 +67,9 @@ def make_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable_{os.environ.get('SLURM_PROCID', os.environ.get('RANK', '0'))}"  # of one process
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise PermissionError(f"the run's folder {folder} cannot be written: {error.strerror or error}") from error
 

@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "simo_lightning"
 FLOORS = {
-    1: {"functional", "distributed", "version"},
+    1: {"functional", "distributed", "extras", "version"},
     2: {"losses", "metrics", "encoders", "schedules", "checkpoints", "data", "plotting", "loggers", "run_folder"},
-    3: {"module", "probe", "callbacks"},
-    4: {"cli"},
+    3: {"export", "module", "probe", "callbacks"},
+    4: {"cli", "testing"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

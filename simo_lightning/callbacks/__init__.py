@@ -8,6 +8,7 @@ from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.predictions import EmbeddingWriter
+from simo_lightning.callbacks.requeue import RequeueAtTimeLimit
 from simo_lightning.callbacks.speed import ImagesPerSecond
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "ImagesPerSecond",
     "LastCheckpoint",
     "OnlineKNN",
+    "RequeueAtTimeLimit",
     "StopSafely",
 ]

@@ -1,0 +1,161 @@
+"""Several processes, nodes and starts of one job give what one process and one start give."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simo_lightning.callbacks import RequeueAtTimeLimit
+from simo_lightning.callbacks.requeue import in_slurm_job
+from simo_lightning.cli import main
+from simo_lightning.run_folder import make_writable
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "configs" / "slurm").glob("*"))
+BIN = Path(sys.executable).parent
+DDP = ["--trainer.strategy", "ddp", "--trainer.devices"]
+SMALL = f"""
+    --config {ROOT / "configs" / "digits.yaml"} --model.encoder.width 0.125 --trainer.accelerator cpu
+    --trainer.enable_progress_bar false --trainer.enable_model_summary false --plots.every_n_epochs 1000
+""".split()
+FRACTION, IMAGES = 0.11, 159  # of validation: an odd number, so that the shares of two processes differ
+# Writes the weights of every process, where a checkpoint has those of the first.
+EACH = """
+from pathlib import Path
+import torch
+from lightning.pytorch.callbacks import Callback
+
+class Each(Callback):
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), Path(trainer.default_root_dir, f"{trainer.global_rank}.pt"))
+"""
+
+
+def simo(*words: str, **arguments: Any) -> str:
+    done = subprocess.run([BIN / "simo", *words], capture_output=True, text=True, check=False, **arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def state(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint.get("state_dict", checkpoint)
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+def table(text: str) -> dict[str, float]:
+    """Metrics of Lightning's table."""
+    return {name: float(value) for name, value in re.findall(r"(val/\w+)\W+?([\d.]+(?:e-?\d+)?)\s", text)}
+
+
+def test_validation_on_two_processes_counts_every_image_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
+    words = [*SMALL, "--data.val_fraction", str(FRACTION), "--data.eval_batch_size", "20"]
+    main(["fit", *words, "--trainer.max_epochs", "1", "--run_dir", "run"])
+    words = ["validate", *words, "--ckpt_path", "run/checkpoints/last.ckpt"]
+    capfd.readouterr()
+    main(words)
+    one, two = table(capfd.readouterr().out), table(simo(*words, *DDP, "2"))
+    assert {"val/knn", "val/orthogonality", "val/effective_rank"} <= one.keys()
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one["val/knn"] * IMAGES == pytest.approx(round(one["val/knn"] * IMAGES), abs=1e-3)
+
+
+@pytest.mark.slow  # half a minute: five processes import torch
+def test_two_torchrun_agents_train_as_two_processes_of_one_machine(tmp_path: Path) -> None:
+    (tmp_path / "each.py").write_text(EACH)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    words = ["fit", *SMALL, "--trainer.max_epochs", "2", "--trainer.callbacks+=each.Each"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment |= {"NNODES": "2", "NPROC_PER_NODE": "1", "HEAD": address, "RUN_ID": "pair"}
+    agent = ["bash", ROOT / "configs" / "slurm" / "torchrun.sh", *words[1:]]
+    agents = [subprocess.Popen(agent, env=environment) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in agents] == [0, 0]
+    simo(*words, *DDP, "2", "--run_dir", "local", env=environment)
+    run = Path("runs/digits/job_pair")
+    for rank in range(2):
+        assert_equal(state(run / f"{rank}.pt"), state(Path(f"local/{rank}.pt")))
+    assert_equal(state(run / "0.pt"), state(run / "1.pt"))
+    assert_equal(state(run / "checkpoints" / "last.ckpt"), state(Path("local/checkpoints/last.ckpt")))
+
+
+def has_slurm() -> bool:
+    if not all(shutil.which(name) for name in ("sbatch", "sinfo", "scontrol")):
+        return False
+    try:
+        return subprocess.run(["sinfo"], capture_output=True, timeout=10, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+@pytest.mark.slow  # ten minutes: time limits count minutes, and SLURM waits two before a requeued job starts
+def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights() -> None:
+    if not has_slurm():
+        pytest.skip("no SLURM answers here (sbatch, sinfo, scontrol)")
+    # long enough for the signal, which comes up to a minute early
+    words = [*SMALL, "--trainer.max_epochs", "300", "--trainer.check_val_every_n_epoch", "100"]
+    limits = ["--time=2", "--signal=SIGUSR1@30", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1"]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    submit = ["sbatch", "--parsable", *limits, ROOT / "configs" / "slurm" / "one_node.sbatch", *words]
+    job = subprocess.run(submit, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    for _ in range(360):
+        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+        if any(f"JobState={end}" in shown for end in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")):
+            break
+        time.sleep(5)
+    log = Path(f"simo-{job}.log").read_text()
+    assert "JobState=COMPLETED" in shown, log[-3000:]
+    assert not re.search(r"Restarts=0\b", shown), "the run ended before its time limit"
+    stops = [int(step) for step in re.findall(rf"job {job} stopped at step (\d+), .* is requeued", log)]
+    starts = [int(step) for step in re.findall(rf"job {job} goes on after step (\d+) ", log)]
+    assert stops == starts
+    assert any(step % 6 for step in stops)  # in the middle of an epoch
+    run = Path(f"runs/digits/job_{job}")
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+    assert not list(run.glob("*.ckpt"))  # Lightning's own handler kept quiet
+    simo("fit", *words, *DDP, "2", "--run_dir", "whole")
+    assert_equal(state(run / "checkpoints" / "last.ckpt"), state(Path("whole/checkpoints/last.ckpt")))
+
+
+def test_outside_a_job_nobody_listens_and_in_an_interactive_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert not RequeueAtTimeLimit().listening
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not in_slurm_job()  # a shell in the job, but no task of it
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert in_slurm_job()
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert not in_slurm_job()
+
+
+def test_processes_of_a_job_make_the_folder_at_the_same_time(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: make_writable(tmp_path / "run"), range(500)))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_are_sound_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    assert "--ckpt_path last" in text
+    assert script.name in text.splitlines()[1]
