@@ -1,0 +1,128 @@
+"""Whether the training batches of a data module are what a contrastive loss needs."""
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from simo_lightning.testing.trainers import quiet_and_seeded
+
+
+def check_batch_composition(
+    datamodule: Any,
+    classes_per_batch: int | None = None,
+    samples_per_class: int | None = None,
+    epochs: int = 2,
+    world_size: int = 2,
+) -> None:
+    """Check that every training batch holds P classes x K images, and that no image comes twice in an epoch.
+
+    Also that an epoch is the same whenever it is drawn and other than the one before, and, for a data module that knows
+    its ``rank`` and ``world_size`` as those of this package do, that processes have as many batches and share none.
+
+    Args:
+        datamodule: Its ``train_dataloader()`` is a DataLoader whose batches are images and labels.
+        classes_per_batch: P; None: the data module's attribute of that name.
+        samples_per_class: K; None: the data module's attribute of that name.
+        epochs: How many are looked at.
+        world_size: Number of processes whose shares are compared; 1: none.
+
+    Raises:
+        AssertionError: If a batch or an epoch is other than that.
+
+    Example:
+        >>> from simo_lightning import DigitsPairDataModule
+        >>> check_batch_composition(DigitsPairDataModule(samples_per_class=10))
+    """
+    p = datamodule.classes_per_batch if classes_per_batch is None else classes_per_batch
+    k = datamodule.samples_per_class if samples_per_class is None else samples_per_class
+    with quiet_and_seeded():
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        loader = datamodule.train_dataloader()
+        orders = [_order(loader, epoch) for epoch in range(epochs)]
+        for epoch, order in enumerate(orders):
+            _check_epoch(order, epoch)
+            _check_same(order, _order(datamodule.train_dataloader(), epoch), epoch)
+            _check_labels(loader, epoch, p, k)
+        if epochs > 1 and orders[0] == orders[1]:
+            raise AssertionError("epoch 1 has the batches of epoch 0: does the sampler follow set_epoch?")
+        if world_size > 1 and hasattr(datamodule, "rank") and hasattr(datamodule, "world_size"):
+            _check_shares([_order(_of_rank(datamodule, rank, world_size), 0) for rank in range(world_size)])
+
+
+def _order(loader: DataLoader, epoch: int) -> list[list[int]]:
+    """Indices of each batch of an epoch."""
+    _set_epoch(loader, epoch)
+    if loader.batch_sampler is None:
+        raise AssertionError("train_dataloader() must make batches by a sampler, got a loader with batch_size=None")
+    return [list(batch) for batch in loader.batch_sampler]
+
+
+def _set_epoch(loader: DataLoader, epoch: int) -> None:
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):  # as Lightning does
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def _check_epoch(order: list[list[int]], epoch: int) -> None:
+    if not order:
+        raise AssertionError(f"epoch {epoch} has no batch")
+    indices = torch.tensor(list(chain.from_iterable(order)))
+    values, counts = indices.unique(return_counts=True)
+    if (counts > 1).any():
+        often = int(counts.argmax())
+        raise AssertionError(
+            f"no image may come twice in an epoch, but in epoch {epoch} {int((counts > 1).sum())} of {len(values)} do: "
+            f"image {int(values[often])} comes {int(counts[often])} times"
+        )
+
+
+def _check_same(order: list[list[int]], again: list[list[int]], epoch: int) -> None:
+    if order != again:
+        first = next((place for place, pair in enumerate(zip(order, again, strict=False)) if pair[0] != pair[1]), "?")
+        raise AssertionError(
+            f"epoch {epoch} must be the same whenever it is drawn, but batch {first} differs: a global generator?"
+        )
+
+
+def _check_labels(loader: DataLoader, epoch: int, p: int, k: int) -> None:
+    _set_epoch(loader, epoch)
+    for place, (images, labels) in enumerate(loader):
+        where = f"batch {place} of epoch {epoch}"
+        if len(images) != len(labels):
+            raise AssertionError(f"{where} has {len(images)} images and {len(labels)} labels")
+        counts = _counts(labels)
+        if len(counts) != p or (counts != k).any():
+            raise AssertionError(
+                f"{where} must hold {p} classes x {k} images, got {len(counts)} classes with "
+                f"{int(counts.min())} to {int(counts.max())} images"
+            )
+
+
+def _counts(labels: Tensor) -> Tensor:
+    counts: Tensor = labels.unique(return_counts=True)[1]
+    return counts
+
+
+def _of_rank(datamodule: Any, rank: int, world_size: int) -> DataLoader:
+    """The training loader of one process of several."""
+    ranked = copy.copy(datamodule)
+    ranked.__class__ = type(
+        type(datamodule).__name__, (type(datamodule),), {"rank": rank, "world_size": world_size, "__module__": __name__}
+    )
+    loader: DataLoader = ranked.train_dataloader()
+    return loader
+
+
+def _check_shares(shares: list[list[list[int]]]) -> None:
+    lengths = [len(share) for share in shares]
+    if len(set(lengths)) > 1:
+        raise AssertionError(f"processes must have as many batches each, got {lengths}")
+    images = [set(chain.from_iterable(share)) for share in shares]
+    common = images[0].intersection(*images[1:])
+    if common:
+        raise AssertionError(f"processes must share no image in an epoch, but {len(common)} come on all of them")

@@ -1,0 +1,119 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simo_lightning import ImageEncoder, SimOLoss, SimOModule
+from simo_lightning.export import export_encoder
+from simo_lightning.extras import missing_extra
+
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the extra export: pip install 'simo_lightning[export]'")
+FORMATS = [pytest.param("pt2"), pytest.param("onnx", marks=needs_onnx)]
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+def trained(**arguments: Any) -> ImageEncoder:
+    """An encoder whose running statistics are no longer those of the start."""
+    torch.manual_seed(0)
+    encoder = ImageEncoder("resnet10", width=0.125, embedding_dim=8, **arguments)
+    with torch.no_grad():
+        encoder(torch.rand(8, encoder.in_channels or 3, 16, 16))
+    return encoder
+
+
+def run(path: Path, images: Tensor) -> Tensor:
+    if path.suffix == ".pt2":
+        embeddings: Tensor = torch.export.load(path).module()(images)
+        return embeddings
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["embeddings"], {"images": images.numpy()})[0])
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("ending", "norm"), [("pt2", "layer"), pytest.param("onnx", "batch", marks=needs_onnx)])
+def test_the_file_embeds_as_the_encoder_does_at_any_batch_size(ending: str, norm: Any, tmp_path: Path) -> None:
+    encoder = trained(norm=norm)
+    was_training = encoder.training
+    path = export_encoder(encoder, tmp_path / "new" / f"encoder.{ending}", image_size=16)
+    assert encoder.training == was_training
+    encoder.eval()
+    for size in (1, 2, 7):
+        images = random(size, 3, 16, 16)
+        torch.testing.assert_close(run(path, images), encoder(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_checkpoint_with_its_normalisation_takes_raw_images(ending: str, tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+
+    module = SimOModule(trained(), SimOLoss())
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    path = export_encoder(tmp_path / "a.ckpt", tmp_path / f"e.{ending}", image_size=(16, 24), mean=MEAN, std=STD)
+    images = torch.randint(256, (3, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scaled = images.float() / 255
+    normalised = (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, images), module.eval().embed(normalised), rtol=1e-4, atol=1e-4)
+
+
+def test_the_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
+    encoder = trained(in_channels=1)
+    path = export_encoder(encoder, tmp_path / "e.pt2", image_size=8)
+    np.save(tmp_path / "images.npy", random(3, 1, 8, 8).numpy())
+    script = (
+        "import sys, numpy, torch; sys.modules['simo_lightning'] = None\n"
+        f"images = torch.from_numpy(numpy.load({str(tmp_path / 'images.npy')!r}))\n"
+        f"numpy.save({str(tmp_path / 'out.npy')!r}, torch.export.load({str(path)!r}).module()(images).detach().numpy())"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    expected = encoder.eval()(random(3, 1, 8, 8)).detach().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "encoder.bin"}, r"format must be 'torch' or 'onnx', or the path end in \.pt2 or \.onnx"),
+        ({"format": "jit"}, "format must be 'torch' or 'onnx'"),
+        ({"mean": MEAN}, "mean and std must be given both or neither"),
+        ({"mean": MEAN, "std": [0.0, 1.0, 1.0]}, "std positive"),
+        ({"in_channels": 1}, r"images must have shape \(N, 3, H, W\), got \(2, 1, 16, 16\)"),
+        ({"source": 3}, "source must be a checkpoint, a module or an encoder, got int"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_encoder(**{"source": trained(), "path": "encoder.pt2", "image_size": 16, **arguments})
+
+
+def test_a_missing_checkpoint_or_encoder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        export_encoder(tmp_path / "none.ckpt", tmp_path / "e.pt2", image_size=16)
+
+
+@pytest.mark.skipif(HAS_ONNX, reason="the extra export is installed")
+def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match=r"pip install 'simo_lightning\[export\]'"):
+        export_encoder(nn.Flatten(), tmp_path / "e.onnx", image_size=16)
+
+
+def test_only_modules_of_an_extra_are_blamed_on_it() -> None:
+    assert (
+        missing_extra("No module named 'onnxscript'") == "onnxscript is missing: pip install 'simo_lightning[export]'"
+    )
+    assert missing_extra("No module named 'numpy'") is None
+    assert missing_extra("Expected an int") is None
