@@ -167,6 +167,10 @@ class SimoCLI(LightningCLI):
         of_checkpoint = run_folder_of(Path(config.ckpt_path)) if config.ckpt_path and not named else None
         if config.run_dir is not None:
             folder = Path(config.run_dir)
+            if self.config.subcommand == "fit" and config.ckpt_path is None and (folder / "checkpoints").exists():
+                raise ValueError(
+                    f"--run_dir {folder} holds a run already: give --ckpt_path last to go on with it, or another folder"
+                )
         elif of_checkpoint is not None:
             folder = of_checkpoint
         elif self.config.subcommand == "fit" or named:
@@ -212,6 +216,7 @@ def main(args: Any = None) -> None:
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=SimoParser,
+            parser_kwargs={"description": "Train, evaluate and explain image encoders with SimO loss."},
             args=args,
         )
     except (ValueError, OSError, MisconfigurationException) as error:

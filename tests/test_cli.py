@@ -214,6 +214,7 @@ def test_a_wrong_argument_is_told_in_a_line(words: list[str], message: str, capf
         (["--data.samples_per_class", "1"], "samples_per_class must"),
         (["--data.samples_per_class", "1000"], "smallest class"),
         (["--run_dir", "file/run"], "the run's folder file/run cannot be written"),
+        (["--run_dir", "used"], "--run_dir used holds a run already: give --ckpt_path last"),
         (["--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
         (["--ckpt_path", "cut.ckpt"], "checkpoint cut.ckpt cannot be read: cut short"),
         (["--knn.k", "100000"], "k must"),
@@ -224,6 +225,7 @@ def test_a_run_that_cannot_be_is_told_in_a_line(
     words: list[str], message: str, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
+    Path("used/checkpoints").mkdir(parents=True)
     Path("cut.ckpt").write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:9999])
     with pytest.raises(SystemExit) as stop:
         fit(*words)
