@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import subprocess
 import warnings
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,10 @@ class Witness(Callback):
 
 
 class Signal(Callback):
-    """Sends signals to its own process in the midst of batches: {step: (rank, signal)}."""
+    """Signals in the midst of batches, {step: (rank, signal)}: to the rank and its readers, SIGKILL to the rank alone.
+
+    As from a scheduler: by another process, since a reader knows its parent's SIGTERM.
+    """
 
     def __init__(self, signals: dict[int, tuple[int, int]]) -> None:
         self.signals = signals
@@ -43,7 +47,8 @@ class Signal(Callback):
     def on_before_zero_grad(self, trainer: pl.Trainer, *_: Any) -> None:
         rank, number = self.signals.get(trainer.global_step, (-1, 0))
         if trainer.global_rank == rank:
-            os.kill(os.getpid(), number)
+            whom = os.getpid() if number == signal.SIGKILL else -os.getpgrp()
+            subprocess.run(["sh", "-c", f"kill -{int(number)} {whom}"], start_new_session=True, check=True)
 
 
 def encoder() -> nn.Module:

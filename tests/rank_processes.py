@@ -25,16 +25,17 @@ def start_ranks(world: int, job: Callable[..., None], *arguments: Any) -> list[i
         process.start()
     for process in ranks:
         process.join(timeout=90)
-        with suppress(
-            ProcessLookupError
-        ):  # one that waits for one that is gone; and the readers of one that was killed
-            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # one that waits for one that is gone; readers of one that was killed
         process.join()
     return [process.exitcode for process in ranks]
 
 
 def _run(rank: int, world: int, port: int, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.setsid()
+    mp.set_start_method("fork", force=True)  # of readers; else each rank would start, and load, a server of its own
     torch.set_num_threads(1)
     os.environ.pop("PL_GLOBAL_SEED", None)
     if world > 1:

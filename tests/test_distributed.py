@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simo_lightning import SimOLoss
+from simo_lightning import SimOLoss, SimOModule
 from simo_lightning.distributed import gather_rows, largest_over_ranks, sum_over_ranks
 from tests.rank_processes import saved, start_ranks
 
@@ -44,6 +47,8 @@ def run(world: int, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
     trained = {key: train(*key, rank, world) for key in itertools.product(LOSSES, DTYPES)}
+    trained["sharded"] = train("centroid softmax", torch.float64, rank, world, shard=True)
+    trained["micro-batches"] = train_in_parts(2, rank, world)
     torch.save((gather_job(rank, world), trained), folder / f"ranks.{rank}.pt")
     dist.destroy_process_group()
 
@@ -64,16 +69,53 @@ def half_job(own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rows.detach(), own.grad
 
 
-def train(name: str, dtype: torch.dtype, rank: int = 0, world: int = 1) -> History:
-    """Loss and gradients of three steps on this rank's share of the rows."""
+def train(name: str, dtype: torch.dtype, rank: int = 0, world: int = 1, shard: bool = False) -> History:
+    """Loss and gradients of three steps on this rank's share of the rows, by DDP or FSDP2 (``shard``)."""
     model = network().to(dtype)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    if shard:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    wrapped = DistributedDataParallel(model) if world > 1 and not shard else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     rows, labels = data().to(dtype).split(shares(world))[rank], LABELS.split(shares(world))[rank]
     history = []
     for _ in range(3):
         loss = LOSSES[name](gather_rows(wrapped(rows)), gather_rows(labels))
         optimizer.zero_grad()
+        loss.backward()
+        history.append((loss.detach(), [whole(parameter.grad) for parameter in model.parameters()]))
+        optimizer.step()
+    return history
+
+
+def whole(gradient: Tensor | None) -> Tensor:
+    """A gradient, or all shards of it together."""
+    assert gradient is not None
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+class Step(nn.Module):
+    """The training step as forward pass, which is what DDP wraps."""
+
+    def __init__(self, module: SimOModule) -> None:
+        super().__init__()
+        self.module = module
+        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]  # no trainer here
+
+    def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.module.training_step((rows, labels), 0)["loss"]
+        return loss
+
+
+def train_in_parts(size: int | None, rank: int = 0, world: int = 1) -> History:
+    """As ``train``, of a SimOModule that embeds so many rows at a time."""
+    model: nn.Module = Step(SimOModule(network(), SimOLoss(), micro_batch_size=size).double())
+    model = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    rows, labels = data().split(shares(world))[rank], LABELS.split(shares(world))[rank]
+    history = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(rows, labels)
         loss.backward()
         history.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
         optimizer.step()
@@ -83,6 +125,15 @@ def train(name: str, dtype: torch.dtype, rank: int = 0, world: int = 1) -> Histo
 def error(found: Tensor, wanted: Tensor) -> float:
     """Relative to the size of the whole tensor."""
     return float((found - wanted).norm() / wanted.norm())
+
+
+def apart(history: History, wanted: History) -> float:
+    """Largest error of a loss or gradient in a history."""
+    pairs = [
+        pair for (loss, gradients), (exact, expected) in zip(history, wanted, strict=True)
+        for pair in zip([loss, *gradients], [exact, *expected], strict=True)
+    ]  # fmt: skip
+    return max(error(found, exact) for found, exact in pairs)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -116,13 +167,22 @@ def test_gradients_of_half_precision_keep_their_dtype(results: list[Any]) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_are_those_of_one_process(results: list[Any], name: str, dtype: torch.dtype) -> None:
-    largest = 0.0
-    for _, histories in results:
-        for (loss, gradients), (wanted, expected) in zip(histories[name, dtype], train(name, dtype), strict=True):
-            pairs = zip([loss, *gradients], [wanted, *expected], strict=True)
-            largest = max(largest, *(error(found, exact) for found, exact in pairs))
+    largest = max(apart(histories[name, dtype], train(name, dtype)) for _, histories in results)
     print(f"largest relative error, {len(results)} processes, {name}, {dtype}: {largest:.1e}")  # pytest -rP shows it
     assert largest <= DTYPES[dtype]
+
+
+def test_sharded_weights_have_the_gradients_of_one_process(results: list[Any]) -> None:
+    wanted = train("centroid softmax", torch.float64)
+    largest = max(apart(histories["sharded"], wanted) for _, histories in results)
+    print(f"largest relative error, {len(results)} processes, FSDP2: {largest:.1e}")
+    assert largest <= 1e-10
+
+
+def test_micro_batches_of_every_process_make_the_plain_step_of_one(results: list[Any]) -> None:
+    largest = max(apart(histories["micro-batches"], train_in_parts(None)) for _, histories in results)
+    print(f"largest relative error, {len(results)} processes, micro_batch_size 2: {largest:.1e}")
+    assert largest <= 1e-10
 
 
 def test_one_process_gathers_nothing() -> None:

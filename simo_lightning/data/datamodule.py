@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simo_lightning.data.augment import BatchAugment, normalize
-from simo_lightning.data.loader import ResumableLoader, keep_batch
+from simo_lightning.data.loader import ResumableLoader, keep_batch, leave_signals_to_the_trainer
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
 from simo_lightning.data.sources import (
     ImageSource,
@@ -258,6 +258,7 @@ class PairDataModule(LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": leave_signals_to_the_trainer,
             "pin_memory": on_cuda,
         }
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +19,30 @@ from simo_lightning.data.sources import ImageSource
 def keep_batch(batch: Any) -> Any:
     """The batch itself: the sources give batches already."""
     return batch
+
+
+def leave_signals_to_the_trainer(worker: int = 0) -> None:
+    """Let a worker outlive the signals that a scheduler, or Ctrl-C, sends to all processes of a job.
+
+    The trainer acts on them after the batch, and needs its workers until it has saved; one that dies of a signal ends
+    the run at once. SIGTERM from the process that reads the batches still ends a worker.
+
+    Args:
+        worker: Its number, as ``worker_init_fn`` is given it.
+    """
+    parent = mp.parent_process()
+    for name in ("SIGINT", "SIGUSR1"):
+        if parent is not None and hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # Linux; only there is the sender known
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_wait_for_the_end, args=(parent.pid,), daemon=True).start()
+
+
+def _wait_for_the_end(sender: int | None) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != sender:
+        pass
+    os._exit(0)
 
 
 class ResumableLoader(DataLoader):
