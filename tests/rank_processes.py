@@ -25,10 +25,9 @@ def start_ranks(world: int, job: Callable[..., None], *arguments: Any) -> list[i
         process.start()
     for process in ranks:
         process.join(timeout=90)
+        # Ends a rank that waits for one that is gone, and the readers of one that was killed.
         with suppress(ProcessLookupError):
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # one that waits for one that is gone; readers of one that was killed
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
     return [process.exitcode for process in ranks]
 

@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from simo_lightning import ImageEncoder, SimOModule
@@ -35,6 +38,15 @@ class Joined(Pairs):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
+class Sharded(SimOModule):
+    """Spreads the encoder's weights over the processes where the strategy is Lightning's for that (FSDP2)."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            fully_shard(self.encoder, mesh=self.device_mesh["data_parallel"])
+
+
 def train(
     folder: Path, data: Pairs, size: int | None = None, rate: float = 0.02, **arguments: Any
 ) -> dict[str, Tensor]:
@@ -43,17 +55,25 @@ def train(
     encoder = ImageEncoder("resnet10", width=0.125, norm="group", embedding_dim=6)
     optimizer = partial(torch.optim.SGD, lr=rate, momentum=0.9)
     trainer = small_trainer(folder, max_epochs=2, **arguments)
-    module = SimOModule(encoder, optimizer=optimizer, micro_batch_size=size)
+    module = Sharded(encoder, optimizer=optimizer, micro_batch_size=size)
+    if isinstance(arguments.get("strategy"), ModelParallelStrategy):
+        module = module.double()  # it knows no precision="64-true"
     trainer.fit(module, data)
     assert trainer.global_step == 8 * (2 if trainer.world_size == 1 and not isinstance(data, Joined) else 1)
-    return module.state_dict()
+    return {name: whole(weight) for name, weight in module.state_dict().items()}
+
+
+def whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
 
 
 def run(folder: Path) -> None:
-    weights = {}
-    for size in (None, 5):
-        trained = train(folder, Pairs(), size, devices=2, strategy="ddp", precision="64-true")
-        weights[size] = {name: weight.clone() for name, weight in trained.items()}
+    weights = {
+        f"DDP, micro_batch_size {size}": train(folder, Pairs(), size, devices=2, strategy="ddp", precision="64-true")
+        for size in (None, 5)
+    }
+    sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    weights["FSDP2"] = train(folder, Pairs(), devices=2, strategy=sharding)
     rank = torch.distributed.get_rank()
     torch.save(weights, folder / f"ranks.{rank}.pt")
 
@@ -61,14 +81,12 @@ def run(folder: Path) -> None:
 def test_two_processes_train_to_the_weights_of_one_with_their_batches_joined(tmp_path: Path) -> None:
     assert start_ranks(2, run, tmp_path) == [0, 0]
     wanted = train(tmp_path, Joined(), precision="64-true", reload_dataloaders_every_n_epochs=1)
-    largest = 0.0
-    for weights in saved(tmp_path, "ranks", 2):
-        for size in (None, 5):
-            for name, weight in weights[size].items():
-                assert weight.dtype == torch.float64
-                largest = max(largest, float((weight - wanted[name]).norm() / wanted[name].norm()))
-    print(f"largest relative error of a weight after 8 steps: {largest:.1e}")  # pytest -rP shows it
-    assert largest <= 1e-10
+    for runs in saved(tmp_path, "ranks", 2):
+        for kind, weights in runs.items():
+            assert {weight.dtype for weight in weights.values()} == {torch.float64}
+            largest = max(float((weights[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+            print(f"largest relative error of a weight after 8 steps, {kind}: {largest:.1e}")  # pytest -rP shows it
+            assert largest <= 1e-10
 
 
 def test_fp16_with_a_gradient_scaler_under_the_trainer(tmp_path: Path) -> None:
