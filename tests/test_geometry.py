@@ -1,21 +1,18 @@
-"""Geometry against explicit NumPy loops over the embeddings themselves, scikit-learn and SciPy."""
+"""Geometry against explicit NumPy loops over the embeddings themselves, and against other libraries."""
 
-from itertools import combinations
+import time
+from itertools import product
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
-from numpy.typing import NDArray
-from sklearn.metrics import calinski_harabasz_score
-from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
 from simo_lightning.functional import geometry
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
-
-Floats = NDArray[np.float64]
+from tests import reference_geometry
+from tests.reference_geometry import LOOPS, OTHERS
 
 
 def data(n: int = 60, dim: int = 4, num_classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -24,61 +21,6 @@ def data(n: int = 60, dim: int = 4, num_classes: int = 5, seed: int = 0) -> tupl
     labels = torch.tensor([0, 1, 1, 2, 4])[torch.randint(5, (n,), generator=generator)] % num_classes
     centers = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
     return centers[labels] + 0.3 * torch.randn(n, dim, generator=generator, dtype=torch.float64), labels
-
-
-def class_means(rows: Floats, labels: NDArray[np.int64]) -> list[Floats]:
-    return [np.mean([row for row, label in zip(rows, labels, strict=True) if label == c], axis=0) for c in set(labels)]
-
-
-def cosine(a: Floats, b: Floats) -> float:
-    return float(a @ b / np.sqrt(a @ a) / np.sqrt(b @ b))
-
-
-def loop_orthogonality(rows, labels):
-    return np.mean([abs(cosine(a, b)) for a, b in combinations(class_means(rows, labels), 2)])
-
-
-def loop_orthogonality_max(rows, labels):
-    return max(abs(cosine(a, b)) for a, b in combinations(class_means(rows, labels), 2))
-
-
-def loop_effective_rank(rows, labels):
-    singular = np.linalg.svd(rows, compute_uv=False)
-    return np.exp(scipy.stats.entropy(singular / singular.sum()))
-
-
-def loop_within_between(rows, labels):
-    num_classes = len(set(labels))
-    return (len(rows) - num_classes) / (num_classes - 1) / calinski_harabasz_score(rows, labels)
-
-
-def loop_nc1(rows, labels):
-    means = dict(zip(set(labels), class_means(rows, labels), strict=True))
-    center = np.mean(list(means.values()), axis=0)
-    within = sum(np.outer(row - means[label], row - means[label]) for row, label in zip(rows, labels, strict=True))
-    between = sum(np.outer(mean - center, mean - center) for mean in means.values())
-    return np.trace(within / len(rows) @ np.linalg.pinv(between / len(means), rcond=1e-10)) / len(means)
-
-
-def loop_equinorm(rows, labels):
-    means = class_means(rows, labels)
-    norms = [np.linalg.norm(mean - np.mean(means, axis=0)) for mean in means]
-    return np.std(norms) / np.mean(norms)
-
-
-def loop_equiangularity(rows, labels):
-    means = class_means(rows, labels)
-    centered = [mean - np.mean(means, axis=0) for mean in means]
-    return np.std([cosine(a, b) for a, b in combinations(centered, 2)])
-
-
-def loop_alignment(rows, labels):
-    pairs = [(i, j) for i, j in combinations(range(len(rows)), 2) if labels[i] == labels[j]]
-    return np.mean([((rows[i] - rows[j]) ** 2).sum() for i, j in pairs])
-
-
-def loop_rms_norm(rows, labels):
-    return np.sqrt(np.mean([row @ row for row in rows]))
 
 
 def values(embeddings: Tensor, labels: Tensor, num_classes: int = 5) -> dict[str, float]:
@@ -90,15 +32,36 @@ def values(embeddings: Tensor, labels: Tensor, num_classes: int = 5) -> dict[str
 @pytest.mark.parametrize("dim", [1, 4, 12])
 def test_equals_the_loop(name, dim):
     embeddings, labels = data(dim=dim)
-    expected = globals()[f"loop_{name}"](embeddings.numpy(), labels.numpy())
-    assert values(embeddings, labels)[name] == pytest.approx(expected, rel=1e-9)
+    expected = LOOPS[name](embeddings.numpy(), labels.numpy())
+    assert values(embeddings, labels)[name] == pytest.approx(expected, rel=1e-9, nan_ok=name == "variance_across")
 
 
 @pytest.mark.parametrize("name", sorted(GEOMETRY))
 def test_fewer_rows_than_dimensions(name):
     embeddings, labels = data(n=7, dim=20)
-    expected = globals()[f"loop_{name}"](embeddings.numpy(), labels.numpy())
+    expected = LOOPS[name](embeddings.numpy(), labels.numpy())
     assert values(embeddings, labels)[name] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_equals_the_code_of_others(name):
+    embeddings, labels = data(dim=12, seed=1)
+    expected = OTHERS[name][1](embeddings.numpy(), labels.numpy())
+    assert values(embeddings, labels)[name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_agreement():
+    """Largest relative error of each metric: ``pytest tests/test_geometry.py -k agreement -rP``."""
+    references = [(name, "loops", loop) for name, loop in LOOPS.items()]
+    references += [(name, *other) for name, other in OTHERS.items()]
+    draws = [data(dim=dim, seed=seed) for dim, seed in product((6, 12), range(5))]
+    print()
+    for name, source, reference in sorted(references, key=lambda each: (each[0], each[1] != "loops")):
+        expected = [reference(embeddings.numpy(), labels.numpy()) for embeddings, labels in draws]
+        found = [values(*draw)[name] for draw in draws]
+        error = max(abs(mine / theirs - 1) for mine, theirs in zip(found, expected, strict=True))
+        print(f"{name:20} {source:42} {error:.0e}")
+        assert error < 1e-9
 
 
 def test_names_are_those_of_the_functions_in_order():
@@ -106,39 +69,38 @@ def test_names_are_those_of_the_functions_in_order():
     assert all(getattr(geometry, name) is function for name, function in GEOMETRY.items())
 
 
-def test_cosines_are_scikit_learns():
-    embeddings, labels = data()
-    means = np.stack(class_means(embeddings.numpy(), labels.numpy()))
-    off = np.abs(cosine_similarity(means))[np.triu_indices(len(means), 1)]
-    found = values(embeddings, labels)
-    assert (found["orthogonality"], found["orthogonality_max"]) == pytest.approx((off.mean(), off.max()))
-
-
 def test_orthogonal_points_are_the_best_there_is():
     embeddings, labels = 3 * torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
-    assert values(embeddings, labels, 4) == pytest.approx(
-        {
-            "alignment": 0,
-            "effective_rank": 4,
-            "equiangularity": 0,
-            "equinorm": 0,
-            "nc1": 0,
-            "orthogonality": 0,
-            "orthogonality_max": 0,
-            "rms_norm": 3,
-            "within_between": 0,
-        },
-        abs=1e-12,
-    )
+    expected = dict.fromkeys(GEOMETRY, 0.0) | {"effective_rank": 4, "stable_rank": 4, "rms_norm": 3}
+    expected |= {"centered_cosine": 1 / 3, "centered_cosine_max": 1 / 3, "participation": np.nan}
+    assert values(embeddings, labels, 4) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_a_simplex_has_the_cosines_of_a_simplex():
+    corners = (torch.eye(5, dtype=torch.float64) - 1 / 5).repeat(2, 1)
+    found = values(corners, torch.arange(5).repeat(2))
+    names = ("centered_cosine", "centered_cosine_max", "orthogonality", "orthogonality_max")
+    assert [found[name] for name in names] == pytest.approx([1 / 4] * 4)
+    for name in ("simplex_deviation", "equinorm", "equiangularity"):
+        assert found[name] == pytest.approx(0, abs=1e-12)
 
 
 def test_full_collapse_is_told_and_never_flattered():
     embeddings, labels = torch.tensor([0.1, 0.7, -0.3]).repeat(1000, 1), torch.arange(1000) % 7 % 5
     found = values(embeddings, labels)
-    exact = {name: found.pop(name) for name in ("alignment", "effective_rank", "orthogonality", "orthogonality_max")}
-    assert exact == pytest.approx({"alignment": 0, "effective_rank": 1, "orthogonality": 1, "orthogonality_max": 1})
     assert found.pop("rms_norm") == pytest.approx(0.59**0.5)
+    ones = {"effective_rank", "stable_rank", "orthogonality", "orthogonality_max", "leakage"}
+    zeros = {"alignment", "norm_spread", "variance_across", "variance_along"}
+    exact = {name: found.pop(name) for name in ones | zeros}
+    assert exact == pytest.approx({name: float(name in ones) for name in exact}, abs=1e-12)
     assert all(np.isnan(value) for value in found.values()), found
+
+
+def test_two_merged_classes_show_in_the_largest_cosine():
+    embeddings, labels = torch.eye(4)[torch.tensor([0, 1, 2, 2])], torch.arange(4)
+    found = values(embeddings, labels, 4)
+    assert (found["orthogonality_max"], found["centered_cosine_max"]) == pytest.approx((1, 1))
+    assert (found["orthogonality"], found["leakage"]) == pytest.approx((1 / 6, 1 / 6))  # one of six pairs
 
 
 def test_merged_classes_with_spread_have_infinite_within_between():
@@ -151,9 +113,8 @@ def test_merged_classes_with_spread_have_infinite_within_between():
 def test_one_class_leaves_what_compares_classes_undefined():
     found = values(data()[0], torch.zeros(60, dtype=torch.long))
     assert {name for name, value in found.items() if np.isnan(value)} == set(GEOMETRY) - {
-        "alignment",
-        "effective_rank",
-        "rms_norm",
+        *("alignment", "effective_rank", "norm_spread", "participation", "rms_norm", "stable_rank"),
+        *("variance_across", "variance_along"),
     }
 
 
@@ -185,8 +146,8 @@ def test_rotation_permutation_and_scale():
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64))[0]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(9))
     found = values(10 * embeddings[order] @ rotation, labels[order])
-    expected["alignment"] *= 100
-    expected["rms_norm"] *= 10
+    for name, factor in (("alignment", 100), ("rms_norm", 10), ("variance_across", 100), ("variance_along", 100)):
+        expected[name] *= factor
     assert found == pytest.approx(expected)
 
 
@@ -199,5 +160,91 @@ def test_effective_rank_of_one_line_in_many_dimensions_is_one():
 def test_far_from_the_origin_the_spread_is_still_seen():
     embeddings, labels = data()
     near, far = values(embeddings, labels), values(embeddings + 1e3, labels)
-    for name in ("alignment", "within_between", "nc1", "equinorm", "equiangularity"):
+    for name in (
+        "alignment",
+        "within_between",
+        "nc1",
+        "equinorm",
+        "equiangularity",
+        "simplex_deviation",
+        "participation",
+    ):
         assert far[name] == pytest.approx(near[name], rel=1e-6)
+
+
+def test_spread_along_and_across_the_class_direction():
+    """A class on a ray spreads along alone, a class on a sphere around a far point in all directions alike."""
+    lengths = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    ray = lengths.unsqueeze(1) * torch.tensor([[0.6, 0.8, 0.0]], dtype=torch.float64)
+    found = values(ray, torch.zeros(4, dtype=torch.long), 1)
+    assert (found["variance_along"], found["variance_across"]) == pytest.approx((1.25, 0), abs=1e-12)
+    around = torch.cat((torch.eye(3), -torch.eye(3))).double() + torch.tensor([2.0, 5.0, 1.0])
+    found = values(around, torch.zeros(6, dtype=torch.long), 1)
+    assert (found["variance_along"], found["variance_across"], found["participation"]) == pytest.approx(
+        (1 / 3, 1 / 3, 3)
+    )
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.02])
+def test_float32_sums_see_spreads_above_a_hundredth_of_the_norm(spread):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) % 4
+    centers = torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=1)
+    rows = centers[labels] + spread / 4 * torch.randn(1000, 16, generator=generator)
+    exact, found = (class_moments(rows, labels, 4, dtype) for dtype in (torch.float64, torch.float32))
+    names = ["alignment", "within_between", "variance_across", "participation"]
+    if spread / 4 > 0.01:  # along one direction
+        names.append("leakage")
+    for name in names:
+        assert GEOMETRY[name](found).item() == pytest.approx(GEOMETRY[name](exact).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_leakage_compares_as_many_directions_as_asked(directions):
+    embeddings, labels = data(dim=8)
+    found = geometry.leakage(class_moments(embeddings, labels, 5), directions).item()
+    bases = [
+        np.linalg.svd(own)[2][:directions] for own in reference_geometry.members(embeddings.numpy(), labels.numpy())
+    ]
+    pairs = [((a @ b.T) ** 2).sum() / directions for i, a in enumerate(bases) for b in bases[:i]]
+    assert found == pytest.approx(np.mean(pairs))
+    with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
+        geometry.leakage(class_moments(embeddings, labels, 5), 0)
+
+
+def test_per_class_values_average_to_the_metric_and_leave_out_what_is_not_there():
+    embeddings, labels = data()  # class 3 has no rows
+    moments = class_moments(embeddings, labels, 5)
+    for name in ("participation", "variance_across", "variance_along"):
+        each = getattr(geometry, f"class_{name}")(moments)
+        assert each.isnan().tolist() == [False, False, False, True, False]
+        assert each.nanmean().item() == pytest.approx(values(embeddings, labels)[name])
+    for c in (0, 1, 2, 4):
+        squares = embeddings[labels == c].square().sum(dim=1).numpy()
+        assert geometry.class_rms_norm(moments)[c].item() == pytest.approx(np.sqrt(squares.mean()))
+        assert geometry.class_norm_spread(moments)[c].item() == pytest.approx(squares.std() / squares.mean())
+
+
+@pytest.mark.parametrize(("n", "dim"), [(60, 4), (5, 20)])
+def test_singular_values_are_those_of_the_rows(n, dim):
+    embeddings, labels = data(n=n, dim=dim)
+    found = geometry.singular_values(class_moments(embeddings, labels, 5)).numpy()
+    expected = np.linalg.svd(embeddings.numpy(), compute_uv=False)
+    assert found == pytest.approx(np.pad(expected, (0, dim - len(expected))), rel=1e-9, abs=1e-9)
+    assert (found > 0).sum() == np.linalg.matrix_rank(embeddings.numpy())
+
+
+def test_all_of_them_cost_little():
+    """Processor time of the whole table: ``pytest tests/test_geometry.py -k cost -rP``."""
+    print()
+    for num_classes, dim, repeats, most in ((10, 16, 30, 0.05), (100, 128, 3, 2.0)):
+        labels = torch.arange(3000) % num_classes
+        moments = class_moments(torch.randn(3000, dim, generator=torch.Generator().manual_seed(0)), labels, num_classes)
+        times = []
+        for _ in range(repeats):
+            start = time.thread_time()
+            for function in GEOMETRY.values():
+                function(moments)
+            times.append(time.thread_time() - start)
+        print(f"{num_classes} classes, {dim} dimensions: {1000 * min(times):.1f} ms for {len(GEOMETRY)} metrics")
+        assert min(times) < most

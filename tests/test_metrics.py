@@ -1,6 +1,7 @@
 """Geometry metrics against the pure functions: in batches, out of order, after a reset, pickled, over processes."""
 
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,19 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from simo_lightning.functional.geometry import GEOMETRY
+from simo_lightning import metrics as metrics_room
+from simo_lightning.functional.geometry import GEOMETRY, leakage
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.metrics import ClassMomentsMetric, EffectiveRank, Orthogonality, geometry_metrics
+from simo_lightning.metrics import (
+    NC3,
+    ClassMomentsMetric,
+    EffectiveRank,
+    Leakage,
+    NearestMeanAccuracy,
+    Orthogonality,
+    Uniformity,
+    geometry_metrics,
+)
 
 NUM_CLASSES, DIM = 4, 6
 
@@ -49,7 +60,7 @@ def test_collection_accumulates_once_from_the_first_update_on(monkeypatch):
         batches.append(arguments)
         return class_moments(*arguments)
 
-    monkeypatch.setattr("simo_lightning.metrics.class_moments", watched)
+    monkeypatch.setattr("simo_lightning.metrics.moments.class_moments", watched)
     for seed in range(3):
         metrics.update(*data(seed=seed))
     assert len(batches) == 3
@@ -59,10 +70,69 @@ def test_collection_accumulates_once_from_the_first_update_on(monkeypatch):
 def test_every_function_has_its_metric():
     metrics = geometry_metrics(NUM_CLASSES, DIM)
     assert list(metrics.keys()) == list(GEOMETRY)
-    lower = {name for name, metric in metrics.items() if metric.higher_is_better is False}
-    assert {name for name, metric in metrics.items() if metric.higher_is_better} == {"effective_rank"}
-    assert lower == set(GEOMETRY) - {"effective_rank", "rms_norm"}
+    higher = {name: metric.higher_is_better for name, metric in metrics.items()}
+    assert {name for name, better in higher.items() if better} == {"effective_rank", "stable_rank"}
+    neither = {"norm_spread", "participation", "rms_norm", "variance_along"}
+    assert {name for name, better in higher.items() if better is None} == neither
     assert not any(metric.is_differentiable or metric.full_state_update for metric in metrics.values())
+
+
+def classes_on_the_way(toward: str, share: float) -> tuple[Tensor, Tensor]:
+    """Classes that get better from share 0 to 1: their means go orthogonal, or their spread small."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(300) % 5
+    worst = 1 + 0.3 * torch.randn(5, 8, generator=generator, dtype=torch.float64)  # all lean to one side
+    worst[1] = worst[0] + 0.01  # and two are merged
+    noise = torch.randn(300, 8, generator=generator, dtype=torch.float64)
+    ideal = 3 * torch.eye(5, 8, dtype=torch.float64)
+    if toward == "orthogonal":
+        return ((1 - share) * worst + share * ideal)[labels] + 0.1 * noise, labels
+    return (0.2 * worst + 0.8 * ideal)[labels] + (2 - 1.8 * share) * noise, labels
+
+
+def new_metric(name: str) -> ClassMomentsMetric | Uniformity | NearestMeanAccuracy:
+    if name == "Uniformity":
+        return Uniformity(8, sample_size=512)
+    if name == "NearestMeanAccuracy":
+        return NearestMeanAccuracy(torch.eye(5, 8))
+    if name == "NC3":
+        head = torch.nn.Linear(8, 5)
+        torch.nn.init.eye_(head.weight)
+        head.weight.data -= head.weight.data.mean(dim=0)
+        return NC3(head)
+    return getattr(metrics_room, name)(5, 8)
+
+
+JUDGES = sorted(set(metrics_room.__all__) - {"geometry_metrics"})
+OF_SPREAD = {"Alignment", "NC1", "WithinBetween", "VarianceAcross", "NearestMeanAccuracy"}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_better_geometry_moves_it_the_way_it_says(name):
+    better = new_metric(name).higher_is_better
+    toward = "tight" if name in OF_SPREAD else "orthogonal"
+    values = []
+    for share in (0.0, 0.3, 0.6, 1.0):
+        metric = new_metric(name)
+        metric.update(*classes_on_the_way(toward, share))
+        values.append(metric.compute().sum().item())
+    if better is None:
+        assert name in {"ClassMomentsMetric", "NormSpread", "Participation", "RMSNorm", "VarianceAlong"}
+    else:
+        gains = [(after - before) * (1 if better else -1) for before, after in pairwise(values)]
+        assert sum(gains) > 0.05 * max(map(abs, values))
+        assert min(gains) > -0.01 * sum(gains)  # CenteredCosine dips by 0.3 % below its value in a simplex
+
+
+def test_leakage_takes_its_directions_along():
+    embeddings, labels = data()
+    metric = pickle.loads(pickle.dumps(Leakage(NUM_CLASSES, DIM, directions=3)))
+    metric.update(embeddings, labels)
+    moments = class_moments(embeddings, labels, NUM_CLASSES)
+    assert metric.compute().item() == pytest.approx(leakage(moments, 3).item())
+    assert metric.compute().item() != pytest.approx(leakage(moments, 2).item())
+    with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
+        Leakage(NUM_CLASSES, DIM, directions=0)
 
 
 def test_reset_forgets():
@@ -146,6 +216,11 @@ def sync(rank: int, folder: str) -> None:
         lone.update(embeddings, labels)
     with lone.sync_context():
         whole = lone.moments
+    sample, nearest = Uniformity(DIM, sample_size=40), NearestMeanAccuracy(torch.eye(NUM_CLASSES, DIM))
+    for metric in (sample, nearest):
+        metric.update(embeddings[own], labels[own])
+        found[type(metric).__name__] = metric.compute().item()
+    assert (len(sample.sample), int(nearest.total)) == (40, len(labels[own]))  # one's own again after the sync
     torch.save((found, local, whole._asdict()), Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -153,9 +228,13 @@ def sync(rank: int, folder: str) -> None:
 def test_two_processes_compute_what_one_would(tmp_path):
     torch.multiprocessing.spawn(sync, (str(tmp_path),), nprocs=2)
     embeddings, labels = data()
+    alone = expected(embeddings, labels)
+    for metric in (Uniformity(DIM, sample_size=40), NearestMeanAccuracy(torch.eye(NUM_CLASSES, DIM))):
+        metric.update(embeddings, labels)
+        alone[type(metric).__name__] = metric.compute().item()
     for rank, rows in ((0, 31), (1, 70)):
         found, local, whole = torch.load(tmp_path / f"{rank}.pt")
-        assert found == pytest.approx(expected(embeddings, labels), rel=1e-10)
+        assert found == pytest.approx(alone, rel=1e-10)
         assert local == rows
         for name, value in class_moments(embeddings, labels, NUM_CLASSES)._asdict().items():
             torch.testing.assert_close(whole[name], value)

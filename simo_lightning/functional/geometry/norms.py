@@ -1,0 +1,99 @@
+"""Norms of the embeddings: mean and spread, in the square sense that the class moments know exactly."""
+
+import torch
+from torch import Tensor
+
+from simo_lightning.functional.geometry.rounding import class_traces, without_rounding
+from simo_lightning.functional.moments import ClassMoments
+
+
+def rms_norm(moments: ClassMoments) -> Tensor:
+    """Root mean square norm of the embeddings: ``sqrt(mean_i |e_i|^2)``.
+
+    Args:
+        moments: Class moments; the labels do not matter.
+
+    Returns:
+        Scalar >= 0 in units of the embeddings; neither direction is better: it gives the scale for `alignment`, and
+        shows embeddings that vanish or blow up. ``nan`` if there is no embedding.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> rms_norm(class_moments(torch.tensor([[3.0, 4.0]]), torch.tensor([0]), num_classes=1)).item()
+        5.0
+
+    Source:
+        Ours.
+    """
+    return (moments.second.diagonal(dim1=1, dim2=2).sum() / moments.counts.sum()).sqrt()
+
+
+def norm_spread(moments: ClassMoments) -> Tensor:
+    """Coefficient of variation of the squared norms: ``std_i |e_i|^2 / mean_i |e_i|^2``.
+
+    Args:
+        moments: Class moments; the labels do not matter.
+
+    Returns:
+        Scalar >= 0, 0 on a sphere around the origin; for small values twice the coefficient of variation of the norms
+        themselves. Neither direction is better. ``nan`` if there is no embedding or all are zero.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> round(norm_spread(class_moments(embeddings, torch.tensor([0, 0]), num_classes=1)).item(), 6)
+        0.8
+
+    Source:
+        Ours; of squared norms because their first two moments are in the class moments.
+    """
+    return _variation(moments.fourth.sum(), class_traces(moments).sum(), moments.counts.sum())
+
+
+def class_rms_norm(moments: ClassMoments) -> Tensor:
+    """Root mean square norm of each class: ``sqrt(mean_{i in c} |e_i|^2)``.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        ``(C,)``, >= 0 in units of the embeddings; ``nan`` for classes without rows.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> class_rms_norm(class_moments(embeddings, torch.tensor([0, 2]), num_classes=3)).tolist()
+        [5.0, nan, 2.0]
+
+    Source:
+        Ours.
+    """
+    return (class_traces(moments) / moments.counts).sqrt()
+
+
+def class_norm_spread(moments: ClassMoments) -> Tensor:
+    """Coefficient of variation of the squared norms of each class, as :func:`norm_spread`.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        ``(C,)``, >= 0; ``nan`` for classes without rows or whose embeddings are all zero.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[1.0], [3.0], [5.0]])
+        >>> spread = class_norm_spread(class_moments(embeddings, torch.tensor([0, 0, 1]), num_classes=2))
+        >>> [round(value, 6) for value in spread.tolist()]
+        [0.8, 0.0]
+
+    Source:
+        Ours.
+    """
+    return _variation(moments.fourth, class_traces(moments), moments.counts)
+
+
+def _variation(fourth: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
+    """Coefficient of variation of the squared norms from the sums of their squares, of themselves and their number."""
+    ratio = fourth * counts / squares.square()  # mean |e|^4 over (mean |e|^2)^2, >= 1
+    return without_rounding(ratio - 1, torch.ones_like(ratio)).clamp(min=0).sqrt()

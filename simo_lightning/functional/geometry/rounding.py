@@ -1,0 +1,37 @@
+"""What rounding leaves: a difference that the rounding of the sums alone explains counts as zero."""
+
+import torch
+from torch import Tensor
+
+from simo_lightning.functional.moments import ClassMoments
+
+# Sums over many batches lose a few bits: what is below this many units of rounding is taken for zero.
+ROUNDING_UNITS = 1024
+
+
+def undefined(moments: ClassMoments) -> Tensor:
+    """Scalar ``nan`` in the dtype and on the device of the moments."""
+    return moments.sums.new_tensor(float("nan"))
+
+
+def without_rounding(values: Tensor, scale: Tensor) -> Tensor:
+    """The values, those below rounding at this scale set to 0; the two broadcast."""
+    floor = ROUNDING_UNITS * torch.finfo(values.dtype).eps * scale
+    return torch.where(values.abs() <= floor, torch.zeros_like(values), values)
+
+
+def centered_means(means: Tensor, center: Tensor) -> Tensor:
+    """Means less their centre (P, D); rows that differ from it by rounding alone are 0."""
+    centered = means - center
+    norms = without_rounding(centered.norm(dim=1, keepdim=True), means.norm(dim=1).max())
+    return torch.where(norms > 0, centered, torch.zeros_like(centered))
+
+
+def class_traces(moments: ClassMoments) -> Tensor:
+    """Sum of the squared norms of each class, ``(C,)``."""
+    return moments.second.diagonal(dim1=1, dim2=2).sum(dim=1)
+
+
+def class_variances(moments: ClassMoments) -> Tensor:
+    """Mean squared distance to the class mean, ``(C,)``; ``nan`` without rows, 0 where rounding explains it."""
+    return without_rounding(moments.scatter, class_traces(moments)) / moments.counts

@@ -1,0 +1,189 @@
+"""Directions in use: by all embeddings, by each class, and shared between classes."""
+
+import torch
+from torch import Tensor
+
+from simo_lightning.functional.geometry.rounding import (
+    ROUNDING_UNITS,
+    class_traces,
+    class_variances,
+    undefined,
+    without_rounding,
+)
+from simo_lightning.functional.moments import ClassMoments
+
+
+def singular_values(moments: ClassMoments) -> Tensor:
+    """Singular values of the uncentred ``(N, D)`` matrix of embeddings, largest first.
+
+    Args:
+        moments: Class moments; the labels do not matter.
+
+    Returns:
+        ``(D,)``, >= 0 in units of the embeddings, the square roots of the eigenvalues of their second moment; 0 where
+        rounding explains the eigenvalue; ``nan`` if an embedding is not finite.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> moments = class_moments(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 1]), num_classes=2)
+        >>> singular_values(moments).tolist()
+        [5.0, 0.0]
+
+    Source:
+        Linear algebra: the eigenvalues of ``X^T X`` are the squares of the singular values of ``X``.
+    """
+    second = moments.second.sum(dim=0)
+    if not second.isfinite().all():
+        return undefined(moments).expand(len(second))
+    eigenvalues = torch.linalg.eigvalsh(second).flip(0)  # (D,)
+    return without_rounding(eigenvalues, eigenvalues[0]).clamp(min=0).sqrt()
+
+
+def effective_rank(moments: ClassMoments) -> Tensor:
+    """Number of dimensions in use: ``exp(-sum_k p_k log p_k)``, ``p_k = s_k / sum_l s_l``.
+
+    ``s_k`` are the singular values of the uncentred ``(N, D)`` matrix of embeddings, found as the square roots of the
+    eigenvalues of its second moment.
+
+    Args:
+        moments: Class moments; the labels do not matter.
+
+    Returns:
+        Scalar in [1, min(N, D)], higher is better (1: all on one line through the origin); ``nan`` if there is no
+        embedding, or all are zero, or one is not finite.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> moments = class_moments(torch.eye(3), torch.tensor([0, 0, 1]), num_classes=2)
+        >>> round(effective_rank(moments).item(), 6)
+        3.0
+
+    Source:
+        Roy & Vetterli, EUSIPCO 2007; for embeddings RankMe (Garrido et al., arXiv 2210.02885), which adds 1e-7 to each
+        ``p_k``; nothing is added here, eigenvalues within rounding of zero count as zero.
+    """
+    singular = singular_values(moments)
+    p = singular / singular.sum()
+    return torch.special.entr(p).sum().exp()
+
+
+def stable_rank(moments: ClassMoments) -> Tensor:
+    """Number of dimensions that matter beside the strongest: ``|X|_F^2 / |X|_2^2``, the embeddings ``X (N, D)``.
+
+    Args:
+        moments: Class moments; the labels do not matter.
+
+    Returns:
+        Scalar in [1, min(N, D)], higher is better (1: all on one line through the origin), never above the rank and
+        without a floor where N <= D; ``nan`` as for :func:`effective_rank`.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> moments = class_moments(torch.diag(torch.tensor([2.0, 1.0])), torch.tensor([0, 1]), num_classes=2)
+        >>> round(stable_rank(moments).item(), 6)
+        1.25
+
+    Source:
+        Rudelson & Vershynin, J. ACM 54(4), 2007 (arXiv math/0503442), there called numerical rank.
+    """
+    squares = singular_values(moments).square()
+    return squares.sum() / squares[0]
+
+
+def class_participation(moments: ClassMoments) -> Tensor:
+    """Participation ratio of each class's covariance: ``(sum_k l_k)^2 / sum_k l_k^2``, ``l_k`` its eigenvalues.
+
+    By traces, ``tr(Cov)^2 / tr(Cov^2)``, so that no eigenvalue is computed.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        ``(C,)`` in [1, min(n_c - 1, D)]: over how many directions the class spreads about its mean; ``nan`` for a class
+        without spread, so also with fewer than two rows.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
+        >>> moments = class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)
+        >>> class_participation(moments).tolist()
+        [2.0, nan]
+
+    Source:
+        Gao et al., bioRxiv 214262, 2017 (dimensionality of neural activity), here per class.
+    """
+    variances = class_variances(moments)  # (C,) tr(Cov)
+    means, counts = moments.means, moments.counts.view(-1, 1, 1)
+    covariances = moments.second / counts - means.unsqueeze(2) * means.unsqueeze(1)  # (C, D, D)
+    ratio = variances.square() / covariances.square().sum(dim=(1, 2))
+    return torch.where(variances == 0, float("nan"), ratio)
+
+
+def participation(moments: ClassMoments) -> Tensor:
+    """Mean over the classes of :func:`class_participation`: over how many directions a class spreads about its mean.
+
+    Args:
+        moments: Class moments; classes without spread do not count.
+
+    Returns:
+        Scalar in [1, D]; neither direction is better: it is the shape of the spread, not its size. ``nan`` if no class
+        has spread.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
+        >>> participation(class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)).item()
+        2.0
+
+    Source:
+        Gao et al., bioRxiv 214262, 2017, averaged over classes.
+    """
+    spreads = (moments.counts > 0) & (class_variances(moments) != 0)  # what is not finite stays, and shows
+    return class_participation(moments)[spreads].mean()
+
+
+def leakage(moments: ClassMoments, directions: int = 2) -> Tensor:
+    """Mean alignment of the leading directions of two classes: ``mean_{a<b} |U_a^T U_b|_F^2 / min(k_a, k_b)``.
+
+    ``U_c (D, k_c)`` are the k leading eigenvectors of the class's second moment ``sum e e^T``, fewer where it has a
+    smaller rank; ``|U_a^T U_b|_F^2`` is the sum of the squared cosines of the principal angles of the two subspaces.
+    Not centred, because what SimO asks for is that every embedding of one class be orthogonal to every one of another:
+    the first direction is about that of the class mean, the second where the class spreads most beside it. So this sees
+    classes that lean over to each other though their means are orthogonal.
+
+    Args:
+        moments: Class moments; classes without rows do not count.
+        directions: k. 2 is the class mean and one direction of spread; more reaches into what is noise.
+
+    Returns:
+        Scalar in [0, 1], lower is better (0: the subspaces are orthogonal; about ``k / D`` for unrelated subspaces);
+        ``nan`` with fewer than two classes, or where a class is all zeros, or one embedding is not finite.
+
+    Raises:
+        ValueError: If ``directions`` is below 1.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, -1.0], [0.0, 2.0, 1.0], [0.0, 2.0, -1.0]])
+        >>> moments = class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)
+        >>> leakage(moments).item()  # the means are orthogonal, the spread is shared
+        0.5
+
+    Source:
+        Ours; principal angles as Björck & Golub, Math. Comp. 27(123), 1973. Where the k-th and the next eigenvalue are
+        equal, the subspace is one of many that fit.
+    """
+    if directions < 1:
+        raise ValueError(f"directions must be at least 1, got {directions}")
+    present = moments.counts > 0
+    second = (moments.second / class_traces(moments).view(-1, 1, 1))[present]  # (P, D, D)
+    if len(second) < 2 or not second.isfinite().all():
+        return undefined(moments)
+    eigenvalues, vectors = torch.linalg.eigh(second)
+    eigenvalues, vectors = eigenvalues[:, -directions:], vectors[..., -directions:]  # (P, k), (P, D, k)
+    used = eigenvalues > ROUNDING_UNITS * torch.finfo(eigenvalues.dtype).eps * eigenvalues[:, -1:]
+    flat = (vectors * used.unsqueeze(1)).mT.flatten(0, 1)  # (P k, D), zeros where a class has fewer directions
+    shared = (flat @ flat.mT).square().view(len(second), -1, len(second), used.shape[1]).sum(dim=(1, 3))  # (P, P)
+    ranks = used.sum(dim=1)
+    first, other = torch.triu_indices(len(second), len(second), offset=1, device=second.device)
+    return (shared[first, other] / torch.minimum(ranks[first], ranks[other])).clamp(max=1).mean()

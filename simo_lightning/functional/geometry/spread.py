@@ -1,0 +1,217 @@
+"""Spread within classes: against that between them, between pairs, and along or across the class's own direction."""
+
+import torch
+from torch import Tensor
+
+from simo_lightning.functional.geometry.means import present_means
+from simo_lightning.functional.geometry.rounding import (
+    ROUNDING_UNITS,
+    centered_means,
+    class_traces,
+    class_variances,
+    undefined,
+    without_rounding,
+)
+from simo_lightning.functional.moments import ClassMoments
+
+
+def within_between(moments: ClassMoments) -> Tensor:
+    """Scatter within classes over scatter between them: ``tr(S_W) / tr(S_B)``.
+
+    ``tr(S_W) = sum_i |e_i - m_{y_i}|^2`` and ``tr(S_B) = sum_c n_c |m_c - m|^2`` with ``m`` the mean of all embeddings.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        Scalar >= 0, lower is better (0: every class is one point; ``inf``: all class means coincide); ``nan`` with
+        fewer than two classes or where all embeddings coincide.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
+        >>> within_between(class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)).item()
+        0.04
+
+    Source:
+        Fisher's scatter ratio; ``(N - C) / (C - 1)`` over it is the Calinski-Harabasz score.
+    """
+    present = moments.counts > 0
+    if int(present.sum()) < 2:
+        return undefined(moments)
+    means, counts = moments.means[present], moments.counts[present]
+    center = moments.sums.sum(dim=0) / counts.sum()
+    between = (counts * centered_means(means, center).square().sum(dim=1)).sum()
+    total = moments.second.diagonal(dim1=1, dim2=2).sum()
+    return without_rounding(moments.scatter[present].sum(), total) / between
+
+
+def nc1(moments: ClassMoments) -> Tensor:
+    """Variability collapse: ``tr(S_W pinv(S_B)) / C``.
+
+    ``S_W = 1/N sum_i (e_i - m_{y_i})(e_i - m_{y_i})^T`` and ``S_B = 1/C sum_c (m_c - m)(m_c - m)^T``, with ``m`` the
+    mean of the class means and C the number of classes that have rows.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        Scalar >= 0, lower is better (0: no spread within classes in the directions that tell classes apart); ``nan``
+        with fewer than two classes or where all class means coincide.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
+        >>> round(nc1(class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)).item(), 6)
+        0.02
+
+    Source:
+        Papyan, Han & Donoho, PNAS 2020 (arXiv 2008.08186), NC1. Their global mean is that of all samples; the two are
+        the same where classes are equal in size, as theirs are.
+    """
+    means = present_means(moments)
+    if len(means) < 2:
+        return undefined(moments)
+    centered = centered_means(means, means.mean(dim=0))
+    if not centered.any():
+        return undefined(moments)
+    # S_B = centered^T centered / P: its pseudo-inverse from the singular values of `centered`, without squaring them
+    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)  # (R,), (R, D)
+    kept = singular > ROUNDING_UNITS * torch.finfo(singular.dtype).eps * singular.max()
+    kept &= torch.arange(len(kept), device=kept.device) < len(means) - 1  # centred means have rank P - 1 at most
+    between = singular[kept].square() / len(means)
+    scatter = moments.second.sum(dim=0) - moments.sums.mT @ moments.means.nan_to_num(nan=0.0)  # N S_W, (D, D)
+    within = ((directions[kept] @ scatter) * directions[kept]).sum(dim=1)
+    total = moments.second.diagonal(dim1=1, dim2=2).sum()
+    within = without_rounding(within, total).clamp(min=0) / moments.counts.sum()
+    return (within / between).sum() / len(means)
+
+
+def alignment(moments: ClassMoments) -> Tensor:
+    """Mean squared distance between two embeddings of one class, over all such pairs.
+
+    By the moments: ``sum_c n_c * scatter_c / sum_c n_c (n_c - 1) / 2``.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        Scalar >= 0 in squared units of the embeddings, lower is better at a given :func:`rms_norm`; ``nan`` if no
+        class has two rows.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[0.0], [2.0], [9.0]])
+        >>> alignment(class_moments(embeddings, torch.tensor([0, 0, 1]), num_classes=2)).item()
+        4.0
+
+    Source:
+        Wang & Isola, arXiv 2005.10242, alignment with alpha = 2; there a positive pair is two views of one image.
+    """
+    present = moments.counts > 0
+    counts = moments.counts[present]
+    traces = moments.second.diagonal(dim1=1, dim2=2).sum(dim=1)[present]
+    scatter = without_rounding(moments.scatter[present], traces)
+    return (counts * scatter).sum() / (counts * (counts - 1) / 2).sum()
+
+
+def class_variance_along(moments: ClassMoments) -> Tensor:
+    """Variance of each class along the direction of its own mean: ``u_c^T Cov_c u_c``, ``u_c = m_c / |m_c|``.
+
+    ``Cov_c = 1/n_c sum (e_i - m_c)(e_i - m_c)^T``.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        ``(C,)``, >= 0 in squared units of the embeddings; ``nan`` for a class with fewer than two rows or whose mean is
+        zero.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> class_variance_along(class_moments(embeddings, torch.tensor([0, 0, 1]), num_classes=2)).tolist()
+        [1.0, nan]
+
+    Source:
+        Ours: the fibre picture, in which a class is free to spread along its own direction and nowhere else.
+    """
+    scale = class_traces(moments) / moments.counts
+    return without_rounding(_variance_along(moments), scale).clamp(min=0)
+
+
+def class_variance_across(moments: ClassMoments) -> Tensor:
+    """Variance of each class per direction across its own mean: ``(tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
+
+    Args:
+        moments: Class moments.
+
+    Returns:
+        ``(C,)``, >= 0 in squared units of the embeddings; ``nan`` as for :func:`class_variance_along` and everywhere in
+        one dimension.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, -2.0]])
+        >>> class_variance_across(class_moments(embeddings, torch.tensor([0, 0]), num_classes=1)).tolist()
+        [2.0]
+
+    Source:
+        Ours: see :func:`class_variance_along`.
+    """
+    rest = class_variances(moments) - _variance_along(moments)
+    rest = without_rounding(rest, class_traces(moments) / moments.counts).clamp(min=0)
+    dim = moments.sums.shape[1]
+    return rest / (dim - 1) if dim > 1 else torch.full_like(rest, float("nan"))
+
+
+def variance_along(moments: ClassMoments) -> Tensor:
+    """Mean over the classes of :func:`class_variance_along`: ``mean_c u_c^T Cov_c u_c``, ``u_c = m_c / |m_c|``.
+
+    Args:
+        moments: Class moments; classes with fewer than two rows do not count.
+
+    Returns:
+        Scalar >= 0 in squared units of the embeddings; neither direction is better: spread along its own direction
+        costs a class no orthogonality. ``nan`` if no class has two rows or one that has them has mean zero.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> variance_along(class_moments(embeddings, torch.tensor([0, 0, 1]), num_classes=2)).item()
+        1.0
+
+    Source:
+        Ours: see :func:`class_variance_along`.
+    """
+    return class_variance_along(moments)[moments.counts > 1].mean()
+
+
+def variance_across(moments: ClassMoments) -> Tensor:
+    """Mean over the classes of :func:`class_variance_across`: variance per direction across the class mean.
+
+    Args:
+        moments: Class moments; classes with fewer than two rows do not count.
+
+    Returns:
+        Scalar >= 0 in squared units of the embeddings, lower is better at a given :func:`.rms_norm` (0: every class
+        lies on a line through the origin); ``nan`` as for :func:`variance_along` and in one dimension.
+
+    Example:
+        >>> from simo_lightning.functional.moments import class_moments
+        >>> embeddings = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, -2.0]])
+        >>> variance_across(class_moments(embeddings, torch.tensor([0, 0]), num_classes=1)).item()
+        2.0
+
+    Source:
+        Ours: see :func:`class_variance_along`.
+    """
+    return class_variance_across(moments)[moments.counts > 1].mean()
+
+
+def _variance_along(moments: ClassMoments) -> Tensor:
+    """Of each class (C,), rounding and all."""
+    means = torch.where(moments.counts.unsqueeze(1) > 1, moments.means, float("nan"))
+    norms = means.norm(dim=1)
+    unit = means / norms.unsqueeze(1)  # (C, D); nan where there is no direction
+    return torch.einsum("cd,cde,ce->c", unit, moments.second, unit) / moments.counts - norms.square()

@@ -1,0 +1,94 @@
+"""A sample of rows of fixed size that does not depend on how the rows came: in which order, batches or processes.
+
+Every row gets a key, a hash of its own values; the sample is the rows with the smallest keys, each with the number of
+times it occurred. What is among the smallest of all is among the smallest of every part, so samples of parts merge into
+the sample of the whole, numbers included.
+
+A row takes D + 2 int64: key, number, and the bits of its values. So one tensor holds a sample, whatever its dtype.
+"""
+
+import torch
+from torch import Tensor
+
+# Key of an empty place, above all others, and of rows that are not finite, below: one of those is always in the sample.
+_EMPTY, _NOT_FINITE = 2**63 - 1, -1
+_GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
+
+
+def empty_sample(size: int, dim: int) -> Tensor:
+    """A sample without rows.
+
+    Args:
+        size: Rows it has place for, K.
+        dim: D.
+
+    Returns:
+        ``(K, D + 2)``, int64.
+    """
+    sample = torch.zeros(size, dim + 2, dtype=torch.int64)
+    sample[:, 0] = _EMPTY
+    return sample
+
+
+def sample_entries(embeddings: Tensor) -> Tensor:
+    """Rows with their keys, as a sample keeps them, each counted once.
+
+    Args:
+        embeddings: float64 or float32, ``(N, D)``.
+
+    Returns:
+        ``(N, D + 2)``, int64.
+    """
+    rows = embeddings + 0.0  # -0.0 and 0.0 are one value
+    bits = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32).to(torch.int64)
+    places = _mix(_GOLDEN * torch.arange(1, rows.shape[1] + 1, device=rows.device))  # (D,) so that order matters
+    keys = (_mix(_mix(bits ^ places).sum(dim=1)) & _EMPTY).clamp(max=_EMPTY - 1)
+    keys = torch.where(rows.isfinite().all(dim=1), keys, _NOT_FINITE)
+    return torch.cat((keys.unsqueeze(1), torch.ones_like(keys).unsqueeze(1), bits), dim=1)
+
+
+def merge_samples(samples: Tensor, size: int) -> Tensor:
+    """Sample of the union of what the samples, or single entries, are of.
+
+    Args:
+        samples: ``(..., D + 2)``, int64.
+        size: Rows to keep, K.
+
+    Returns:
+        ``(K, D + 2)``, int64, by rising key.
+    """
+    entries = samples.flatten(0, -2)
+    keys, inverse = entries[:, 0].unique(return_inverse=True)  # rising
+    counts = torch.zeros_like(keys).index_add(0, inverse, entries[:, 1])
+    places = torch.arange(len(entries), device=entries.device)
+    first = torch.full_like(keys, len(entries)).scatter_reduce(0, inverse, places, "amin")
+    kept = torch.cat((keys.unsqueeze(1), counts.unsqueeze(1), entries[first, 2:]), dim=1)[:size]
+    padding = empty_sample(size - len(kept), entries.shape[1] - 2)
+    return torch.cat((kept, padding.to(kept.device)))
+
+
+def sampled_rows(sample: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of a sample and how often each occurred.
+
+    Args:
+        sample: ``(K, D + 2)``, int64.
+        dtype: Of the embeddings that went in.
+
+    Returns:
+        ``rows (n, D)`` of that dtype, n <= K, and ``counts (n,)``, int64.
+    """
+    filled = sample[sample[:, 1] > 0]
+    bits = filled[:, 2:] if dtype == torch.float64 else filled[:, 2:].to(torch.int32)
+    return bits.contiguous().view(dtype), filled[:, 1]
+
+
+def _mix(values: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea & Flood, OOPSLA 2014): a bijection, on int64 in place of uint64."""
+    values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
+    values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Right, filled with zeros."""
+    return (values >> bits) & (2 ** (64 - bits) - 1)
