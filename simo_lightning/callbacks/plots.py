@@ -1,15 +1,13 @@
-"""Pictures of the embedding along training: class similarities and a map of the plane."""
+"""Pictures of the embedding along training, and what is needed to draw its history afterwards."""
 
 import errno
 import math
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -17,22 +15,35 @@ from torch import Tensor
 from simo_lightning.callbacks.watcher import EmbeddingWatcher
 from simo_lightning.distributed import gather_rows
 from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.loggers import log_figure
 from simo_lightning.metrics import ClassMomentsMetric
-from simo_lightning.plotting import class_similarity_figure, project_2d, scatter_figure
+from simo_lightning.plotting import (
+    Frame,
+    Projection,
+    class_similarity_figure,
+    norms_figure,
+    project_2d,
+    save_frame,
+    scatter_figure,
+    spectrum_figure,
+)
 
 
 class EmbeddingPlots(EmbeddingWatcher):
-    """Draw the validation embeddings: the cosines between class means, and the points in the plane.
+    """Draw the validation embeddings: cosines between class means, points in the plane, singular values, norms.
 
-    Writes ``similarity.png`` and ``scatter.png``, always the latest, and in training a copy per epoch such as
-    ``scatter_epoch=003.png``; and adds both to TensorBoard where it logs. The class means are those of all embeddings;
-    of the points, each class shows its first few. A module whose steps return no embeddings is left alone.
+    Writes ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, always the latest, and in training a
+    copy per epoch such as ``scatter_epoch=003.png``; and hands them to TensorBoard, Weights & Biases or MLflow where
+    one logs. All but the points are of all embeddings; of the points, each class shows its first few. In training it
+    also keeps a small :class:`~simo_lightning.plotting.Frame` per epoch, ``frames/epoch=003.npz``, from which the
+    history can be drawn. A module whose steps return no embeddings is left alone.
 
     Args:
         every_n_epochs: Epochs of training from one picture to the next. Validation by itself always draws.
         max_points: Points in the scatter plot, over all classes and processes.
         dirname: Folder of the pictures, under ``trainer.default_root_dir``.
         projection: From D dimensions to the plane; see :func:`~simo_lightning.plotting.project_2d`.
+        frame_points: Points in a frame, over all classes, at most `max_points`; the same images in every epoch.
 
     Raises:
         ValueError: If a number is below 1.
@@ -45,14 +56,17 @@ class EmbeddingPlots(EmbeddingWatcher):
         every_n_epochs: int = 1,
         max_points: int = 2000,
         dirname: str = "plots",
-        projection: Literal["pca", "tsne"] = "pca",
+        projection: Projection = "pca",
+        frame_points: int = 300,
     ) -> None:
         super().__init__(every_n_epochs)
-        if max_points < 1:
-            raise ValueError(f"max_points must be at least 1, got {max_points}")
+        for name, value in (("max_points", max_points), ("frame_points", frame_points)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_points = max_points
         self.dirname = dirname
-        self.projection: Literal["pca", "tsne"] = projection
+        self.projection = projection
+        self.frame_points = frame_points
         self._metric: ClassMomentsMetric | None = None
         self._points: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -124,26 +138,36 @@ class EmbeddingPlots(EmbeddingWatcher):
 
     def _draw(self, trainer: Trainer, moments: ClassMoments, points: Tensor, labels: Tensor) -> None:
         names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
-        kept = _first_of_class(labels, self._quota(len(names)), torch.zeros(len(names), dtype=torch.long))
-        points, labels = points[kept][: self.max_points], labels[kept][: self.max_points]
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._keep(trainer, moments, points, labels)
+        points, labels = _few(points, labels, self.max_points, len(names))
         title = f"{len(points)} of {int(moments.counts.sum())} validation embeddings"
         if trainer.state.fn == TrainerFn.FITTING:
             title = f"Epoch {trainer.current_epoch}: {title}"
         self._save(trainer, "similarity", class_similarity_figure(moments, names))
         self._save(trainer, "scatter", scatter_figure(project_2d(points, self.projection), labels, names, title))
+        self._save(trainer, "spectrum", spectrum_figure(moments, names))
+        self._save(trainer, "norms", norms_figure(moments, names))
+
+    def _keep(self, trainer: Trainer, moments: ClassMoments, points: Tensor, labels: Tensor) -> None:
+        few = _few(points, labels, min(self.frame_points, self.max_points), len(moments.counts))
+        frame = Frame(trainer.current_epoch, trainer.global_step, moments.counts, moments.means, *few)
+        try:
+            save_frame(frame, self._folder(trainer) / "frames")
+        except OSError as error:
+            raise _named(error, self._folder(trainer)) from error
 
     def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
         latest = self._folder(trainer) / f"{name}.png"
         try:
             latest.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(latest, dpi=120)
+            figure.savefig(latest)
             if trainer.state.fn == TrainerFn.FITTING:
                 shutil.copyfile(latest, latest.with_name(f"{name}_epoch={trainer.current_epoch:03d}.png"))
         except OSError as error:
             raise _named(error, latest.parent) from error
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(f"val/{name}", figure, trainer.global_step)
+            log_figure(logger, f"val/{name}", figure, trainer.global_step)
 
 
 def _new_metric(trainer: Trainer, dim: int, device: torch.device) -> ClassMomentsMetric:
@@ -156,6 +180,13 @@ def _first_of_class(labels: Tensor, quota: int, seen: Tensor) -> Tensor:
     one_hot = torch.nn.functional.one_hot(labels, len(seen))  # (N, C)
     place = (one_hot.cumsum(dim=0) - 1).gather(1, labels.unsqueeze(1)).squeeze(1)
     return place + seen.to(labels.device)[labels] < quota
+
+
+def _few(points: Tensor, labels: Tensor, most: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """At most so many points with their labels, the first ones of each class."""
+    unseen = torch.zeros(num_classes, dtype=torch.long)
+    kept = _first_of_class(labels, math.ceil(most / num_classes), unseen)
+    return points[kept][:most], labels[kept][:most]
 
 
 def _check_folder(folder: Path) -> None:
