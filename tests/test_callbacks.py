@@ -1,124 +1,32 @@
 """Callbacks in real, tiny Trainer runs, with a module and a data module that the package does not know."""
 
 import os
-from itertools import combinations
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import NearestCentroid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from simo_lightning.callbacks import EmbeddingPlots, GeometryMonitor, OnlineKNN
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
-
-NUM_CLASSES = 3
-
-
-def pictures(n: int, seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(NUM_CLASSES, (n,), generator=generator).sort().values
-    images = torch.randint(200, (n, 1, 2, 4), generator=generator) + 25 * labels.view(-1, 1, 1, 1)
-    return TensorDataset(images.to(torch.uint8), labels)
-
-
-class Pictures(pl.LightningDataModule):
-    """Sorted by class; rank 0 has the first two thirds: no row twice, and other classes on each rank."""
-
-    num_classes = NUM_CLASSES
-    class_names = ("cat", "dog", "ship")
-
-    train, val = pictures(60, 0), pictures(40, 1)
-
-    def loader(self, dataset: TensorDataset) -> DataLoader:
-        images, labels = dataset.tensors
-        if self.trainer is not None and self.trainer.world_size > 1:
-            cut = 2 * len(labels) // 3
-            own = slice(0, cut) if self.trainer.global_rank == 0 else slice(cut, None)
-            images, labels = images[own], labels[own]
-        return DataLoader(TensorDataset(images, labels), batch_size=16)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.loader(self.train)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.loader(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        return self.loader(self.train)
-
-    def bank_dataloader(self, limit: int | None = None) -> DataLoader:
-        return self.loader(TensorDataset(*self.train[:limit]))
-
-    def prepare(self, batch: tuple[Tensor, Tensor], augment: bool) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        assert images.dtype == torch.uint8, "prepared twice"
-        return images.float() / 255 - 0.5, labels
-
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        return self.trainer.precision_plugin.convert_input(self.prepare(batch, augment=False))
-
-
-class Encoder(pl.LightningModule):
-    def __init__(self, dim: int = 4) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, dim))
-
-    def embed(self, images: Tensor) -> Tensor:
-        return self.net(images).float()
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self.net(batch[0]).square().mean()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        return {"embeddings": self.embed(batch[0]), "labels": batch[1]}
-
-    test_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
-
-
-class History(pl.Callback):
-    """What is logged after the sanity check and after each epoch."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, run: pl.Trainer, module: pl.LightningModule) -> None:
-        self.seen.append({name: float(value) for name, value in run.callback_metrics.items()})
-
-    on_sanity_check_end = on_train_epoch_end
-
-
-def trainer(folder: Path, *callbacks: pl.Callback, **options) -> pl.Trainer:
-    quiet = {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
-    defaults = {"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "logger": False, **quiet}
-    return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**defaults, **options})
-
-
-def embedded(module: Encoder, dataset: TensorDataset) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = dataset.tensors
-    with torch.no_grad():
-        return module.eval().embed(images.float() / 255 - 0.5).double().numpy(), labels.numpy()
-
-
-def cosine_loop(rows: np.ndarray, labels: np.ndarray) -> list[float]:
-    means = [rows[labels == label].mean(0) for label in range(NUM_CLASSES)]
-    return [abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in combinations(means, 2)]
-
-
-def neighbours(module: Encoder, known: TensorDataset, asked: TensorDataset, k: int) -> float:
-    theirs = KNeighborsClassifier(k, metric="cosine").fit(*embedded(module, known))
-    return theirs.score(*embedded(module, asked))
+from simo_lightning.plotting import load_frames
+from tests.callback_parts import (
+    NUM_CLASSES,
+    Encoder,
+    History,
+    Pictures,
+    cosine_loop,
+    embedded,
+    neighbours,
+    pictures,
+    trainer,
+)
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
@@ -131,7 +39,9 @@ def test_values_are_those_of_numpy_and_scikit_learn(tmp_path, stage):
     assert logged[f"{stage}/orthogonality"] == pytest.approx(np.mean(cosines), rel=1e-5)
     assert logged[f"{stage}/orthogonality_max"] == pytest.approx(np.max(cosines), rel=1e-5)
     assert logged[f"{stage}/knn"] == pytest.approx(neighbours(module, data.train, asked, k=1))
-    assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn"]}
+    centroids = NearestCentroid().fit(*embedded(module, data.train))
+    assert logged[f"{stage}/nearest_mean"] == pytest.approx(centroids.score(*embedded(module, asked)))
+    assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn", "nearest_mean"]}
     moments = class_moments(*map(torch.from_numpy, embedded(module, asked)), NUM_CLASSES)
     expected = {f"{stage}/{name}": function(moments).item() for name, function in GEOMETRY.items()}
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -147,9 +57,14 @@ def test_two_processes_log_what_one_logs(tmp_path, k, bank_size):
         callbacks = (GeometryMonitor(), OnlineKNN(k=k, bank_size=bank_size), EmbeddingPlots(max_points=12))
         run = trainer(folder, *callbacks, **options)
         values.append(run.validate(Encoder(), Pictures(), verbose=False)[0])
-        assert sorted(path.name for path in (folder / "plots").iterdir()) == ["scatter.png", "similarity.png"]
+        assert sorted(path.name for path in (folder / "plots").iterdir()) == [
+            "norms.png",
+            "scatter.png",
+            "similarity.png",
+            "spectrum.png",
+        ]
     assert values[1] == pytest.approx(values[0], rel=1e-6)
-    assert len(values[0]) == len(GEOMETRY) + 1
+    assert len(values[0]) == len(GEOMETRY) + 2
 
 
 def test_fit_logs_once_an_epoch_and_nothing_of_the_sanity_check(tmp_path):
@@ -157,7 +72,7 @@ def test_fit_logs_once_an_epoch_and_nothing_of_the_sanity_check(tmp_path):
     trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), history, max_epochs=2).fit(module, data)
     sanity, first, second = history.seen
     assert sanity == {}
-    assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn"]}
+    assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn", "nearest_mean"]}
     assert second["val/rms_norm"] < first["val/rms_norm"]  # the loss is the square of the embeddings
     assert second["val/orthogonality"] == pytest.approx(np.mean(cosine_loop(*embedded(module, data.val))), rel=1e-4)
     assert second["val/knn"] == pytest.approx(neighbours(module, data.train, data.val, k=1))
@@ -229,17 +144,38 @@ def test_pictures_of_every_epoch_and_the_latest(tmp_path):
     logger = TensorBoardLogger(tmp_path / "events", name="", version="")
     callback = EmbeddingPlots(every_n_epochs=2, max_points=7)
     trainer(tmp_path, callback, max_epochs=4, logger=logger, log_every_n_steps=1).fit(Encoder(), Pictures())
-    folder, kinds = tmp_path / "plots", ("scatter", "similarity")
+    folder, kinds = tmp_path / "plots", ("norms", "scatter", "similarity", "spectrum")
     names = sorted(f"{kind}{tail}.png" for kind in kinds for tail in ("", "_epoch=001", "_epoch=003"))
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.glob("*.png")) == names
     for kind in kinds:
         latest = (folder / f"{kind}.png").read_bytes()
         assert latest.startswith(b"\x89PNG")
         assert latest == (folder / f"{kind}_epoch=003.png").read_bytes()
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
-    assert sorted(events.Tags()["images"]) == ["val/scatter", "val/similarity"]
+    assert sorted(events.Tags()["images"]) == [f"val/{kind}" for kind in kinds]
     assert len(events.Images("val/scatter")) == 2
+
+
+def test_frames_of_training_show_the_same_images_and_the_means_of_all(tmp_path):
+    class Seen(pl.Callback):
+        def on_validation_end(self, run, module):
+            self.rows, self.labels = embedded(module, Pictures.val)
+
+    seen, callback = Seen(), EmbeddingPlots(every_n_epochs=2, frame_points=6)
+    run = trainer(tmp_path, callback, seen, max_epochs=4)
+    run.fit(Encoder(), Pictures())
+    frames = load_frames(tmp_path / "plots" / "frames")
+    assert [frame.epoch for frame in frames] == [1, 3]
+    assert frames[1].step == run.global_step == 2 * frames[0].step
+    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(seen.labels == label)[:2]]
+    np.testing.assert_allclose(frames[1].points.numpy(), seen.rows[first], rtol=1e-4, atol=1e-6)
+    for label in range(NUM_CLASSES):
+        of_class = seen.rows[seen.labels == label]
+        np.testing.assert_allclose(frames[1].means[label].numpy(), of_class.mean(axis=0), rtol=1e-4, atol=1e-6)
+        assert frames[1].counts[label] == len(of_class)
+    assert torch.equal(frames[0].labels, frames[1].labels)
+    assert not torch.equal(frames[0].points, frames[1].points)
 
 
 def test_points_are_the_first_of_each_class_over_batches(tmp_path):
@@ -292,6 +228,7 @@ def test_what_a_callback_misses_is_named(tmp_path):
         (OnlineKNN, {"k": 0}, "k must be at least 1, got 0"),
         (OnlineKNN, {"k": 20, "bank_size": 10}, "k must be at most bank_size=10, got k=20"),
         (EmbeddingPlots, {"max_points": 0}, "max_points must be at least 1, got 0"),
+        (EmbeddingPlots, {"frame_points": 0}, "frame_points must be at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_named(callback, options, message):

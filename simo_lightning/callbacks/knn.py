@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from simo_lightning.callbacks.watcher import EmbeddingWatcher
 from simo_lightning.distributed import gather_rows, sum_over_ranks
+from simo_lightning.functional.geometry import nearest_mean_predict
 from simo_lightning.functional.knn import knn_predict
+from simo_lightning.functional.moments import class_sums
 
 
 class OnlineKNN(EmbeddingWatcher):
@@ -23,11 +25,14 @@ class OnlineKNN(EmbeddingWatcher):
     in the trainer's precision. Every process embeds its share of them and judges its own queries. A module whose steps
     return no embeddings is left alone.
 
+    Of the same embeddings it logs ``val/nearest_mean`` and ``test/nearest_mean``: the accuracy of the class whose mean
+    over the known images is nearest (:func:`~simo_lightning.functional.geometry.nearest_mean_predict`).
+
     Args:
         k: Neighbours that vote, by cosine similarity.
         bank_size: Training images to compare with; None: all.
-        every_n_epochs: Epochs of training from one measurement to the next; in the epochs between, ``val/knn`` keeps
-            its last value for checkpoints. Validation and test by themselves always measure.
+        every_n_epochs: Epochs of training from one measurement to the next; in the epochs between, the values
+            stay what they were, for checkpoints. Validation and test by themselves always measure.
 
     Raises:
         ValueError: If a number is below 1; and at the end of an epoch, if k exceeds the bank.
@@ -82,7 +87,7 @@ class OnlineKNN(EmbeddingWatcher):
 
     @torch.no_grad()
     def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log ``val/knn`` or ``test/knn``.
+        """Log ``val/knn`` and ``val/nearest_mean``, or those of test.
 
         Args:
             trainer: Knows device and precision.
@@ -99,10 +104,19 @@ class OnlineKNN(EmbeddingWatcher):
             raise ValueError(f"k must be at most the {len(bank)} images of the bank, got k={self.k}")
         queries, labels = torch.cat(self._embeddings), torch.cat(self._labels)
         self.begin()
-        correct = knn_predict(queries, bank, bank_labels, self.k) == labels
-        counts = sum_over_ranks(torch.stack([correct.sum(), torch.tensor(len(labels), device=labels.device)]))
-        # the value is that of all processes already; sync_dist tells Lightning that this was thought of
-        pl_module.log(f"{stage}/knn", counts[0].float() / counts[1], prog_bar=True, sync_dist=True)
+        right = [
+            (predicted == labels).sum()
+            for predicted in (
+                knn_predict(queries, bank, bank_labels, self.k),
+                nearest_mean_predict(queries, _class_means(bank, bank_labels)),
+            )
+        ]
+        knn, nearest_mean, count = sum_over_ranks(
+            torch.stack([*right, torch.tensor(len(labels), device=labels.device)])
+        )
+        # the values are those of all processes already; sync_dist tells Lightning that this was thought of
+        pl_module.log(f"{stage}/knn", knn.float() / count, prog_bar=True, sync_dist=True)
+        pl_module.log(f"{stage}/nearest_mean", nearest_mean.float() / count, sync_dist=True)
 
     def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
         """Embeddings and labels of the training images, those of all processes, none twice."""
@@ -123,6 +137,13 @@ class OnlineKNN(EmbeddingWatcher):
         rows = torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)
         kinds = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)
         return gather_rows(rows), gather_rows(kinds)
+
+
+def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Means of the classes 0..the largest label, (C, D); nan where a class has no row."""
+    counts = torch.bincount(labels)
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
 
 
 @contextmanager

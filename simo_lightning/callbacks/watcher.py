@@ -7,6 +7,24 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 
+def embedded_rows(outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """What a step returned for callbacks.
+
+    Args:
+        outputs: Of a training, validation or test step.
+
+    Returns:
+        This process's ``embeddings (N, D)``, detached, and ``labels (N,)``; None where the step returned none.
+
+    Example:
+        >>> embedded_rows({"loss": 0.5}) is None
+        True
+    """
+    if isinstance(outputs, dict) and "embeddings" in outputs:
+        return outputs["embeddings"].detach(), outputs["labels"]
+    return None
+
+
 class EmbeddingWatcher(Callback):
     """Hands the embeddings that validation and test steps return to three methods.
 
@@ -82,10 +100,11 @@ class EmbeddingWatcher(Callback):
             self.finish(trainer, pl_module, "test")
 
     def _take(self, trainer: Trainer, outputs: Any) -> None:
-        if isinstance(outputs, dict) and "embeddings" in outputs:
+        rows = embedded_rows(outputs)
+        if rows is not None:
             self.check(trainer)
             if self._is_due(trainer):
-                self.collect(trainer, outputs["embeddings"].detach(), outputs["labels"])
+                self.collect(trainer, *rows)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking:

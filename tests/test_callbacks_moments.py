@@ -1,0 +1,92 @@
+"""GeometryMonitor on training batches."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from simo_lightning import SimOModule
+from simo_lightning.callbacks import GeometryMonitor
+from simo_lightning.callbacks import moments as callback_moments
+from simo_lightning.functional.geometry import GEOMETRY
+from simo_lightning.functional.moments import class_moments
+from simo_lightning.testing.trainers import small_trainer
+from tests.callback_parts import NUM_CLASSES, Encoder, Pictures, Shares, layer, trainer
+
+
+class Recording(SimOModule):
+    """Keeps what each training step returned."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.outputs: list[dict[str, Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        outputs = super().training_step(batch, batch_idx)
+        self.outputs.append(outputs)
+        return outputs
+
+
+def geometry(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+    embeddings = torch.cat([output["embeddings"] for output in outputs])
+    labels = torch.cat([output["labels"] for output in outputs])
+    known = labels < NUM_CLASSES
+    moments = class_moments(embeddings[known], labels[known], NUM_CLASSES)
+    return {f"train/{name}": float(function(moments)) for name, function in GEOMETRY.items()}
+
+
+class Kept(CSVLogger):
+    """Remembers what it was told of training's geometry."""
+
+    told: list[tuple[int, dict[str, float]]]
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "train/orthogonality" in metrics:
+            self.told = [*getattr(self, "told", []), (step, {key: metrics[key] for key in metrics if key != "epoch"})]
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 7])
+@pytest.mark.parametrize("rows_at_once", [1, 50, 4096])
+def test_the_window_holds_the_batches_since_the_last_time(tmp_path, monkeypatch, micro_batch_size, rows_at_once):
+    monkeypatch.setattr(callback_moments, "_ROWS_AT_ONCE", rows_at_once)
+    module, logger = Recording(layer(), micro_batch_size=micro_batch_size), Kept(tmp_path)
+    options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 4}
+    small_trainer(tmp_path, callbacks=[GeometryMonitor(every_n_steps=3)], **options).fit(module, Shares())
+    assert [step for step, _ in logger.told] == [2, 5]  # counted from 0, as Lightning does
+    assert not module.outputs[0]["embeddings"].requires_grad
+    for number, (_, values) in enumerate(logger.told):
+        assert values == pytest.approx(geometry(module.outputs[3 * number : 3 * number + 3]), rel=1e-9, nan_ok=True)
+
+
+def test_rows_of_no_class_are_left_out_and_accumulated_steps_count_once(tmp_path):
+    class Hidden(Shares):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            images, labels = batch
+            hidden = self.trainer.training & (torch.arange(len(labels)) % 4 == 0)
+            return images, torch.where(hidden, NUM_CLASSES + torch.arange(len(labels)), labels)
+
+    module, logger = Recording(layer()), Kept(tmp_path)
+    options = {"max_epochs": 1, "logger": logger, "log_every_n_steps": 1, "accumulate_grad_batches": 2}
+    small_trainer(tmp_path, callbacks=[GeometryMonitor(every_n_steps=1)], **options).fit(module, Hidden())
+    assert [step for step, _ in logger.told] == [0, 1]
+    for number, (_, values) in enumerate(logger.told):
+        assert values == pytest.approx(geometry(module.outputs[2 * number : 2 * number + 2]), rel=1e-9, nan_ok=True)
+
+
+def test_nothing_is_kept_when_nobody_asks(tmp_path):
+    monitor = GeometryMonitor()
+    run = small_trainer(tmp_path, callbacks=[monitor], max_epochs=1)
+    run.fit(SimOModule(layer()), Shares())
+    assert monitor._window is None
+    assert not [name for name in run.callback_metrics if name.removeprefix("train/") in GEOMETRY]
+    silent = GeometryMonitor(every_n_steps=1)
+    trainer(tmp_path, silent, max_epochs=1).fit(Encoder(), Pictures())  # its training step returns a loss alone
+    assert silent._window is None
+
+
+def test_a_number_of_steps_below_one_is_named():
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, or None, got 0"):
+        GeometryMonitor(every_n_steps=0)

@@ -1,0 +1,151 @@
+"""OnlineProbe: what it learns, that it leaves the encoder alone, and that it goes on where it was."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simo_lightning import DigitsPairDataModule, SimOModule
+from simo_lightning.callbacks import LastCheckpoint, OnlineProbe
+from simo_lightning.testing.trainers import quiet_and_seeded, small_trainer
+from tests.callback_parts import NUM_CLASSES, Encoder, History, Pictures, embedded, trainer
+
+
+class Embedding(Encoder):
+    """Returns what it trained on; keeps it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        embeddings = self.embed(batch[0])
+        self.batches.append((embeddings.detach(), batch[1]))
+        return {"loss": embeddings.square().mean(), "embeddings": embeddings, "labels": batch[1]}
+
+
+def adam_loop(batches: list[tuple[Tensor, Tensor]], lr: float) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax regression by Adam as Kingma & Ba write it, in float64."""
+    dim = batches[0][0].shape[1]
+    theta, first, second = (np.zeros((NUM_CLASSES, dim + 1)) for _ in range(3))
+    for step, (rows, labels) in enumerate(batches, start=1):
+        gradient = np.zeros_like(theta)
+        known = [index for index, label in enumerate(labels.tolist()) if 0 <= label < NUM_CLASSES]
+        for index in known:
+            row = rows[index].double().numpy()
+            row = np.append(row / np.linalg.norm(row) * np.sqrt(dim), 1.0)
+            p = np.exp(theta @ row - (theta @ row).max())
+            gradient += np.outer(p / p.sum() - np.eye(NUM_CLASSES)[labels[index]], row) / len(known)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        theta = theta - lr * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return theta[:, :-1], theta[:, -1]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_it_is_softmax_regression_on_directions(tmp_path, hidden):
+    class Hidden(Pictures):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, labels = super().on_after_batch_transfer(batch, dataloader_idx)
+            if hidden and self.trainer.training:
+                labels = torch.where(
+                    torch.arange(len(labels)) % 3 == 0, NUM_CLASSES + torch.arange(len(labels)), labels
+                )
+            return images, labels
+
+    module, probe, data, history = Embedding(), OnlineProbe(lr=0.05), Hidden(), History()
+    run = trainer(tmp_path, probe, history, max_epochs=3)
+    run.fit(module, data)
+    assert history.seen[0] == {}  # nothing of the sanity check
+    weight, bias = adam_loop(module.batches, 0.05)
+    np.testing.assert_allclose(probe.head.weight.detach(), weight, atol=1e-4)
+    np.testing.assert_allclose(probe.head.bias.detach(), bias, atol=1e-4)
+    for stage, asked in (("val", data.val), ("test", data.train)):
+        rows, labels = embedded(module, asked)
+        rows = 2 * rows / np.linalg.norm(rows, axis=1, keepdims=True)  # sqrt of 4 dimensions
+        share = np.mean((rows @ weight.T + bias).argmax(1) == labels)
+        logged = (run.validate if stage == "val" else run.test)(module, data, verbose=False)[0]
+        assert logged == {f"{stage}/probe": pytest.approx(share)}
+    assert history.seen[-1]["val/probe"] == run.validate(module, data, verbose=False)[0]["val/probe"]
+
+
+def test_it_measures_every_n_epochs_and_learns_in_all(tmp_path):
+    history, module, probe = History(), Embedding(), OnlineProbe(every_n_epochs=2)
+    trainer(tmp_path, probe, history, max_epochs=3, num_sanity_val_steps=0).fit(module, Pictures())
+    assert ["val/probe" in seen for seen in history.seen] == [False, True, True]
+    weight, _ = adam_loop(module.batches, 0.01)
+    np.testing.assert_allclose(probe.head.weight.detach(), weight, atol=1e-4)
+
+
+def test_untrained_or_without_embeddings_nothing_is_logged(tmp_path):
+    assert trainer(tmp_path, OnlineProbe()).validate(Embedding(), Pictures(), verbose=False) == [{}]
+    probe, history = OnlineProbe(), History()
+    trainer(tmp_path, probe, history, max_epochs=1).fit(Encoder(), Pictures())  # its training step returns a loss alone
+    assert probe.head is None
+    assert history.seen[-1] == {}
+
+
+class Dropping(nn.Module):
+    """Draws random numbers at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.layers(images)
+        return embeddings
+
+
+def fit_digits(folder: Path, *callbacks: Any, checkpoint: Path | None = None, **options: Any) -> SimOModule:
+    module = SimOModule(Dropping(), optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    run = small_trainer(folder, callbacks=list(callbacks), **{"max_epochs": 2, "limit_train_batches": 4, **options})
+    with quiet_and_seeded():
+        run.fit(module, DigitsPairDataModule(samples_per_class=6), ckpt_path=checkpoint, weights_only=True)
+    return module
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+def test_the_encoder_trains_as_without_it_to_the_last_bit(tmp_path, options):
+    probe = OnlineProbe()
+    watched = fit_digits(tmp_path, probe, **options).state_dict()
+    assert probe.head.weight.abs().sum() > 0
+    assert equal(watched, fit_digits(tmp_path, **options).state_dict())
+
+
+def test_it_goes_on_to_the_last_bit(tmp_path):
+    whole, second = OnlineProbe(), OnlineProbe()
+    weights = fit_digits(tmp_path / "whole", whole).state_dict()
+    fit_digits(tmp_path / "part", OnlineProbe(), LastCheckpoint(), enable_checkpointing=True, max_epochs=1)
+    checkpoint = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    again = fit_digits(tmp_path / "part", second, LastCheckpoint(), enable_checkpointing=True, checkpoint=checkpoint)
+    assert equal(again.state_dict(), weights)
+    assert equal(second.head.state_dict(), whole.head.state_dict())
+    states = [probe.state_dict()["optimizer"]["state"] for probe in (whole, second)]
+    for one, other in zip(*(list(state.values()) for state in states), strict=True):
+        assert equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr": 0.0}, "lr must be positive, got 0.0"), ({"every_n_epochs": 0}, "at least 1, got 0")],
+)
+def test_numbers_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        OnlineProbe(**options)
+
+
+def test_an_unknown_number_of_classes_is_named(tmp_path):
+    class Bare(Pictures):
+        num_classes = None
+
+    with pytest.raises(ValueError, match=r"OnlineProbe\(num_classes=...\)"):
+        trainer(tmp_path, OnlineProbe(), max_epochs=1).fit(Embedding(), Bare())
