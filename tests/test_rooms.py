@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "simo_lightning"
 FLOORS = {
     1: {"functional", "distributed", "extras", "version"},
     2: {"losses", "metrics", "encoders", "schedules", "checkpoints", "data", "plotting", "loggers", "run_folder"},
-    3: {"export", "module", "probe", "callbacks"},
-    4: {"cli", "testing"},
+    3: {"export", "module", "probe", "callbacks", "semi_supervised"},
+    4: {"report", "testing"},
+    5: {"cli"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

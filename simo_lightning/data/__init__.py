@@ -10,8 +10,10 @@ from simo_lightning.data.datasets import (
     TensorPairDataModule,
 )
 from simo_lightning.data.folder import FolderImages, load_image_folder
+from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import ResumableLoader
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
+from simo_lightning.data.semi import SemiBalancedSampler
 from simo_lightning.data.sources import ImageSource, LabelledImages, load_cifar, load_digits
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "ImageSource",
     "LabelledImages",
     "PairDataModule",
+    "Relabelled",
     "ResumableLoader",
+    "SemiBalancedSampler",
     "TensorPairDataModule",
     "load_cifar",
     "load_digits",

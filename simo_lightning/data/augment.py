@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import affine_grid, grid_sample, pad
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
 
 
 @dataclass(frozen=True)
 class BatchAugment:
-    """Random crop, horizontal flip, colour jitter and cutout, in this order, each drawn anew for every image.
+    """Zoom, crop, horizontal flip, colour jitter, grey and cutout, in this order, each drawn anew for every image.
 
     Args:
         crop_padding: Pixels added on every side before a crop of the old size; 0 = no crop.
@@ -25,6 +26,9 @@ class BatchAugment:
         contrast: The same for the distance to the mean grey of the image; 0 = off.
         saturation: The same for the distance to the grey of the pixel; 0 = off; nothing to do for one channel.
         cutout: Side in pixels of a square, centred on any pixel, that is filled with the image's mean; 0 = off.
+        zoom: Least share in (0, 1] of the image's area that a rectangle of sides 3:4 to 4:3, resized to the whole,
+            covers; uniform in zoom .. 1; 1 = off.
+        grey: Probability in [0, 1] that an image loses its colours.
 
     Raises:
         ValueError: If a parameter lies outside its range.
@@ -36,7 +40,8 @@ class BatchAugment:
 
     Source:
         Crop and flip as is usual for CIFAR; jitter as torchvision's ``ColorJitter``, in a fixed order; cutout by
-        DeVries & Taylor, arXiv 1708.04552, who fill with the data's mean.
+        DeVries & Taylor, arXiv 1708.04552, who fill with the data's mean; zoom as torchvision's ``RandomResizedCrop``
+        without its second tries: a side longer than the image's is cut to it.
     """
 
     crop_padding: int = 4
@@ -46,14 +51,18 @@ class BatchAugment:
     contrast: float = 0.0
     saturation: float = 0.0
     cutout: int = 0
+    zoom: float = 1.0
+    grey: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0 pixels, got {getattr(self, name)}")
-        for name in ("flip", "brightness", "contrast", "saturation"):
+        for name in ("flip", "brightness", "contrast", "saturation", "grey"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.zoom <= 1:
+            raise ValueError(f"zoom must lie in (0, 1], got {self.zoom}")
         if self.padding_mode not in ("reflect", "zeros"):
             raise ValueError(f"padding_mode must be 'reflect' or 'zeros', got {self.padding_mode!r}")
 
@@ -76,11 +85,28 @@ class BatchAugment:
             raise ValueError(f"crop_padding must be less than the image's side to reflect it, got {self.crop_padding} "
                              f"for {tuple(images.shape[-2:])} pixels")  # fmt: skip
         draws = torch.rand(8, len(images), generator=generator, device=generator.device).to(images.device)
+        if self.zoom < 1 or self.grey:  # drawn last, so that the others stay the same without them
+            more = torch.rand(5, len(images), generator=generator, device=generator.device).to(images.device)
+        if self.zoom < 1:
+            images = self._zoom(images, more[:4])
         if self.crop_padding or self.flip:
             images = self._crop_and_flip(images, draws[0], draws[1], draws[2] < self.flip)
         if self.brightness or self.contrast or self.saturation:
             images = self._jitter(images, draws[3:6])
+        if self.grey:
+            images = torch.where((more[4] < self.grey).view(-1, 1, 1, 1), _as(images, _grey(images.float())), images)
         return self._cut(images, draws[6], draws[7]) if self.cutout else images
+
+    def _zoom(self, images: Tensor, draws: Tensor) -> Tensor:
+        """A rectangle of each image, resized to the whole by bilinear interpolation."""
+        area = self.zoom + (1 - self.zoom) * draws[0]
+        ratio = (math.log(4 / 3) * (2 * draws[1] - 1)).exp()  # width over height
+        sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).clamp(max=1)  # (2, N) of 1: x, y
+        centres = (1 - sides) * (2 * draws[2:4] - 1)  # (2, N) in -1..1
+        theta = torch.diag_embed(sides.T)  # (N, 2, 2)
+        grid = affine_grid(torch.cat([theta, centres.T[:, :, None]], dim=2), list(images.shape), align_corners=False)
+        zoomed = grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        return _as(images, zoomed)
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
         """One gather for both: each image reads from its own rows and columns."""
@@ -122,6 +148,11 @@ class BatchAugment:
         mean = images.mean(dim=(2, 3), keepdim=True, dtype=torch.float32)
         fill = mean.to(images.dtype) if images.is_floating_point() else mean.round().to(images.dtype)
         return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], fill, images)
+
+
+def _as(images: Tensor, pixels: Tensor) -> Tensor:
+    """Float pixels in the dtype of ``images``."""
+    return (pixels if images.is_floating_point() else pixels.round()).to(images.dtype)
 
 
 def _whole(draw: Tensor, count: int) -> Tensor:

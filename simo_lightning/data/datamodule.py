@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from simo_lightning.data.arguments import check_arguments, check_trainer, unlabelled_images
 from simo_lightning.data.augment import BatchAugment, normalize
-from simo_lightning.data.loader import ResumableLoader, keep_batch, leave_signals_to_the_trainer
-from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.labels import TrainingLabels, check_smallest_class, training_labels
+from simo_lightning.data.loader import (
+    ResumableLoader,
+    evaluation_loader,
+    hush_lightning,
+    loader_arguments,
+    mixed_seed,
+)
+from simo_lightning.data.semi import balanced_sampler
 from simo_lightning.data.sources import (
     ImageSource,
-    LabelledImages,
     channel_statistics,
     check_same_classes,
-    check_smallest_class,
     stratified_split,
     stratified_subset,
 )
@@ -35,25 +39,37 @@ class PairDataModule(LightningDataModule):
     classes x K images x V views, normalised, the views of an image adjacent; what is drawn for it depends on ``seed``,
     the epoch and the batch's number alone, so that a resumed run draws the same.
 
+    With ``label_fraction`` below 1 the other labels are hidden: the same ones on every rank and in every run. A batch
+    then holds U unlabelled images more, each a class of its own with a label outside of ``0..num_classes - 1``; see
+    ``SemiBalancedSampler`` for what an epoch is. The bank holds the labelled images alone.
+
     Args:
         classes_per_batch: P, different classes of a training batch on each rank.
         samples_per_class: K, different images of each class; at least 2, at most the smallest class.
-        views: V, augmented copies of each image.
+        views: V, augmented copies of each image; at least 2 with unlabelled images, whose views are all they have.
         val_fraction: Share of each training class held out as validation split, in [0, 1); 0 = no validation. Not used
             by a data set that has a validation split of its own.
-        split_seed: Seed of that split and of the bank's subset, apart from ``seed`` so that seeds compare on one split.
+        split_seed: Seed of that split, of the labels kept and of the bank's subset, apart from ``seed`` so that seeds
+            compare on one split.
         seed: Seed of batches and augmentation; with the same config, and the model's seed, it gives the same weights.
         augment: Augmentation of the training batches; null = none.
         mean: Mean of each channel, on the scale 0..1; null = computed from the training images.
         std: Standard deviation of each channel on the same scale; null = computed from the training images.
         eval_batch_size: Images of a batch of evaluation on each rank; near it where ranks would differ in batches.
         num_workers: Processes that read batches; 0 is best for images in memory.
+        label_fraction: Share of each training class that keeps its label, in (0, 1]; drawn by ``split_seed``.
+        unlabelled_per_batch: U, unlabelled images of a training batch on each rank where labels are hidden; 0 = train
+            on the labelled part alone, as a head must; null = as many as labelled ones, P x K.
+        coarse: Train on coarse classes: the classes that each joins, such as
+            {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
 
     Attributes:
-        class_names: Name of each class, after ``setup``.
+        class_names: Name of each true class, after ``setup``.
         num_classes: Their number, after ``setup``.
+        train_class_names: Names of the classes of training: the true or the coarse ones, after ``setup``.
 
     Example:
+        >>> from simo_lightning.data import LabelledImages
         >>> class Noise(PairDataModule):
         ...     def load(self, split):
         ...         if split == "train":
@@ -79,22 +95,17 @@ class PairDataModule(LightningDataModule):
         std: list[float] | None = None,
         eval_batch_size: int = 500,
         num_workers: int = 0,
+        label_fraction: float = 1.0,
+        unlabelled_per_batch: int | None = None,
+        coarse: dict[str, list[str]] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"views": views, "eval_batch_size": eval_batch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
-        if seed < 0 or split_seed < 0:
-            raise ValueError(f"seed and split_seed must be non-negative, got {seed} and {split_seed}")
-        if (mean is None) != (std is None):
-            raise ValueError(f"mean and std must be given both or neither, got {mean} and {std}")
-        if std is not None and min(std) <= 0:
-            raise ValueError(f"std must be positive, got {std}")
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
         self.views = views
+        self.label_fraction = label_fraction
+        self.unlabelled_per_batch = unlabelled_per_batch
+        self.coarse = coarse
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.seed = seed
@@ -103,8 +114,10 @@ class PairDataModule(LightningDataModule):
         self.std = std
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        check_arguments(vars(self))
         self._prepared: dict[Split, ImageSource | None] = {}  # read by prepare_data, until setup takes it
         self._splits: dict[Split, ImageSource | None] = {}
+        self._training: TrainingLabels | None = None
         self._train_loader: ResumableLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -128,22 +141,13 @@ class PairDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the splits that ``stage`` needs and that are not there yet; the training split always."""
-        overfit = getattr(self.trainer, "overfit_batches", 0)
-        if overfit:
-            raise ValueError(
-                f"overfit_batches must be 0, got {overfit}: Lightning then puts a sequential sampler in place of the "
-                "balanced one; use limit_train_batches instead"
-            )
+        check_trainer(self.trainer)
         if "train" not in self._splits:
             self._setup_training()
         if stage in ("test", "predict", None) and "test" not in self._splits:
             self._splits["test"] = self._read("test")
             check_same_classes("test", self._splits["test"], self.class_names)
-        if self.num_workers == 0 and isinstance(self._splits["train"], LabelledImages):
-            # Lightning advises workers for every loader; to images in memory they only add time
-            warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers.*")
-        if self._splits["val"] is None:  # an empty list is how Lightning is told so
-            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")
+        hush_lightning(self._splits["train"], self._splits["val"], self.num_workers)
 
     def _read(self, split: Split) -> ImageSource | None:
         return self._prepared.pop(split) if split in self._prepared else self.load(split)
@@ -157,11 +161,17 @@ class PairDataModule(LightningDataModule):
         if val is None and self.val_fraction > 0:
             kept, held = stratified_split(train.labels, self.val_fraction, self.split_seed)
             train, val = train.subset(kept), train.subset(held)
-        check_smallest_class(train, self.samples_per_class)
+        check_same_classes("val", val, self.class_names)
+        self._label(train)
         if self.mean is None or self.std is None:
             self.mean, self.std = channel_statistics(train, self.split_seed)
-        check_same_classes("val", val, self.class_names)
         self._splits["train"], self._splits["val"] = train, val
+
+    def _label(self, train: ImageSource) -> None:
+        hidden_too = unlabelled_images(vars(self)) > 0
+        self._training = training_labels(train, self.label_fraction, self.coarse, self.split_seed, hidden_too)
+        self.train_class_names = list(self._training.train.class_names)
+        check_smallest_class(self._training.train, self.samples_per_class)
 
     def _need(self, split: Split) -> ImageSource:
         if not self._splits:
@@ -183,13 +193,16 @@ class PairDataModule(LightningDataModule):
         return 1 if self.trainer is None else self.trainer.world_size
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of P x K raw training images of this rank, with their place in a checkpoint."""
-        train = self._need("train")
-        sampler = ClassBalancedSampler(
-            train.labels, self.classes_per_batch, self.samples_per_class, self.seed, self.rank, self.world_size
+        """Batches of P x K raw training images of this rank, and U more, with their place in a checkpoint."""
+        self._need("train")
+        assert self._training is not None
+        sampler = balanced_sampler(
+            *(self._training.train.labels, self._training.labelled),
+            *(self.classes_per_batch, self.samples_per_class, unlabelled_images(vars(self))),
+            *(self.seed, self.rank, self.world_size),
         )
         processed = None if self.trainer is None else self._batches_processed
-        self._train_loader = ResumableLoader(train, sampler, processed, **self._loader_arguments())
+        self._train_loader = ResumableLoader(self._training.train, sampler, processed, **self._loader_arguments())
         if self._resume is not None and self.trainer is not None and self.trainer.ckpt_path:
             self._train_loader.load_state_dict(self._resume)
         self._resume = None
@@ -198,8 +211,7 @@ class PairDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The training loader's place.
 
-        Lightning keeps it too, but loses it where anything asks for ``trainer.estimated_stepping_batches`` before the
-        checkpoint is restored, as schedules do.
+        Lightning's own copy is lost where a schedule asks for ``trainer.estimated_stepping_batches`` before a restore.
         """
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
@@ -228,7 +240,9 @@ class PairDataModule(LightningDataModule):
     def bank_dataloader(
         self, limit: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> DataLoader:
-        """Raw training images in a fixed order, none twice: what a kNN classifier or a probe compares with.
+        """Raw labelled training images in a fixed order, none twice: what a kNN classifier or a probe compares with.
+
+        Under their true classes; those whose label is hidden are left out.
 
         Args:
             limit: Images over all ranks, the classes in proportion, drawn by ``split_seed``; ``None`` = all.
@@ -238,29 +252,20 @@ class PairDataModule(LightningDataModule):
         Returns:
             Loader of uint8 batches for ``prepare(batch, augment=False)``.
         """
-        train = self._need("train")
-        if limit is not None and limit < len(train):
-            train = train.subset(stratified_subset(train.labels, limit, self.split_seed))
-        return self._evaluation_loader(train, rank, world_size)
+        self._need("train")
+        assert self._training is not None
+        bank = self._training.bank
+        if limit is not None and limit < len(bank):
+            bank = bank.subset(stratified_subset(bank.labels, limit, self.split_seed))
+        return self._evaluation_loader(bank, rank, world_size)
 
     def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
         rank, world = self.rank if rank is None else rank, self.world_size if world is None else world
-        return DataLoader(
-            source,  # type: ignore[arg-type]
-            batch_size=evaluation_batch_size(len(source), world, self.eval_batch_size),
-            sampler=EvaluationSampler(len(source), rank, world),
-            collate_fn=keep_batch,
-            **self._loader_arguments(),
-        )
+        return evaluation_loader(source, rank, world, self.eval_batch_size, **self._loader_arguments())
 
     def _loader_arguments(self) -> dict[str, Any]:
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": leave_signals_to_the_trainer,
-            "pin_memory": on_cuda,
-        }
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
+        return loader_arguments(self.num_workers, pin_memory=device == "cuda")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Prepare a batch on its device: augmented in training, else only normalised."""
@@ -288,11 +293,7 @@ class PairDataModule(LightningDataModule):
         return normalize(images, tuple(self.mean), tuple(self.std)), labels
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """A generator that is a function of the seed and of the batch's place among all ranks' of its epoch."""
-        loader, place = self._train_loader, (0, 0)
-        if loader is not None:
-            assert isinstance(loader.sampler, ClassBalancedSampler)
-            block = (loader.batches_yielded - 1) * loader.sampler.num_replicas + loader.sampler.rank
-            place = (loader.epoch, max(block, 0))
-        mixed = np.random.SeedSequence([self.seed, *place]).generate_state(1, np.uint64)[0]
-        return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
+        """The generator of the augmentation of the batch last given."""
+        loader = self._train_loader
+        drawn = mixed_seed(self.seed, 0, 0) if loader is None else loader.draw_seed(self.seed)
+        return torch.Generator(device).manual_seed(drawn)

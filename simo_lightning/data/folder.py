@@ -152,6 +152,9 @@ def load_image_folder(
         max_memory: Decoded bytes (``N * 3 * image_size**2``) above which the images stay on disk.
         workers: Processes that decode; ``None`` = one per core where processes can be forked.
 
+    Returns:
+        The images, RGB, classes in the order of their names.
+
     Raises:
         FileNotFoundError: If there is no such folder, or it has fewer than two class folders.
         ValueError: If ``image_size`` is not positive, a class folder is empty, or a file is no image: it is named.

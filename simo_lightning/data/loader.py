@@ -6,14 +6,16 @@ import multiprocessing as mp
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.sampler import ClassBalancedSampler
-from simo_lightning.data.sources import ImageSource
+from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.sources import ImageSource, LabelledImages
 
 
 def keep_batch(batch: Any) -> Any:
@@ -137,3 +139,61 @@ class ResumableLoader(DataLoader):
     def _scale(self) -> dict[str, int]:
         assert isinstance(self.sampler, ClassBalancedSampler)
         return {"batches_per_epoch": self.sampler.batches, "world_size": self.sampler.num_replicas}
+
+    def draw_seed(self, seed: int) -> int:
+        """Seed of the augmentation of the batch last given.
+
+        Args:
+            seed: Of the run.
+
+        Returns:
+            A function of ``seed`` and of the batch's place among all ranks' of its epoch.
+        """
+        assert isinstance(self.sampler, ClassBalancedSampler)
+        block = (self.batches_yielded - 1) * self.sampler.num_replicas + self.sampler.rank
+        return mixed_seed(seed, self.epoch, max(block, 0))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Non-negative numbers as one seed, below 2^63, that has nothing to do with that of any other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def evaluation_loader(source: ImageSource, rank: int, world_size: int, limit: int, **kwargs: Any) -> DataLoader:
+    """A rank's share of a split, in order.
+
+    Args:
+        source: Gives whole batches through ``__getitems__``.
+        rank: Whose share.
+        world_size: Number of shares.
+        limit: Images of a batch; near it where ranks would differ in batches.
+        **kwargs: Arguments of ``DataLoader``.
+
+    Returns:
+        The loader.
+    """
+    return DataLoader(
+        source,  # type: ignore[arg-type]
+        batch_size=evaluation_batch_size(len(source), world_size, limit),
+        sampler=EvaluationSampler(len(source), rank, world_size),
+        collate_fn=keep_batch,
+        **kwargs,
+    )
+
+
+def loader_arguments(num_workers: int, pin_memory: bool) -> dict[str, Any]:
+    """What all loaders of a data module have in common, as arguments of ``DataLoader``."""
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": leave_signals_to_the_trainer,
+        "pin_memory": pin_memory,
+    }
+
+
+def hush_lightning(train: ImageSource | None, val: ImageSource | None, num_workers: int) -> None:
+    """Leave out what Lightning advises on loaders where it does not hold."""
+    if num_workers == 0 and isinstance(train, LabelledImages):  # to images in memory workers only add time
+        warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers.*")
+    if val is None:  # an empty list is how Lightning is told so
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")

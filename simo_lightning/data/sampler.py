@@ -98,14 +98,18 @@ class ClassBalancedSampler(DistributedSampler):
 
     def epoch_blocks(self, epoch: int) -> np.ndarray:
         """All blocks of an epoch, over all ranks, ``(blocks, P * K)`` int64: K images of a class stand together."""
-        random = np.random.default_rng([self.seed, epoch])
+        return self._draw_blocks(np.random.default_rng([self.seed, epoch]))
+
+    def _draw_blocks(self, random: np.random.Generator) -> np.ndarray:
+        """One visit of the classes in blocks, ``(blocks, P * K)``."""
         shuffled = random.permutation(len(self.labels))
         order = shuffled[np.argsort(self.labels[shuffled], kind="stable")]  # by class, shuffled inside each
         counts = np.bincount(self.labels)
         schedule = _schedule(counts // self.samples_per_class, self.classes_per_batch, random)  # (B, P) classes
         firsts = np.cumsum(counts) - counts  # where each class begins in order
         starts = firsts[schedule] + self.samples_per_class * _occurrence(schedule)
-        return order[starts[..., None] + np.arange(self.samples_per_class)].reshape(len(schedule), self.batch_size)
+        places = starts[..., None] + np.arange(self.samples_per_class)  # (B, P, K)
+        return order[places].reshape(len(schedule), self.classes_per_batch * self.samples_per_class)
 
 
 def _class_counts(labels: Tensor) -> np.ndarray:

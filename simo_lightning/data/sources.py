@@ -132,6 +132,38 @@ def stratified_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
     return _first_of_each_class(labels, take, seed).nonzero().flatten()
 
 
+def stratified_labelled(labels: Tensor, class_names: Sequence[str], fraction: float, seed: int) -> Tensor:
+    """Which images keep their label where a share of each class does.
+
+    Args:
+        labels: Class index of each image, int64 ``(N,)``.
+        class_names: C names.
+        fraction: Share that keeps it, in ``(0, 1]``; of each class the nearest whole number of images.
+        seed: Non-negative; those of a smaller share are among those of a larger one of the same seed.
+
+    Returns:
+        Mask ``(N,)``.
+
+    Raises:
+        ValueError: If ``fraction`` is out of range or leaves a class without a label.
+
+    Example:
+        >>> stratified_labelled(torch.tensor([0, 0, 1, 1]), ["cat", "dog"], 0.5, seed=0)
+        tensor([ True, False, False,  True])
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"label_fraction must lie in (0, 1], got {fraction}")
+    counts = torch.bincount(labels, minlength=len(class_names))
+    keep = (counts * fraction).round().long()
+    bare = ((counts > 0) & (keep == 0)).nonzero().flatten().tolist()
+    if bare:
+        raise ValueError(
+            f"label_fraction must leave every class at least one labelled image, got {fraction} for "
+            f"{', '.join(f'{class_names[label]!r} with {counts[label]} images' for label in bare)}"
+        )
+    return _first_of_each_class(labels, keep, seed)
+
+
 def _first_of_each_class(labels: Tensor, take: Tensor, seed: int) -> Tensor:
     """Mask ``(N,)`` of the first ``take[c]`` images of each class ``c`` in an order drawn from ``seed``."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -141,17 +173,6 @@ def _first_of_each_class(labels: Tensor, take: Tensor, seed: int) -> Tensor:
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[order[place < take[labels[order]]]] = True
     return mask
-
-
-def check_smallest_class(train: ImageSource, samples_per_class: int) -> None:
-    """Raise ValueError, with the class's name, if a class of the training split has too few images for a batch."""
-    counts = torch.bincount(train.labels, minlength=len(train.class_names))
-    smallest = int(counts.argmin())
-    if counts[smallest] < samples_per_class:
-        raise ValueError(
-            f"samples_per_class must not exceed the smallest class of the training split: "
-            f"{train.class_names[smallest]!r} has {counts[smallest]} images, got {samples_per_class}"
-        )
 
 
 def check_same_classes(split: str, source: ImageSource | None, class_names: list[str]) -> None:
@@ -191,6 +212,9 @@ def load_digits(train: bool) -> LabelledImages:
 
     Args:
         train: The training split (1,438 images) or the test split (359).
+
+    Returns:
+        The images.
 
     Source:
         ``sklearn.datasets.load_digits``, the test set of Alpaydin & Kaynak's optical recognition of handwritten digits.
