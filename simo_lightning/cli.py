@@ -1,4 +1,4 @@
-"""The ``simo`` command: fit, validate, test and predict from a config."""
+"""The ``simo`` command: fit, validate, test, predict and plot from a config."""
 
 import logging
 import os
@@ -16,18 +16,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from simo_lightning.callbacks import (
     BestCheckpoint,
+    CollapseAlarm,
     EmbeddingPlots,
     EmbeddingWriter,
     GeometryMonitor,
     ImagesPerSecond,
     LastCheckpoint,
     OnlineKNN,
+    OnlineProbe,
     RequeueAtTimeLimit,
     StopSafely,
 )
 from simo_lightning.checkpoints import read_checkpoint
 from simo_lightning.extras import missing_extra
-from simo_lightning.loggers import RunCSVLogger
+from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
+from simo_lightning.report import ReportTrainer
 from simo_lightning.run_folder import choose_run_folder, forget_run_folder, make_writable, run_folder_of
 
 
@@ -90,6 +93,15 @@ class SimoCLI(LightningCLI):
 
     run_dir: Path
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``plot``.
+
+        Returns:
+            Methods of the trainer, each with those of its arguments that are no words of the command.
+        """
+        return {**LightningCLI.subcommands(), "plot": {"model", "datamodule", "config_name"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run_dir`` and the callbacks that a config can set.
 
@@ -101,12 +113,14 @@ class SimoCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Folder of the run. Default: runs/<name of the config>/version_N, or job_ID under a scheduler; "
-            "for validate, test and predict the folder of the checkpoint.",
+            "for validate, test, predict and plot the folder of the checkpoint.",
         )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(OnlineKNN, "knn")
+        parser.add_lightning_class_args(OnlineProbe, "probe")
         parser.add_lightning_class_args(GeometryMonitor, "geometry")
+        parser.add_lightning_class_args(CollapseAlarm, "alarm")
         parser.add_lightning_class_args(EmbeddingPlots, "plots")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -126,7 +140,7 @@ class SimoCLI(LightningCLI):
             self.save_config_callback = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make the trainer, with loggers that write into the run's folder unless the config has others.
+        """Make the trainer: loggers as the config says, TensorBoard unless it does, and in training metrics.csv always.
 
         Args:
             kwargs: For the trainer.
@@ -134,13 +148,25 @@ class SimoCLI(LightningCLI):
         Returns:
             The trainer.
         """
-        fitting = self.subcommand == "fit"
-        if self._get(self.config_init, "trainer").logger in (None, True):
-            folder = str(self.run_dir)
-            kwargs["logger"] = (
-                [TensorBoardLogger(folder, name="", version=""), RunCSVLogger(folder)] if fitting else False
-            )
+        fitting, folder = self.subcommand == "fit", str(self.run_dir)
+        loggers = self._get(self.config_init, "trainer").logger
+        if loggers in (None, True):
+            loggers = TensorBoardLogger(folder, name="", version="") if fitting else False
+        if loggers and fitting:  # metrics.csv always, unless the config says false: no logger
+            kwargs["logger"] = [*(loggers if isinstance(loggers, list) else [loggers]), RunCSVLogger(folder)]
+        else:
+            kwargs["logger"] = False if self.subcommand == "plot" else loggers
         return super().instantiate_trainer(**kwargs)
+
+    def plot(self, **arguments: Any) -> None:
+        """Write the report and print where it lies.
+
+        Args:
+            arguments: Of :meth:`~simo_lightning.report.ReportTrainer.plot`.
+        """
+        assert isinstance(self.trainer, ReportTrainer)
+        page = self.trainer.plot(config_name=self._config_name(), **arguments)
+        _say("", f"report      {page}")
 
     def after_fit(self) -> None:
         """Print what came out and where it lies."""
@@ -160,10 +186,13 @@ class SimoCLI(LightningCLI):
         if (self.run_dir / "plots").exists():
             _say("", f"plots       {self.run_dir / 'plots'}")
 
+    def _config_name(self) -> str:
+        files = [Path(str(path)) for path in self.config[self.config.subcommand].get("config") or []]
+        return files[-1].stem if files else "simo"
+
     def _find_run_folder(self, config: Any) -> Path:
         named = config.ckpt_path in ("best", "last")
-        files = [Path(str(path)) for path in config.get("config") or []]
-        root = Path("runs", files[-1].stem if files else "simo")
+        root = Path("runs", self._config_name())
         of_checkpoint = run_folder_of(Path(config.ckpt_path)) if config.ckpt_path and not named else None
         if config.run_dir is not None:
             folder = Path(config.run_dir)
@@ -213,7 +242,9 @@ def main(args: Any = None) -> None:
             subclass_mode_data=True,
             trainer_defaults={"callbacks": [StopSafely(), RequeueAtTimeLimit(), ImagesPerSecond(), EmbeddingWriter()]},
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            trainer_class=ReportTrainer,
+            save_config_callback=RunConfigWriter,
+            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             parser_class=SimoParser,
             parser_kwargs={"description": "Train, evaluate and explain image encoders with SimO loss."},

@@ -1,0 +1,19 @@
+"""One page that shows what the embeddings of a checkpoint look like."""
+
+from simo_lightning.report.collector import EmbeddingCollector
+from simo_lightning.report.page import Section, write_page
+from simo_lightning.report.pictures import EmbeddedImages, Picture, draw_sections
+from simo_lightning.report.rows import MetricRow, metric_rows
+from simo_lightning.report.trainer import ReportTrainer
+
+__all__ = [
+    "EmbeddedImages",
+    "EmbeddingCollector",
+    "MetricRow",
+    "Picture",
+    "ReportTrainer",
+    "Section",
+    "draw_sections",
+    "metric_rows",
+    "write_page",
+]

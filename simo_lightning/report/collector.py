@@ -1,0 +1,136 @@
+"""Keeps what one pass over a split gives: embeddings, labels and small copies of the images."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from simo_lightning.callbacks.watcher import EmbeddingWatcher
+from simo_lightning.distributed import gather_rows, world_size
+from simo_lightning.report.pictures import EmbeddedImages
+
+_LARGEST_SIDE = 64  # pixels of an image that is kept
+
+
+class EmbeddingCollector(EmbeddingWatcher):
+    """Keeps the embeddings of a validation or test pass, on the CPU, in the order of the data set.
+
+    Any module will do whose steps return ``embeddings`` and ``labels``. Images are kept where a batch begins with a
+    tensor ``(N, C, H, W)`` of one or three channels, as bytes and at most 64 pixels long: scaled back by the data
+    module's ``mean`` and ``std`` where it has them, else each from its darkest to its brightest value.
+
+    Args:
+        max_images: Images to keep over all processes, the first of the split; embeddings are kept of all.
+
+    Attributes:
+        result: What the last pass gave, on every process; None before, or where the steps returned no embeddings.
+    """
+
+    def __init__(self, max_images: int = 20_000) -> None:
+        super().__init__()
+        self.max_images = max_images
+        self.result: EmbeddedImages | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last pass."""
+        self._batch: Any = None
+        self._embeddings: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._images: list[Tensor] = []
+        self._has_images = True
+
+    def on_validation_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any, **named: Any
+    ) -> None:
+        self._batch = batch[0] if batch else named.get("batch")
+        super().on_validation_batch_end(trainer, pl_module, outputs)
+
+    def on_test_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any, **named: Any
+    ) -> None:
+        self._batch = batch[0] if batch else named.get("batch")
+        super().on_test_batch_end(trainer, pl_module, outputs)
+
+    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
+        """Keep a batch.
+
+        Args:
+            trainer: Knows the data module.
+            embeddings: ``(N, D)``.
+            labels: ``(N,)``.
+        """
+        self._embeddings.append(embeddings.to("cpu", torch.promote_types(embeddings.dtype, torch.float32)))
+        self._labels.append(labels.cpu())
+        images: Any = self._batch[0] if isinstance(self._batch, (list, tuple)) and self._batch else None
+        self._has_images &= _are_images(images, len(labels))
+        room = -(-self.max_images // world_size()) - sum(map(len, self._images))
+        if self._has_images and room > 0:
+            self._images.append(as_pixels(images[:room], getattr(trainer, "datamodule", None)).cpu())
+
+    @torch.no_grad()
+    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put together what all processes kept.
+
+        Args:
+            trainer: Knows the device that gathers.
+            pl_module: Unused.
+            stage: Unused.
+        """
+        if not self._embeddings:
+            return
+        embeddings, order = _of_all_ranks(trainer, self._embeddings)
+        labels, _ = _of_all_ranks(trainer, self._labels)
+        images, image_order = None, order
+        if self._has_images and self._images:
+            images, image_order = _of_all_ranks(trainer, self._images)
+        self.begin()
+        # rank r holds the rows r, r + W, ...: as many images of each rank are the first ones of the split
+        self.result = EmbeddedImages(embeddings[order], labels[order], None if images is None else images[image_order])
+
+
+def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:
+    """Images as they can be looked at.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8 or normalised floats.
+        datamodule: With ``mean`` and ``std`` of each channel on the scale 0..1, or without.
+
+    Returns:
+        uint8 of the same shape, or smaller where a side is over 64 pixels.
+
+    Example:
+        >>> as_pixels(torch.tensor([[[[-1.0, 0.0, 1.0]]]])).tolist()
+        [[[[0, 128, 255]]]]
+    """
+    pixels = images.float()
+    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
+    if images.dtype == torch.uint8:
+        pixels = pixels / 255
+    elif mean is not None and std is not None and len(mean) == len(std) == images.shape[1]:
+        scale, center = (pixels.new_tensor(list(values)).view(1, -1, 1, 1) for values in (std, mean))
+        pixels = pixels * scale + center
+    else:
+        low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+        pixels = (pixels - low) / (high - low).clamp(min=torch.finfo(pixels.dtype).tiny)
+    longest = max(pixels.shape[2:])
+    if longest > _LARGEST_SIDE:
+        size = [max(1, side * _LARGEST_SIDE // longest) for side in pixels.shape[2:]]
+        pixels = interpolate(pixels, size=size, mode="area")
+    return (pixels.nan_to_num(nan=0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _are_images(images: Any, count: int) -> bool:
+    return isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3) and len(images) == count
+
+
+def _of_all_ranks(trainer: Trainer, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of all processes and the order that makes them the split's."""
+    rows = torch.cat(parts)
+    if world_size() == 1:
+        return rows, torch.arange(len(rows))
+    device = trainer.strategy.root_device
+    place = trainer.global_rank + world_size() * torch.arange(len(rows), device=device)
+    return gather_rows(rows.to(device)).cpu(), gather_rows(place).argsort().cpu()
