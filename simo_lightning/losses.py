@@ -5,13 +5,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from simo_lightning.functional.centroids import centroid_terms
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.pairs import pair_terms
-from simo_lightning.functional.simo import Batch, Exchange, Form, centroid_terms, class_terms, group_terms, means_term
+from simo_lightning.functional.simo import Batch, Exchange, Form, class_terms, group_terms, means_term
 
 Level = Literal["group", "class", "centroid", "pair"]
 # Share of the softmax target that goes to all classes alike, unless said otherwise: first measurements in the README.
 _SOFTMAX_SMOOTHING = 0.1
+# Share of the class's axis in its centre, unless said otherwise.
+_SOFTMAX_FRAME = 0.5
 
 
 class SimOLoss(nn.Module):
@@ -47,6 +50,9 @@ class SimOLoss(nn.Module):
         mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0.
         label_smoothing: Share of the softmax form's target spread over all classes (rows at the level pair), in 0..1;
             None is 0.1 in the softmax form and 0 in the others, which have no target to smooth.
+        frame: At the level centroid, share of the class's own axis (:func:`.frame.class_axes`) in its centre, in 0..1;
+            1 leaves the axis alone. None is 0.5 in that level's softmax form and 0 elsewhere. The axes are of length
+            1: they are meant for normalised embeddings.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -73,11 +79,14 @@ class SimOLoss(nn.Module):
         dissimilar_weight: float = 1.0,
         mean_weight: float = 0.0,
         label_smoothing: float | None = None,
+        frame: float | None = None,
     ) -> None:
         super().__init__()
         if label_smoothing is None:
             label_smoothing = _SOFTMAX_SMOOTHING if form == "softmax" else 0.0
-        self.level, self.form, self.normalize = level, form, normalize
+        if frame is None:
+            frame = _SOFTMAX_FRAME if (level, form) == ("centroid", "softmax") else 0.0
+        self.level, self.form, self.normalize, self.frame = level, form, normalize, frame
         self.eps, self.orthogonality_leaning, self.label_smoothing = eps, orthogonality_leaning, label_smoothing
         self.similar_weight, self.dissimilar_weight, self.mean_weight = similar_weight, dissimilar_weight, mean_weight
         self._check_arguments()
@@ -144,7 +153,7 @@ class SimOLoss(nn.Module):
             f"level={self.level!r}, form={self.form!r}, eps={self.eps}, "
             f"orthogonality_leaning={self.orthogonality_leaning}, normalize={self.normalize}, weights="
             f"({self.similar_weight}, {self.dissimilar_weight}, {self.mean_weight}), "
-            f"label_smoothing={self.label_smoothing}"
+            f"label_smoothing={self.label_smoothing}, frame={self.frame}"
         )
 
     @property
@@ -157,7 +166,7 @@ class SimOLoss(nn.Module):
         if self.level == "class":
             return class_terms(batch, self._exchange)
         if self.level == "centroid":
-            return centroid_terms(batch, self._exchange, self.label_smoothing)
+            return centroid_terms(batch, self._exchange, self.label_smoothing, self.frame)
         return pair_terms(batch, self._exchange, self.label_smoothing)
 
     def _check_arguments(self) -> None:
@@ -166,12 +175,14 @@ class SimOLoss(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         if not self.eps > 0:
             raise ValueError(f"eps must be > 0, got {self.eps}")
-        for name in ("orthogonality_leaning", "label_smoothing"):
+        for name in ("orthogonality_leaning", "label_smoothing", "frame"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         for name in ("similar_weight", "dissimilar_weight", "mean_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        if self.frame and self.level != "centroid":
+            raise ValueError(f"frame must be 0 or None unless level='centroid', got {self.frame}")
         self._check_softmax()
 
     def _check_softmax(self) -> None:

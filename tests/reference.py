@@ -71,12 +71,26 @@ def class_(embeddings: Tensor, labels: list[int], form: str, eps: float, leaning
     return {"similar": similar, "dissimilar": average(pushes, embeddings)}
 
 
+def axis(label: int, dim: int) -> Tensor:
+    """The unit vector of a class: a coordinate axis, or signs from the finalizer of SplitMix64 in 64-bit integers."""
+    if 0 <= label < dim:
+        return torch.tensor([float(column == label) for column in range(dim)], dtype=torch.float64)
+    signs, mask = [], 2**64 - 1
+    for column in range(dim):
+        mixed = (label * dim + column + 1) * 0x9E3779B97F4A7C15 & mask
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & mask
+        signs.append(1.0 - 2.0 * ((mixed ^ mixed >> 31) & 1))
+    return torch.tensor(signs, dtype=torch.float64) / dim**0.5
+
+
 def centroid(
-    embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float, smoothing: float
+    embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float, smoothing: float, frame: float
 ) -> dict[str, Tensor]:
     f, pulls, pushes, entropies = shape(form), [], [], []
     classes = sorted(set(labels))
     means = {label: class_mean(embeddings, labels, label) for label in classes}
+    means = {label: (1 - frame) * mean + frame * axis(label, len(mean)) for label, mean in means.items()}
     for row, own in zip(embeddings, labels, strict=True):
         logits = {}
         for label in classes:
@@ -84,9 +98,9 @@ def centroid(
             logits[label] = torch.log((eps + o) / (eps + d))
             if label != own:
                 pushes.append(f(o / (eps + d)))
-            elif labels.count(own) > 1:
+            elif labels.count(own) > 1 or frame > 0:
                 pulls.append(f(d / (eps + o)))
-        if labels.count(own) > 1:
+        if labels.count(own) > 1 or frame > 0:
             normaliser = torch.log(sum(torch.exp(logit) for logit in logits.values()))
             every = sum(normaliser - logit for logit in logits.values()) / len(classes)
             entropies.append((1 - smoothing) * (normaliser - logits[own]) + smoothing * every)
@@ -138,12 +152,15 @@ def simo(
     eps: float = 0.01,
     leaning: float = 1.0,
     smoothing: float = 0.0,
+    frame: float = 0.0,
 ) -> dict[str, Tensor]:
     """Terms of the loss, unweighted, with the class-means term."""
     if level in ("group", "class"):
         terms = (group if level == "group" else class_)(embeddings, labels, form, eps, leaning)
+    elif level == "centroid":
+        terms = centroid(embeddings, labels, form, eps, leaning, smoothing, frame)
     else:
-        terms = (centroid if level == "centroid" else pair)(embeddings, labels, form, eps, leaning, smoothing)
+        terms = pair(embeddings, labels, form, eps, leaning, smoothing)
     classes = sorted(set(labels))
     if len(classes) > 1:
         means = torch.stack([class_mean(embeddings, labels, label) for label in classes])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from simo_lightning import SimOLoss
-from simo_lightning.functional import pairs
+from simo_lightning.functional import centroids, pairs
 from tests import reference
 
 FORMS = [
@@ -32,8 +32,11 @@ def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
 @pytest.mark.parametrize("dim", [3, 8])
-@pytest.mark.parametrize(("level", "form"), FORMS)
-def test_value_and_gradient_equal_the_loops(level: str, form: str, dim: int, labels: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("level", "form", "frame"),
+    [*((*each, 0.0) for each in FORMS), *(("centroid", form, 0.3) for form in ("ratio", "log", "softmax"))],
+)
+def test_value_and_gradient_equal_the_loops(level: str, form: str, frame: float, dim: int, labels: list[int]) -> None:
     embeddings = draw(len(labels), dim).requires_grad_()
     smoothing = 0.2 if form == "softmax" else 0.0
     loss = SimOLoss(
@@ -46,8 +49,9 @@ def test_value_and_gradient_equal_the_loops(level: str, form: str, dim: int, lab
         dissimilar_weight=2.0 if form == "softmax" else 3.0,
         mean_weight=0.5,
         label_smoothing=smoothing,
+        frame=frame,
     )
-    expected = reference.simo(embeddings, labels, level, form, eps=0.05, leaning=0.7, smoothing=smoothing)
+    expected = reference.simo(embeddings, labels, level, form, eps=0.05, leaning=0.7, smoothing=smoothing, frame=frame)
     weights = {"similar": 2.0, "dissimilar": 3.0, "softmax": 2.0, "mean": 0.5}
     expected = {name: weights[name] * term for name, term in expected.items()}
     terms = loss.terms(embeddings, torch.tensor(labels))
@@ -64,7 +68,7 @@ def test_value_and_gradient_equal_the_loops(level: str, form: str, dim: int, lab
 def test_normalize_divides_by_the_length(level: str, form: str) -> None:
     embeddings, labels = draw(9, 4), [0, 1, 2] * 3
     unit = torch.stack([row / math.sqrt(float(row @ row)) for row in embeddings])
-    value = SimOLoss(level, form, label_smoothing=0.0)(embeddings, torch.tensor(labels))
+    value = SimOLoss(level, form, label_smoothing=0.0, frame=0.0)(embeddings, torch.tensor(labels))
     expected = reference.simo(unit, labels, level, form)
     expected.pop("mean")
     torch.testing.assert_close(value, sum(expected.values()), rtol=1e-10, atol=0)
@@ -86,13 +90,15 @@ def test_the_order_of_the_rows_does_not_matter(level: str, form: str) -> None:
     torch.testing.assert_close(loss(embeddings, labels), loss(embeddings[order], labels[order]), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("level", ["centroid", "pair"])
 @pytest.mark.parametrize("form", ["ratio", "log", "softmax"])
-def test_chunks_of_the_pair_level_add_up(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_add_up(level: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings, labels = draw(40, 4).requires_grad_(), torch.tensor([0] * 21 + [1] * 13 + [2] * 6)
-    loss = SimOLoss("pair", form)
+    loss = SimOLoss(level, form)
     whole = loss(embeddings, labels)
     for size in (1, 50, 400):
         monkeypatch.setattr(pairs, "_CHUNK_PAIRS", size)
+        monkeypatch.setattr(centroids, "_CHUNK_ENTRIES", size)
         parts = loss(embeddings, labels)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient(parts, embeddings), gradient(whole, embeddings), rtol=1e-10, atol=1e-14)
@@ -125,7 +131,7 @@ def test_own_class_distances_of_tight_classes_keep_their_digits_in_float32(level
 def test_softmax_of_tight_classes_keeps_its_digits_in_float32(level: str) -> None:
     labels = torch.arange(4).repeat_interleave(32)
     embeddings = torch.nn.functional.normalize(draw(4, 16, seed=1), dim=1)[labels] + 1e-3 / 4 * draw(128, 16, seed=2)
-    loss = SimOLoss(level, "softmax", eps=1e-9, normalize=False)
+    loss = SimOLoss(level, "softmax", eps=1e-9, normalize=False, frame=0.0)
     exact = loss(embeddings.float().double(), labels)
     torch.testing.assert_close(loss(embeddings.float(), labels).double(), exact, rtol=1e-3, atol=0)
 
@@ -178,6 +184,8 @@ def test_argument_errors_name_the_argument_and_the_value() -> None:
         ({"form": "square"}, "form must be one of ratio, log, softmax, got 'square'"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
         ({"orthogonality_leaning": 1.5}, r"orthogonality_leaning must be in 0..1, got 1.5"),
+        ({"frame": -0.1}, r"frame must be in 0..1, got -0.1"),
+        ({"level": "pair", "form": "log", "frame": 0.5}, "frame must be 0 or None unless level='centroid', got 0.5"),
         ({"mean_weight": -1.0}, "mean_weight must be finite and >= 0, got -1.0"),
         ({"level": "group"}, "form 'softmax' needs level 'centroid' or 'pair', got level 'group'"),
         ({"form": "log", "label_smoothing": 0.1}, "label_smoothing must be 0 or None unless form='softmax', got 0.1"),
@@ -204,3 +212,13 @@ def test_paper_form() -> None:
     embeddings, labels = draw(12, 5), [0, 1, 2] * 4
     expected = sum(reference.simo(embeddings, labels, "group", "ratio").values())
     torch.testing.assert_close(SimOLoss.paper()(embeddings, torch.tensor(labels)), expected, rtol=1e-10, atol=0)
+
+
+def test_the_frame_leads_out_of_merged_classes() -> None:
+    """Classes at one point: without a frame no gradient tells them apart, with it each moves towards its own axis."""
+    embeddings = torch.full((6, 3), 3**-0.5, dtype=torch.float64).requires_grad_()
+    labels = torch.arange(6) % 3
+    still = gradient(SimOLoss(frame=0.0)(embeddings, labels), embeddings)
+    assert still.abs().max() < 1e-12
+    moved = embeddings.detach() - 1e-3 * gradient(SimOLoss()(embeddings, labels), embeddings)
+    assert moved.argmax(dim=1).tolist() == labels.tolist()

@@ -1,4 +1,4 @@
-"""SimO on one group of embeddings (Eq. 1) and on labelled batches, at the levels group, class and centroid.
+"""SimO on one group of embeddings (Eq. 1) and on labelled batches, at the levels group and class.
 
 Shapes: N rows, D dimensions, C classes. d is a squared distance, o a squared dot product ("orthogonality": 0 means
 orthogonal). Here d and o are means over pairs where the paper sums, so that eps means the same at every batch size.
@@ -7,7 +7,6 @@ orthogonal). Here d and o are means over pairs where the paper sums, so that eps
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simo_lightning.functional.moments import (
@@ -60,12 +59,14 @@ class Batch(NamedTuple):
         labels: Class of each row, ``(N,)``, in 0..C-1.
         counts: Rows of each class, ``(C,)`` int64, all >= 1.
         means: Class means, ``(C, D)``, with gradient.
+        classes: Label of each class as it was given, ``(C,)``, ascending.
     """
 
     embeddings: Tensor
     labels: Tensor
     counts: Tensor
     means: Tensor
+    classes: Tensor
 
     @classmethod
     def of(cls, embeddings: Tensor, labels: Tensor) -> "Batch":
@@ -80,7 +81,8 @@ class Batch(NamedTuple):
         """
         index, counts = compact_labels(labels)
         means = class_sums(embeddings, index, len(counts)) / counts.unsqueeze(1)
-        return cls(embeddings, index, counts, means)
+        classes = torch.empty_like(counts).scatter_(0, index, labels.long())
+        return cls(embeddings, index, counts, means, classes)
 
     def nothing(self) -> Tensor:
         """A zero that has a gradient: the value of a mean over no pairs."""
@@ -142,7 +144,7 @@ def group_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     Source:
         arXiv 2410.05233, Alg. 2, steps 1 and 2. Cost O(N D min(n, D)) for n rows a class.
     """
-    embeddings, labels, counts, means = batch
+    embeddings, labels, counts, means, _ = batch
     rows = len(embeddings)
     scatter = class_scatter(embeddings, means, labels)  # (C,)
     norms = squared_gram_norms(embeddings, labels, counts)  # (C,) sum of o over ordered pairs, diagonal included
@@ -169,7 +171,7 @@ def class_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
         ``similar`` (mean over the classes of two rows or more) and ``dissimilar`` (mean over the pairs of classes),
         scalars >= 0. Cost O(N D^2 + C^2 D^2), memory O(C D^2).
     """
-    embeddings, labels, counts, means = batch
+    embeddings, labels, counts, means, _ = batch
     scatter = class_scatter(embeddings, means, labels)
     second = class_second_moments(embeddings, labels, counts)  # (C, D, D)
     terms = {"similar": _similar_classes(batch, scatter, second.square().sum(dim=(1, 2)), exchange)}
@@ -180,42 +182,6 @@ def class_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     first, other = torch.triu_indices(len(counts), len(counts), offset=1, device=counts.device)
     distance = spread[first] + spread[other] + _mean_distances(means, means)[first, other]
     return {**terms, "dissimilar": exchange.push(distance, (second @ second.mT)[first, other]).mean()}
-
-
-def centroid_terms(batch: Batch, exchange: Exchange, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-    """One ratio per sample and class mean: its own class similar, every other class dissimilar.
-
-    Args:
-        batch: The labelled batch; the means hold the sample itself and carry gradient.
-        exchange: Form, eps and leaning.
-        label_smoothing: For the softmax form, share of the target spread evenly over all classes, in 0..1.
-
-    Returns:
-        ratio and log: ``similar`` (mean over the samples of classes of two rows or more) and ``dissimilar`` (mean over
-        samples and other classes). softmax: ``softmax``, the cross-entropy of the samples of classes of two rows or
-        more over all classes, with logits log(eps + o) - log(eps + d). Cost O(N C D), memory O(N C).
-
-    Source:
-        Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
-    """
-    embeddings, labels, counts, means = batch
-    alignment = (embeddings @ means.T).square()  # (N, C)
-    paired = counts[labels] > 1  # (N,) whether the sample has a similar partner
-    own_distance = (embeddings - means[labels]).square().sum(dim=1)  # (N,) exact for tight classes
-    distance = _mean_distances(embeddings, means).scatter(1, labels.unsqueeze(1), own_distance.unsqueeze(1))  # (N, C)
-    if exchange.form == "softmax":
-        if not paired.any():
-            return {"softmax": batch.nothing()}
-        target = labels.masked_fill(~paired, -100)
-        logits = exchange.logit(distance, alignment)
-        return {"softmax": F.cross_entropy(logits, target, ignore_index=-100, label_smoothing=label_smoothing)}
-    own_alignment = alignment.gather(1, labels.unsqueeze(1)).squeeze(1)
-    similar = exchange.pull(own_distance[paired], own_alignment[paired]).mean() if paired.any() else batch.nothing()
-    if len(counts) < 2:
-        return {"similar": similar, "dissimilar": batch.nothing()}
-    own = labels.unsqueeze(1) == torch.arange(len(counts), device=labels.device)  # (N, C)
-    pushes = exchange.push(distance, alignment).masked_fill(own, 0).sum()
-    return {"similar": similar, "dissimilar": pushes / (len(labels) * (len(counts) - 1))}
 
 
 def means_term(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
