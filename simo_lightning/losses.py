@@ -9,6 +9,7 @@ from simo_lightning.functional.centroids import centroid_terms
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.pairs import pair_terms
 from simo_lightning.functional.simo import Batch, Exchange, Form, class_terms, group_terms, means_term
+from simo_lightning.functional.unit import unit_rows
 
 Level = Literal["group", "class", "centroid", "pair"]
 # Share of the softmax target that goes to all classes alike, unless said otherwise: first measurements in the README.
@@ -137,7 +138,7 @@ class SimOLoss(nn.Module):
             if embeddings.dtype != torch.float64:
                 embeddings = embeddings.float()
             if self.normalize:
-                embeddings = nn.functional.normalize(embeddings, dim=1)
+                embeddings = unit_rows(embeddings)
             if len(embeddings) == 0:
                 return {"similar": embeddings.sum()}
             batch = Batch.of(embeddings, labels)
@@ -200,6 +201,8 @@ class SimOLoss(nn.Module):
 
 
 def _check_finite(embeddings: Tensor) -> None:
+    if embeddings.detach().sum().isfinite():
+        return  # neither nan nor inf hides in a finite sum, which is cheaper than a test of each number
     finite = embeddings.detach().isfinite().all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().squeeze(1)
