@@ -83,6 +83,13 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_plots(run: Path) -> 
     assert {"train/loss", "train/images_per_second", "val/knn", "val/orthogonality", "val/effective_rank"} <= logged
 
 
+def test_a_metric_that_is_measured_rarely_gives_its_checkpoint_when_it_comes(tmp_path: Path) -> None:
+    folder = tmp_path / "rare"
+    fit("--run_dir", str(folder), "--knn.every_n_epochs", "2", epochs=2)
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["epoch"] == 1  # the first epoch measured nothing
+
+
 def test_new_runs_get_new_folders_and_a_resumed_one_keeps_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     root = Path("runs/digits")
     fit("--ckpt_path", "last")  # the first start of a job that may be restarted: nothing to go on from

@@ -61,6 +61,8 @@ class _InRunFolder(ModelCheckpoint):
 class BestCheckpoint(_InRunFolder):
     """Keeps the checkpoint with the best value of a metric as ``<run folder>/checkpoints/best.ckpt``.
 
+    Where a callback measures every n epochs only, the epochs before its first measurement keep none.
+
     Args:
         monitor: Logged name of the metric.
         mode: Whether the largest or the smallest value is best.
@@ -70,6 +72,20 @@ class BestCheckpoint(_InRunFolder):
         super().__init__(
             monitor=monitor, mode=mode, filename="best", auto_insert_metric_name=False, enable_version_counter=False
         )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        if not self._is_to_come(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        if not self._is_to_come(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def _is_to_come(self, trainer: pl.Trainer) -> bool:
+        """Whether the metric may be missing only because its callback has not measured yet."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        rare = any(getattr(callback, "every_n_epochs", 1) > 1 for callback in callbacks)
+        return rare and self.monitor not in trainer.callback_metrics
 
 
 class LastCheckpoint(_InRunFolder):
