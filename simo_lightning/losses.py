@@ -12,10 +12,10 @@ from simo_lightning.functional.simo import Batch, Exchange, Form, class_terms, g
 from simo_lightning.functional.unit import unit_rows
 
 Level = Literal["group", "class", "centroid", "pair"]
-# Share of the softmax target that goes to all classes alike, unless said otherwise: first measurements in the README.
+# What trained best, unless said otherwise; benchmarks/RECIPES.md has the measurements.
 _SOFTMAX_SMOOTHING = 0.1
-# Share of the class's axis in its centre, unless said otherwise.
-_SOFTMAX_FRAME = 0.5
+_CENTROID_SOFTMAX_FRAME = 0.5
+_CENTROID_SOFTMAX_MEANS = 0.2
 
 
 class SimOLoss(nn.Module):
@@ -48,7 +48,8 @@ class SimOLoss(nn.Module):
         normalize: Divide each embedding by its length first.
         similar_weight: Weight of the similar side, >= 0; in the softmax form of the whole.
         dissimilar_weight: Weight of the dissimilar side, >= 0; in the softmax form equal to similar_weight.
-        mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0.
+        mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0; None is 0.2 in the softmax form
+            of the level centroid and 0 elsewhere.
         label_smoothing: Share of the softmax form's target spread over all classes (rows at the level pair), in 0..1;
             None is 0.1 in the softmax form and 0 in the others, which have no target to smooth.
         frame: At the level centroid, share of the class's own axis (:func:`.frame.class_axes`) in its centre, in 0..1;
@@ -65,28 +66,31 @@ class SimOLoss(nn.Module):
         tensor(0.)
 
     Source:
-        arXiv 2410.05233; :meth:`paper` is its form. The levels below the group, the forms log and softmax and the
-        normalisation are ours, and so is the default: the form that trained best (centroid, softmax).
+        arXiv 2410.05233; :meth:`paper` is its form. The levels below the group, the forms log and softmax, the frame
+        and the normalisation are ours, and so is the default: what trained best (centroid, softmax, frame).
     """
 
     def __init__(
         self,
         level: Level = "centroid",
         form: Form = "softmax",
-        eps: float = 0.01,
+        eps: float = 0.1,
         orthogonality_leaning: float = 1.0,
         normalize: bool = True,
         similar_weight: float = 1.0,
         dissimilar_weight: float = 1.0,
-        mean_weight: float = 0.0,
+        mean_weight: float | None = None,
         label_smoothing: float | None = None,
         frame: float | None = None,
     ) -> None:
         super().__init__()
         if label_smoothing is None:
             label_smoothing = _SOFTMAX_SMOOTHING if form == "softmax" else 0.0
+        best = (level, form) == ("centroid", "softmax")
         if frame is None:
-            frame = _SOFTMAX_FRAME if (level, form) == ("centroid", "softmax") else 0.0
+            frame = _CENTROID_SOFTMAX_FRAME if best else 0.0
+        if mean_weight is None:
+            mean_weight = _CENTROID_SOFTMAX_MEANS if best else 0.0
         self.level, self.form, self.normalize, self.frame = level, form, normalize, frame
         self.eps, self.orthogonality_leaning, self.label_smoothing = eps, orthogonality_leaning, label_smoothing
         self.similar_weight, self.dissimilar_weight, self.mean_weight = similar_weight, dissimilar_weight, mean_weight

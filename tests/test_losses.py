@@ -68,7 +68,9 @@ def test_value_and_gradient_equal_the_loops(level: str, form: str, frame: float,
 def test_normalize_divides_by_the_length(level: str, form: str) -> None:
     embeddings, labels = draw(9, 4), [0, 1, 2] * 3
     unit = torch.stack([row / math.sqrt(float(row @ row)) for row in embeddings])
-    value = SimOLoss(level, form, label_smoothing=0.0, frame=0.0)(embeddings, torch.tensor(labels))
+    value = SimOLoss(level, form, eps=0.01, mean_weight=0.0, label_smoothing=0.0, frame=0.0)(
+        embeddings, torch.tensor(labels)
+    )
     expected = reference.simo(unit, labels, level, form)
     expected.pop("mean")
     torch.testing.assert_close(value, sum(expected.values()), rtol=1e-10, atol=0)

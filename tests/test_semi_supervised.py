@@ -15,7 +15,7 @@ def draw() -> Tensor:
 
 def test_value_and_gradient_equal_the_loops() -> None:
     rows = draw()
-    labelled = SimOLoss("centroid", "softmax", eps=0.01, label_smoothing=0.1)
+    labelled = SimOLoss("centroid", "softmax", eps=0.01, label_smoothing=0.1, frame=0.0, mean_weight=0.0)
     loss = SemiSupervisedLoss(2, labelled, unlabelled_weight=0.3)
     unit = rows / rows.square().sum(1, keepdim=True).sqrt()
     first = reference.simo(unit[:6], LABELS[:6], "centroid", "softmax", eps=0.01, leaning=1.0, smoothing=0.1)
