@@ -122,7 +122,12 @@ def linear_probe(bank: Embedded, queries: Embedded) -> float:
 
 
 def mlp_head(trainer: pl.Trainer, module: SimOModule, data: PairDataModule, seed: int) -> float:
-    """Test accuracy of an MLP head trained for one epoch on the frozen encoder: the paper's protocol."""
+    """Test accuracy of an MLP head trained for one epoch on the frozen encoder: the paper's protocol.
+
+    nan where the training batches do not carry the classes that are judged: coarse classes, or hidden labels.
+    """
+    if data.train_class_names != data.class_names or data.label_fraction < 1:
+        return float("nan")
     seed_everything(seed, verbose=False)
     probe = ProbeModule(
         data.num_classes,

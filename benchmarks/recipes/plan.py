@@ -18,7 +18,7 @@ PROTOCOL = 1
 _CONFIG = ("trainer", "model", "data")
 _OWN = ("title", "rates")
 # Keys of a config of the simo command that have nothing to say here.
-_OF_SIMO = ("seed_everything", "best", "last", "knn", "geometry", "plots")
+_OF_SIMO = ("seed_everything", "best", "last", "knn", "probe", "geometry", "alarm", "plots")
 
 Config = dict[str, Any]
 
