@@ -1,5 +1,6 @@
 """SimO as an nn.Module: embeddings and labels in, a scalar out."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -121,7 +122,8 @@ class SimOLoss(nn.Module):
         Raises:
             ValueError: If a shape or dtype is wrong, or an embedding is nan or infinite.
         """
-        return torch.stack(list(self.terms(embeddings, labels).values())).sum()
+        first, *others = self.terms(embeddings, labels).values()
+        return sum(others, first)
 
     def terms(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The weighted parts of the loss by name; their sum is the loss.
@@ -150,7 +152,8 @@ class SimOLoss(nn.Module):
             if self.mean_weight:
                 terms |= means_term(batch, self._exchange)
         weights = {"dissimilar": self.dissimilar_weight, "mean": self.mean_weight}
-        return {name: weights.get(name, self.similar_weight) * term for name, term in terms.items()}
+        weights = {name: weights.get(name, self.similar_weight) for name in terms}
+        return {name: term if weights[name] == 1 else weights[name] * term for name, term in terms.items()}
 
     def extra_repr(self) -> str:
         """The arguments, for printing the module."""
@@ -205,7 +208,7 @@ class SimOLoss(nn.Module):
 
 
 def _check_finite(embeddings: Tensor) -> None:
-    if embeddings.detach().sum().isfinite():
+    if math.isfinite(float(embeddings.detach().sum())):
         return  # neither nan nor inf hides in a finite sum, which is cheaper than a test of each number
     finite = embeddings.detach().isfinite().all(dim=1)
     if not finite.all():

@@ -126,13 +126,24 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         images, labels = batch
         embeddings = self._embed_in_parts(images)
         terms = self.loss_terms(gather_rows(embeddings), gather_rows(labels))
-        loss = torch.stack(list(terms.values())).sum()
+        first, *others = terms.values()
+        loss = sum(others, first)
         if not loss.isfinite():
             raise ValueError(f"train/loss must be finite, got {float(loss.detach())} at step {self.global_step}")
-        self.log("train/loss", loss, prog_bar=True)
-        if len(terms) > 1:
-            self.log_dict({f"train/loss_{name}": term for name, term in terms.items()})
+        if self._is_reported(batch_idx):
+            self.log("train/loss", loss, prog_bar=True)
+            if len(terms) > 1:
+                self.log_dict({f"train/loss_{name}": term for name, term in terms.items()})
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels}
+
+    def _is_reported(self, batch_idx: int) -> bool:
+        """Whether anybody looks at this step's loss: a logger, the progress bar, or who monitors the epoch's last.
+
+        A call of ``log`` costs 0.4 ms, and a step of a small encoder 50.
+        """
+        trainer: Any = self.trainer
+        every, step = trainer.log_every_n_steps, self.global_step + 1
+        return batch_idx % 10 == 9 or trainer.is_last_batch or bool(every and step % every == 0)
 
     def _embed_in_parts(self, images: Tensor) -> Tensor:
         """Embeddings ``(N, D)`` of a training batch, by micro-batches that each forget their activations."""

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from simo_lightning.callbacks.watcher import EmbeddingWatcher, embedded_rows
 from simo_lightning.distributed import sum_over_ranks
 
-# As cross_entropy says of rows that do not count.
-_UNKNOWN = -100
-
 
 class OnlineProbe(EmbeddingWatcher):
     """Log the accuracy of a linear classifier of the embeddings as ``val/probe`` and ``test/probe``.
@@ -125,7 +122,7 @@ class OnlineProbe(EmbeddingWatcher):
         # skip_init: weights drawn here would move the generator from which the encoder's training draws
         place = {"dtype": torch.float32, "device": embeddings.device}
         self.head = nn.utils.skip_init(nn.Linear, embeddings.shape[1], num_classes, **place)
-        self._optimizer = torch.optim.Adam(self.head.parameters(), lr=self.lr)
+        self._optimizer = torch.optim.Adam(self.head.parameters(), lr=self.lr, fused=embeddings.device.type != "mps")
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
         if state:
@@ -133,22 +130,24 @@ class OnlineProbe(EmbeddingWatcher):
             self._optimizer.load_state_dict(state["optimizer"])
         return self.head
 
+    @torch.no_grad()
     def _learn(self, head: nn.Linear, embeddings: Tensor, labels: Tensor) -> None:
-        labels = torch.where((labels >= 0) & (labels < head.out_features), labels, _UNKNOWN)
-        with torch.enable_grad(), torch.autocast(embeddings.device.type, enabled=False):
-            logits = head(_directions(embeddings))
-            loss = nn.functional.cross_entropy(logits, labels, ignore_index=_UNKNOWN, reduction="sum")
-            gradients = torch.autograd.grad(loss, list(head.parameters()))
-        flat = [gradient.flatten() for gradient in gradients]
-        count = (labels != _UNKNOWN).sum(dtype=torch.float32).view(1)
-        total = sum_over_ranks(torch.cat([*flat, count]))
-        mean = total[:-1] / total[-1].clamp(min=1)
-        for parameter, part in zip(head.parameters(), mean.split([len(part) for part in flat]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        """One step of Adam. The gradient of the cross-entropy is written out: probability less target."""
         assert self._optimizer is not None
+        with torch.autocast(embeddings.device.type, enabled=False):
+            directions, classes = _directions(embeddings), head.out_features  # (N, D), C
+            slope = head(directions).softmax(dim=1)  # (N, C)
+            # a label that is no class matches no column: its row of targets is zero, and so is its slope
+            targets = labels.unsqueeze(1) == torch.arange(classes, device=labels.device)
+            known = targets.any(dim=1, keepdim=True).to(slope.dtype)
+            slope = slope.sub_(targets.to(slope.dtype)).mul_(known)
+            parts = ((slope.T @ directions).flatten(), slope.sum(dim=0), known.sum().view(1))
+            total = sum_over_ranks(torch.cat(parts))
+        total /= total[-1].clone().clamp_(min=1)
+        head.weight.grad, head.bias.grad = total[: -1 - classes].view_as(head.weight), total[-1 - classes : -1]
         self._optimizer.step()
 
 
 def _directions(embeddings: Tensor) -> Tensor:
     """Rows over their norm, times sqrt(D), so that an entry has a mean square of 1; float32 (N, D)."""
-    return nn.functional.normalize(embeddings.float(), dim=1) * embeddings.shape[1] ** 0.5
+    return nn.functional.normalize(embeddings.float(), dim=1).mul_(embeddings.shape[1] ** 0.5)

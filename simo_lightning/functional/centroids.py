@@ -44,8 +44,10 @@ def centroid_terms(
         too: classes that coincide are a saddle of the loss, and the axes lead out of it.
     """
     rows, classes = len(batch.labels), len(batch.counts)
-    similar = (batch.counts > 1) | (frame > 0)  # (C,) whether a row has something to be similar to
-    pulled = int(batch.counts[similar].sum())
+    similar, pulled = None, rows
+    if not frame and int(batch.counts.min()) < 2:
+        similar = batch.counts > 1  # (C,) whether a row has something to be similar to
+        pulled = int(batch.counts[similar].sum())
     if exchange.form == "softmax":
         if pulled == 0:
             return {"softmax": batch.nothing()}
@@ -58,13 +60,14 @@ def centroid_terms(
 class _Chunk(NamedTuple):
     """What is judged: squared distances and dot products (C, R), the own class (1, R), and 1.0 where a row is pulled.
 
-    With `pulled` (R,) come what the gradient needs: rows less the origin and less their own centre, both (R, D).
+    `pulled` (R,) is None where all rows are. The rest is for the gradient: rows less the origin and less their own
+    centre, both (R, D).
     """
 
     distance: Tensor
     dot: Tensor
     own: Tensor
-    pulled: Tensor
+    pulled: Tensor | None
     rows: Tensor
     gap: Tensor
 
@@ -90,12 +93,14 @@ def _softmax(exchange: Exchange, smoothing: float, chunk: _Chunk) -> list[_Verdi
     target = (1 - smoothing) * ratio.gather(0, chunk.own).squeeze(0).log()
     if smoothing:
         target += smoothing / classes * ratio.log().sum(dim=0)
-    value = (total.log() - target) @ chunk.pulled
+    losses = total.log().sub_(target)
+    value = losses.sum() if chunk.pulled is None else losses @ chunk.pulled
     slope = ratio.div_(total)  # by logit: probability less target
     if smoothing:
         slope -= smoothing / classes
     slope.scatter_add_(0, chunk.own, slope.new_full((1, 1), smoothing - 1).expand_as(chunk.own))
-    slope *= chunk.pulled
+    if chunk.pulled is not None:
+        slope *= chunk.pulled
     by_dot = (slope / worth).mul_(chunk.dot).mul_(2 * leaning)
     return [_Verdict(value, slope.div_(cost).neg_(), by_dot)]
 
@@ -111,12 +116,10 @@ def _pull_and_push(exchange: Exchange, chunk: _Chunk) -> list[_Verdict]:
     pushed = _Verdict(push.sum(), push_by_distance, push_by_alignment.mul_(dot).mul_(2 * leaning))
     pull, by_distance, by_alignment = _traded(exchange, distance.gather(0, own), alignment.gather(0, own))  # (1, R)
     by_dot = by_alignment * 2 * leaning * dot.gather(0, own)
+    if chunk.pulled is not None:
+        pull, by_distance, by_dot = pull * chunk.pulled, by_distance * chunk.pulled, by_dot * chunk.pulled
     nothing = torch.zeros_like(distance)
-    pulled = _Verdict(
-        (pull * chunk.pulled).sum(),
-        nothing.scatter(0, own, by_distance * chunk.pulled),
-        nothing.scatter(0, own, by_dot * chunk.pulled),
-    )
+    pulled = _Verdict(pull.sum(), nothing.scatter(0, own, by_distance), nothing.scatter(0, own, by_dot))
     return [pulled, pushed]
 
 
@@ -132,55 +135,70 @@ def _traded(exchange: Exchange, paid: Tensor, bought: Tensor) -> tuple[Tensor, T
 
 
 class _Sums(torch.autograd.Function):
-    """The judge's terms over all rows, (terms,); the gradient is taken on the way."""
+    """The judge's terms, each summed over all rows; the gradient is taken on the way."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, centers: Tensor, labels: Tensor, similar: Tensor, judge: _Judge, terms: int, need: bool
-    ) -> Tensor:
-        totals = rows.new_zeros(terms)
+        ctx: Any,
+        rows: Tensor,
+        centers: Tensor,
+        labels: Tensor,
+        similar: Tensor | None,
+        judge: _Judge,
+        terms: int,
+        need: bool,
+    ) -> tuple[Tensor, ...]:
+        totals = [rows.new_zeros(()) for _ in range(terms)]
         by_rows = [torch.empty_like(rows) for _ in range(terms if need else 0)]
         by_centers = [torch.zeros_like(centers) for _ in by_rows]
-        origin, pulled = centers.mean(dim=0), similar.to(rows.dtype)
+        origin = centers.mean(dim=0)
+        near, squares = centers - origin, (centers - origin).square().sum(dim=1, keepdim=True)
+        pulled = None if similar is None else similar.to(rows.dtype)
         length = max(1, _CHUNK_ENTRIES // len(centers))
         for first in range(0, len(rows), length):
             span = slice(first, first + length)
-            chunk = _look(rows[span], centers, origin, labels[span], pulled)
+            chunk = _look(rows[span], centers, near, squares, origin, labels[span], pulled)
             for term, verdict in enumerate(judge(chunk)):
                 totals[term] += verdict.total
                 if need:
-                    _turn_back(chunk, verdict, centers - origin, origin, by_rows[term][span], by_centers[term])
+                    _turn_back(chunk, verdict, near, origin, by_rows[term][span], by_centers[term])
         ctx.save_for_backward(*by_rows, *by_centers)
-        return totals
+        return tuple(totals)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weighted = [weight * saved for weight, saved in zip(output_gradient.repeat(2), ctx.saved_tensors, strict=True)]
-        terms = len(output_gradient)
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        weighted = [weight * saved for weight, saved in zip(weights * 2, ctx.saved_tensors, strict=True)]
+        terms = len(weights)
         by_rows, by_centers = weighted[:terms], weighted[terms:]
         return sum(by_rows[1:], by_rows[0]), sum(by_centers[1:], by_centers[0]), None, None, None, None, None
 
 
-def _sums(batch: Batch, similar: Tensor, frame: float, judge: _Judge, terms: int) -> Tensor:
+def _sums(batch: Batch, similar: Tensor | None, frame: float, judge: _Judge, terms: int) -> tuple[Tensor, ...]:
     rows, centers = batch.embeddings, batch.means
     if frame:
         centers = centers.lerp(class_axes(batch.classes, rows.shape[1], centers.dtype), frame)
     need = torch.is_grad_enabled() and rows.requires_grad
-    totals: Tensor = _Sums.apply(rows, centers, batch.labels, similar, judge, terms, need)
+    totals: tuple[Tensor, ...] = _Sums.apply(rows, centers, batch.labels, similar, judge, terms, need)
     return totals
 
 
-def _look(rows: Tensor, centers: Tensor, origin: Tensor, labels: Tensor, pulled: Tensor) -> _Chunk:
+def _look(
+    rows: Tensor,
+    centers: Tensor,
+    near_centers: Tensor,
+    squares: Tensor,
+    origin: Tensor,
+    labels: Tensor,
+    pulled: Tensor | None,
+) -> _Chunk:
     """Distances to other centres by one matrix product, less the origin first so that its distance costs no digits; to
     the own centre from the difference, exact for tight classes.
     """
-    own, gap = labels.unsqueeze(0), rows - centers[labels]
-    near, near_centers = rows - origin, centers - origin
-    distance = torch.addmm(near.square().sum(dim=1), near_centers, near.T, alpha=-2)
-    distance.add_(near_centers.square().sum(dim=1, keepdim=True)).clamp_(min=0)
+    own, gap, near = labels.unsqueeze(0), rows - centers[labels], rows - origin
+    distance = torch.addmm(near.square().sum(dim=1), near_centers, near.T, alpha=-2).add_(squares).clamp_(min=0)
     distance.scatter_(0, own, gap.square().sum(dim=1).unsqueeze(0))
-    return _Chunk(distance, centers @ rows.T, own, pulled[labels], near, gap)
+    return _Chunk(distance, centers @ rows.T, own, None if pulled is None else pulled[labels], near, gap)
 
 
 def _turn_back(

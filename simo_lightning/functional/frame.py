@@ -1,7 +1,6 @@
 """A direction of its own for every class, known before any data: where the class may settle."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Odd constants of the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), as signed 64-bit integers.
@@ -32,17 +31,16 @@ def class_axes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> 
         Ours. Classifiers with fixed orthogonal or simplex weights: Pernici et al., arXiv 2103.15632; Yang et al.,
         arXiv 2203.09081. More classes than dimensions: near-orthogonal by Johnson & Lindenstrauss, as the paper says.
     """
-    labels = labels.long()
-    on_axis = (labels >= 0) & (labels < dim)  # (C,)
-    axes = F.one_hot(labels.where(on_axis, 0), dim).to(dtype)
-    if on_axis.all():
+    labels = labels.long().unsqueeze(1)
+    columns = torch.arange(dim, device=labels.device)
+    axes = (labels == columns).to(dtype)  # (C, D), a row of zeros where the label has no axis
+    if int(axes.sum()) == len(labels):
         return axes
-    columns = torch.arange(1, dim + 1, device=labels.device)
-    mixed = (labels.unsqueeze(1) * dim + columns) * _STEP  # (C, D), wrapping around as a hash should
+    mixed = (labels * dim + columns + 1) * _STEP  # (C, D), wrapping around as a hash should
     mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
     mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
     signs = 1 - 2 * (_shifted(mixed, 31) ^ mixed).bitwise_and(1)
-    return torch.where(on_axis.unsqueeze(1), axes, signs.to(dtype) / dim**0.5)
+    return torch.where(axes.any(dim=1, keepdim=True), axes, signs.to(dtype) / dim**0.5)
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
