@@ -53,9 +53,9 @@ class SimOLoss(nn.Module):
             of the level centroid and 0 elsewhere.
         label_smoothing: Share of the softmax form's target spread over all classes (rows at the level pair), in 0..1;
             None is 0.1 in the softmax form and 0 in the others, which have no target to smooth.
-        frame: At the level centroid, share of the class's own axis (:func:`.frame.class_axes`) in its centre, in 0..1;
-            1 leaves the axis alone. None is 0.5 in that level's softmax form and 0 elsewhere. The axes are of length
-            1: they are meant for normalised embeddings.
+        frame: At the level centroid, share of the class's own axis in its centre
+            (:func:`~simo_lightning.functional.frame.class_axes`), in 0..1; 1 leaves the axis alone. None is 0.5 in that
+            level's softmax form and 0 elsewhere. The axes are of length 1: they are meant for normalised embeddings.
 
     Raises:
         ValueError: If an argument is out of its range.

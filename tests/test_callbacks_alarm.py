@@ -228,7 +228,7 @@ class Small(nn.Sequential):
 @pytest.mark.parametrize("leaning", [1.0, 0.0])
 def test_a_run_without_orthogonality_collapses_and_one_with_it_does_not(tmp_path, leaning):
     """The paper's form on digits; training batches are looked at too."""
-    loss = SimOLoss("group", "log", normalize=False, orthogonality_leaning=leaning)
+    loss = SimOLoss("group", "log", eps=0.01, normalize=False, orthogonality_leaning=leaning)
     alarm = CollapseAlarm(after_epochs=2, every_n_steps=12)
     run = small_trainer(tmp_path, callbacks=[alarm], max_epochs=6, log_every_n_steps=5)
     with warnings.catch_warnings(record=True) as said:

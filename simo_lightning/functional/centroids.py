@@ -26,7 +26,8 @@ def centroid_terms(
 ) -> dict[str, Tensor]:
     """One ratio per row and class centre: its own class similar, every other class dissimilar.
 
-    The centre of a class is ``(1 - frame) * mean + frame * axis``, with the class's axis of :func:`class_axes`.
+    The centre of a class is ``(1 - frame) * mean + frame * axis``, with the class's axis of
+    :func:`~simo_lightning.functional.frame.class_axes`.
 
     Args:
         batch: The labelled batch; the means hold the row itself and carry gradient.
