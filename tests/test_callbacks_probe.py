@@ -56,7 +56,7 @@ def test_it_is_softmax_regression_on_directions(tmp_path, hidden):
                 )
             return images, labels
 
-    module, probe, data, history = Embedding(), OnlineProbe(lr=0.05), Hidden(), History()
+    module, probe, data, history = Embedding(), OnlineProbe(lr=0.05, every_n_batches=1), Hidden(), History()
     run = trainer(tmp_path, probe, history, max_epochs=3)
     run.fit(module, data)
     assert history.seen[0] == {}  # nothing of the sanity check
@@ -72,8 +72,15 @@ def test_it_is_softmax_regression_on_directions(tmp_path, hidden):
     assert history.seen[-1]["val/probe"] == run.validate(module, data, verbose=False)[0]["val/probe"]
 
 
+def test_it_learns_from_every_second_batch_unless_told_otherwise(tmp_path):
+    module, probe = Embedding(), OnlineProbe()
+    trainer(tmp_path, probe, max_epochs=1).fit(module, Pictures())
+    weight, _ = adam_loop(module.batches[::2], 1e-2)
+    np.testing.assert_allclose(probe.head.weight.detach(), weight, atol=1e-4)
+
+
 def test_it_measures_every_n_epochs_and_learns_in_all(tmp_path):
-    history, module, probe = History(), Embedding(), OnlineProbe(every_n_epochs=2)
+    history, module, probe = History(), Embedding(), OnlineProbe(every_n_epochs=2, every_n_batches=1)
     trainer(tmp_path, probe, history, max_epochs=3, num_sanity_val_steps=0).fit(module, Pictures())
     assert ["val/probe" in seen for seen in history.seen] == [False, True, True]
     weight, _ = adam_loop(module.batches, 0.01)
@@ -136,7 +143,11 @@ def test_it_goes_on_to_the_last_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"lr": 0.0}, "lr must be positive, got 0.0"), ({"every_n_epochs": 0}, "at least 1, got 0")],
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"every_n_epochs": 0}, "at least 1, got 0"),
+        ({"every_n_batches": 0}, "at least 1, got 0"),
+    ],
 )
 def test_numbers_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):

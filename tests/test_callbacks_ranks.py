@@ -14,7 +14,10 @@ from tests.rank_processes import saved, start_ranks
 
 
 def watch(folder: Path, world: int) -> None:
-    probe, alarm = OnlineProbe(lr=0.05), CollapseAlarm(after_epochs=99, every_n_steps=3, min_separation=3.0)
+    probe, alarm = (
+        OnlineProbe(lr=0.05, every_n_batches=1),
+        CollapseAlarm(after_epochs=99, every_n_steps=3, min_separation=3.0),
+    )
     options = {"devices": world, "strategy": "ddp"} if world > 1 else {}
     options |= {"callbacks": [probe, alarm, GeometryMonitor(every_n_steps=4)], "use_distributed_sampler": False}
     run = small_trainer(folder, max_epochs=3, precision="64-true", **options)
