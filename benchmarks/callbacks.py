@@ -2,8 +2,8 @@
 
     python -m benchmarks.callbacks [--data.data_dir DIR] [--config FILE] [--json FILE] [words of simo fit]
 
-All in one process. Training: geometry, alarm and probe are on at every second step, so that each step with them has a
-neighbour without; the difference is the median over the pairs. Validation: the same validation without a callback and
+All in one process. Training: geometry, alarm and probe are on for two steps and off for two, as the probe learns from
+every second batch; the difference is the median over such pairs of two. Validation: the same validation without a callback and
 with each of them by itself, taking turns. Beside both stands the time inside of the callback's own hooks, which other
 work on the machine disturbs less, but which on a GPU leaves out what the GPU does later. "geometry, training too" is
 GeometryMonitor(every_n_steps=...), which the command leaves off. Without a folder the images are noise.
@@ -64,15 +64,15 @@ class Inside(pl.Callback):
         return timed
 
 
-class EverySecondStep(pl.Callback):
-    """Runs callbacks in training at every second step, and times all steps.
+class TwoOnTwoOff(pl.Callback):
+    """Runs callbacks in training for two steps of four, and times all steps.
 
     Args:
         callbacks: Those measured.
-        warmup: Steps before the first that counts.
+        warmup: Steps before the first that counts, a multiple of 4.
 
     Attributes:
-        steps: Seconds of each step, those with the callbacks at odd places.
+        steps: Seconds of each step, two without the callbacks, two with, and so on.
         inside: Of each callback, the seconds inside at each step with it.
     """
 
@@ -88,7 +88,7 @@ class EverySecondStep(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
         step = trainer.global_step
-        if step % 2 == 0:
+        if (step - 1) // 2 % 2:
             for name, callback in self.callbacks.items():
                 before = callback.seconds
                 callback.on_train_batch_end(trainer, pl_module, *arguments)
@@ -127,13 +127,14 @@ def make_parts(arguments: argparse.Namespace, folder: str, words: list[str]) -> 
 
 def measure_training(parts: LightningCLI, callbacks: dict[str, Inside], warmup: int) -> dict[str, Any]:
     """Milliseconds of a step without the callbacks, what they add, and inside of each."""
-    turns = EverySecondStep(callbacks, warmup)
+    turns = TwoOnTwoOff(callbacks, warmup)
     parts.trainer.callbacks.append(turns)
     parts.trainer.limit_val_batches = 0
     parts.trainer.fit(parts.model, datamodule=parts.datamodule)
     parts.trainer.callbacks.remove(turns)
     parts.trainer.limit_val_batches = 1.0
-    off, on = turns.steps[0::2], turns.steps[1::2]
+    twos = [statistics.fmean(two) for two in zip(turns.steps[0::2], turns.steps[1::2], strict=False)]
+    off, on = twos[0::2], twos[1::2]
     return {
         "steps": len(turns.steps),
         "step": 1e3 * statistics.median(off),
