@@ -3,10 +3,11 @@
     python -m benchmarks.callbacks [--data.data_dir DIR] [--config FILE] [--json FILE] [words of simo fit]
 
 All in one process. Training: geometry, alarm and probe are on for two steps and off for two, as the probe learns from
-every second batch; the difference is the median over such pairs of two. Validation: the same validation without a callback and
-with each of them by itself, taking turns. Beside both stands the time inside of the callback's own hooks, which other
-work on the machine disturbs less, but which on a GPU leaves out what the GPU does later. "geometry, training too" is
-GeometryMonitor(every_n_steps=...), which the command leaves off. Without a folder the images are noise.
+every second batch; the difference is the median over such pairs of two. Validation: the same validation without a
+callback and with each of them by itself, taking turns. Beside both stands the time inside of the callback's own hooks,
+which other work on the machine disturbs less, but which on a GPU leaves out what the GPU does later. "geometry,
+training too" is GeometryMonitor(every_n_steps=...), which the command leaves off. Without a folder the images are
+noise.
 """
 
 import argparse
