@@ -10,7 +10,6 @@ from simo_lightning.functional.centroids import centroid_terms
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.pairs import pair_terms
 from simo_lightning.functional.simo import Batch, Exchange, Form, class_terms, group_terms, means_term
-from simo_lightning.functional.unit import unit_rows
 
 Level = Literal["group", "class", "centroid", "pair"]
 # What trained best in sketches on the validation split of CIFAR-10, unless said otherwise.
@@ -143,14 +142,11 @@ class SimOLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             if embeddings.dtype != torch.float64:
                 embeddings = embeddings.float()
-            if self.normalize:
-                embeddings = unit_rows(embeddings)
             if len(embeddings) == 0:
                 return {"similar": embeddings.sum()}
-            batch = Batch.of(embeddings, labels)
-            terms = self._level_terms(batch)
+            terms, means = self._level_terms(embeddings, labels)
             if self.mean_weight:
-                terms |= means_term(batch, self._exchange)
+                terms |= means_term(means, self._exchange)
         weights = {"dissimilar": self.dissimilar_weight, "mean": self.mean_weight}
         weights = {name: weights.get(name, self.similar_weight) for name in terms}
         return {name: term if weights[name] == 1 else weights[name] * term for name, term in terms.items()}
@@ -168,14 +164,17 @@ class SimOLoss(nn.Module):
     def _exchange(self) -> Exchange:
         return Exchange(self.form, self.eps, self.orthogonality_leaning)
 
-    def _level_terms(self, batch: Batch) -> dict[str, Tensor]:
-        if self.level == "group":
-            return group_terms(batch, self._exchange)
-        if self.level == "class":
-            return class_terms(batch, self._exchange)
+    def _level_terms(self, embeddings: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the level, and the class means."""
+        exchange, smoothing = self._exchange, self.label_smoothing
         if self.level == "centroid":
-            return centroid_terms(batch, self._exchange, self.label_smoothing, self.frame)
-        return pair_terms(batch, self._exchange, self.label_smoothing)
+            return centroid_terms(embeddings, labels, exchange, smoothing, self.frame, self.normalize)
+        batch = Batch.of(embeddings, labels, self.normalize)
+        if self.level == "group":
+            return group_terms(batch, exchange), batch.means
+        if self.level == "class":
+            return class_terms(batch, exchange), batch.means
+        return pair_terms(batch, exchange, smoothing), batch.means
 
     def _check_arguments(self) -> None:
         for name, value, known in (("level", self.level, Level), ("form", self.form, Form)):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from simo_lightning import SimOLoss
-from simo_lightning.functional import centroids, pairs
+from simo_lightning.functional import pairs, rows
 from tests import reference
 
 FORMS = [
@@ -100,7 +100,7 @@ def test_chunks_add_up(level: str, form: str, monkeypatch: pytest.MonkeyPatch) -
     whole = loss(embeddings, labels)
     for size in (1, 50, 400):
         monkeypatch.setattr(pairs, "_CHUNK_PAIRS", size)
-        monkeypatch.setattr(centroids, "_CHUNK_ENTRIES", size)
+        monkeypatch.setattr(rows, "_CHUNK_ENTRIES", size)
         parts = loss(embeddings, labels)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient(parts, embeddings), gradient(whole, embeddings), rtol=1e-10, atol=1e-14)

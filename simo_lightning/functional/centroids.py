@@ -14,48 +14,71 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simo_lightning.functional.frame import class_axes
-from simo_lightning.functional.moments import class_sums
-from simo_lightning.functional.simo import Batch, Exchange
-
-# Entries of a (C, R) matrix: 256 KB in float32.
-_CHUNK_ENTRIES = 2**16
+from simo_lightning.functional.moments import class_sums, compact_labels
+from simo_lightning.functional.rows import before_lengths, lengths_and_means, spans
+from simo_lightning.functional.simo import Exchange
 
 
 def centroid_terms(
-    batch: Batch, exchange: Exchange, label_smoothing: float = 0.0, frame: float = 0.0
-) -> dict[str, Tensor]:
+    embeddings: Tensor,
+    labels: Tensor,
+    exchange: Exchange,
+    label_smoothing: float = 0.0,
+    frame: float = 0.0,
+    normalize: bool = False,
+) -> tuple[dict[str, Tensor], Tensor]:
     """One ratio per row and class centre: its own class similar, every other class dissimilar.
 
     The centre of a class is ``(1 - frame) * mean + frame * axis``, with the class's axis of
     :func:`~simo_lightning.functional.frame.class_axes`.
 
     Args:
-        batch: The labelled batch; the means hold the row itself and carry gradient.
+        embeddings: Float tensor ``(N, D)``, N >= 1.
+        labels: Integers ``(N,)``, any values.
         exchange: Form, eps and leaning.
         label_smoothing: For the softmax form, share of the target spread evenly over all classes, in 0..1.
         frame: Share of the axis in the centre, in 0..1. Above 0 a class of one row has a similar side too.
+        normalize: Divide each embedding by its length first.
 
     Returns:
-        ratio and log: ``similar`` (mean over the rows of classes of two rows or more) and ``dissimilar`` (mean over
-        rows and other classes). softmax: ``softmax``, the cross-entropy of the rows of classes of two rows or more
-        over all classes, with logits log(eps + o) - log(eps + d).
+        The terms and the class means ``(C, D)``; the means hold the row itself, and all carry gradient. ratio and log:
+        ``similar`` (mean over the rows of classes of two rows or more) and ``dissimilar`` (mean over rows and other
+        classes). softmax: ``softmax``, the cross-entropy of the rows of classes of two rows or more over all classes,
+        with logits log(eps + o) - log(eps + d).
 
     Source:
         Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's. The frame is ours
         too: classes that coincide are a saddle of the loss, and the axes lead out of it.
     """
-    rows, classes = len(batch.labels), len(batch.counts)
-    similar, pulled = None, rows
-    if not frame and int(batch.counts.min()) < 2:
-        similar = batch.counts > 1  # (C,) whether a row has something to be similar to
-        pulled = int(batch.counts[similar].sum())
-    if exchange.form == "softmax":
-        if pulled == 0:
-            return {"softmax": batch.nothing()}
-        (total,) = _sums(batch, similar, frame, partial(_softmax, exchange, label_smoothing), terms=1)
-        return {"softmax": total / pulled}
-    pull, push = _sums(batch, similar, frame, partial(_pull_and_push, exchange), terms=2)
-    return {"similar": pull / max(pulled, 1), "dissimilar": push / max(rows * (classes - 1), 1)}
+    index, counts = compact_labels(labels)
+    pulled, rows, others = None, len(labels), len(labels) * (len(counts) - 1)
+    if not frame and int(counts.min()) < 2:
+        pulled = counts > 1  # (C,) whether a row has something to be similar to
+        rows = int(counts[pulled].sum())
+    axes = None
+    if frame:
+        numbers = torch.empty_like(counts).scatter_(0, index, labels.long())  # (C,) the labels themselves
+        axes = frame * class_axes(numbers, embeddings.shape[1], embeddings.dtype)
+    names, judge, shares = ["softmax"], partial(_softmax, exchange, label_smoothing), [1 / max(rows, 1)]
+    if exchange.form != "softmax":
+        names, judge = ["similar", "dissimilar"], partial(_pull_and_push, exchange)
+        shares.append(1 / max(others, 1))
+    need = torch.is_grad_enabled() and embeddings.requires_grad
+    task = _Task(judge, shares, 1 - frame, normalize, need)
+    *terms, means = _Centroids.apply(embeddings, index, counts, axes, pulled, task)
+    return dict(zip(names, terms, strict=True)), means
+
+
+class _Task(NamedTuple):
+    """What is asked of the rows: a judge, what each of its sums is multiplied with, the share of the mean in a centre,
+    whether rows are divided by their length, and whether there is need of a gradient.
+    """
+
+    judge: "_Judge"
+    shares: list[float]
+    of_mean: float
+    normalize: bool
+    need: bool
 
 
 class _Chunk(NamedTuple):
@@ -135,84 +158,105 @@ def _traded(exchange: Exchange, paid: Tensor, bought: Tensor) -> tuple[Tensor, T
     return ratio.log1p(), slope, -slope * ratio
 
 
-class _Sums(torch.autograd.Function):
-    """The judge's terms, each summed over all rows; the gradient is taken on the way."""
+class _Centroids(torch.autograd.Function):
+    """The judge's terms and the class means; the gradient is taken on the way and handed over to the first backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: Tensor,
-        centers: Tensor,
         labels: Tensor,
-        similar: Tensor | None,
-        judge: _Judge,
-        terms: int,
-        need: bool,
+        counts: Tensor,
+        axes: Tensor | None,
+        pulled: Tensor | None,
+        task: _Task,
     ) -> tuple[Tensor, ...]:
-        totals = [rows.new_zeros(()) for _ in range(terms)]
-        by_rows = [torch.empty_like(rows) for _ in range(terms if need else 0)]
-        by_centers = [torch.zeros_like(centers) for _ in by_rows]
-        origin = centers.mean(dim=0)
-        near, squares = centers - origin, (centers - origin).square().sum(dim=1, keepdim=True)
-        pulled = None if similar is None else similar.to(rows.dtype)
-        length = max(1, _CHUNK_ENTRIES // len(centers))
-        for first in range(0, len(rows), length):
-            span = slice(first, first + length)
-            chunk = _look(rows[span], centers, near, squares, origin, labels[span], pulled)
-            for term, verdict in enumerate(judge(chunk)):
-                totals[term] += verdict.total
-                if need:
-                    _turn_back(chunk, verdict, near, origin, by_rows[term][span], by_centers[term])
-        ctx.save_for_backward(*by_rows, *by_centers)
-        return tuple(totals)
+        if task.normalize:
+            lengths, means = lengths_and_means(rows, labels, counts, None)
+        else:
+            lengths, means = None, class_sums(rows, labels, len(counts)) / counts.unsqueeze(1)
+        centers = means if axes is None else task.of_mean * means + axes
+        terms, gradients = _walk(rows, lengths, centers, labels, pulled, task)
+        ctx.save_for_backward(rows, lengths, centers, labels, pulled, counts)
+        ctx.task, ctx.gradients = task, gradients
+        return *terms, means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
-        weighted = [weight * saved for weight, saved in zip(weights * 2, ctx.saved_tensors, strict=True)]
-        terms = len(weights)
-        by_rows, by_centers = weighted[:terms], weighted[terms:]
-        return sum(by_rows[1:], by_rows[0]), sum(by_centers[1:], by_centers[0]), None, None, None, None, None
+        *by_terms, by_means = weights
+        rows, lengths, centers, labels, pulled, counts = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward through the same graph
+            _, gradients = _walk(rows, lengths, centers, labels, pulled, ctx.task)
+        by_centers = sum(weight * pair[1] for weight, pair in zip(by_terms, gradients, strict=True))
+        shares = (by_means + ctx.task.of_mean * by_centers) / counts.unsqueeze(1)  # (C, D): in each row of the mean
+        (result, _), *others = gradients
+        for span in spans(rows):
+            gradient = result[span].mul_(by_terms[0]).add_(shares.index_select(0, labels[span]))
+            for weight, (more, _) in zip(by_terms[1:], others, strict=True):
+                gradient.addcmul_(more[span], weight)
+            if lengths is not None:
+                before_lengths(gradient, rows[span] / lengths[span], lengths[span])
+        return result, None, None, None, None, None
 
 
-def _sums(batch: Batch, similar: Tensor | None, frame: float, judge: _Judge, terms: int) -> tuple[Tensor, ...]:
-    rows, centers = batch.embeddings, batch.means
-    if frame:
-        centers = centers.lerp(class_axes(batch.classes, rows.shape[1], centers.dtype), frame)
-    need = torch.is_grad_enabled() and rows.requires_grad
-    totals: tuple[Tensor, ...] = _Sums.apply(rows, centers, batch.labels, similar, judge, terms, need)
-    return totals
-
-
-def _look(
-    rows: Tensor,
-    centers: Tensor,
-    near_centers: Tensor,
-    squares: Tensor,
-    origin: Tensor,
-    labels: Tensor,
-    pulled: Tensor | None,
-) -> _Chunk:
-    """Distances to other centres by one matrix product, less the origin first so that its distance costs no digits; to
-    the own centre from the difference, exact for tight classes.
+def _walk(
+    rows: Tensor, lengths: Tensor | None, centers: Tensor, labels: Tensor, pulled: Tensor | None, task: _Task
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Over all rows, chunk by chunk: each term, and where there is need its gradients by the rows, as they are judged,
+    and by the centres.
     """
-    own, gap, near = labels.unsqueeze(0), rows - centers[labels], rows - origin
-    distance = torch.addmm(near.square().sum(dim=1), near_centers, near.T, alpha=-2).add_(squares).clamp_(min=0)
-    distance.scatter_(0, own, gap.square().sum(dim=1).unsqueeze(0))
-    return _Chunk(distance, centers @ rows.T, own, None if pulled is None else pulled[labels], near, gap)
+    terms = [rows.new_zeros(()) for _ in task.shares]
+    gradients = [(torch.empty_like(rows), torch.zeros_like(centers)) for _ in task.shares if task.need]
+    around, pulled = _Centers.of(centers), None if pulled is None else pulled.to(rows.dtype)
+    for span in spans(rows, width=len(centers)):
+        judged = rows[span] if lengths is None else rows[span] / lengths[span]
+        chunk = _look(judged, around, labels[span], pulled)
+        for place, (share, verdict) in enumerate(zip(task.shares, task.judge(chunk), strict=True)):
+            terms[place] += verdict.total * share
+            if task.need:
+                verdict.by_distance.mul_(share)
+                verdict.by_dot.mul_(share)
+                by_rows, by_centers = gradients[place]
+                _turn_back(chunk, verdict, around, by_rows[span], by_centers)
+    return terms, gradients
 
 
-def _turn_back(
-    chunk: _Chunk, verdict: _Verdict, centers: Tensor, origin: Tensor, by_rows: Tensor, by_centers: Tensor
-) -> None:
+class _Centers(NamedTuple):
+    """The centres (C, D), their mean (D,), the centres less it (C, D), and the squares of these (C, 1)."""
+
+    whole: Tensor
+    origin: Tensor
+    near: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, centers: Tensor) -> "_Centers":
+        origin = centers.mean(dim=0)
+        near = centers - origin
+        return cls(centers, origin, near, near.square().sum(dim=1, keepdim=True))
+
+
+def _look(rows: Tensor, centers: _Centers, labels: Tensor, pulled: Tensor | None) -> _Chunk:
+    """Distances to other centres by a matrix product, less the origin first so that they cost no digits; to the own
+    centre from the difference, exact for tight classes.
+    """
+    own, gap, near = labels.unsqueeze(0), rows - centers.whole.index_select(0, labels), rows - centers.origin
+    distance = torch.addmm(near.square().sum(dim=1), centers.near, near.T, alpha=-2).add_(centers.squares)
+    distance.clamp_(min=0).scatter_(0, own, gap.square().sum(dim=1).unsqueeze(0))
+    return _Chunk(distance, centers.whole @ rows.T, own, None if pulled is None else pulled[labels], near, gap)
+
+
+def _turn_back(chunk: _Chunk, verdict: _Verdict, centers: _Centers, by_rows: Tensor, by_centers: Tensor) -> None:
     """Write the chunk's gradient by its rows, and add its gradient by the centres; both are less the origin here."""
     _, by_distance, by_dot = verdict
     pull = chunk.gap * (2 * by_distance.gather(0, chunk.own).squeeze(0)).unsqueeze(1)  # (R, D)
     by_distance.scatter_(0, chunk.own, torch.zeros_like(by_distance[:1]))
     mix = by_dot.sub(by_distance, alpha=2)  # (C, R): the products of d and of o with the same vectors
-    torch.mm(mix.T, centers, out=by_rows)
+    torch.mm(mix.T, centers.near, out=by_rows)
     by_rows.addcmul_(chunk.rows, by_distance.sum(dim=0).unsqueeze(1), value=2).add_(pull)
-    by_rows.addr_(by_dot.sum(dim=0), origin)
-    by_centers.addmm_(mix, chunk.rows).addr_(by_dot.sum(dim=1), origin)
-    by_centers.addcmul_(centers, by_distance.sum(dim=1, keepdim=True), value=2)
+    by_rows.addr_(by_dot.sum(dim=0), centers.origin)
+    by_centers.addmm_(mix, chunk.rows).addr_(by_dot.sum(dim=1), centers.origin)
+    by_centers.addcmul_(centers.near, by_distance.sum(dim=1, keepdim=True), value=2)
     by_centers.sub_(class_sums(pull, chunk.own.squeeze(0), len(by_centers)))

@@ -16,6 +16,7 @@ from simo_lightning.functional.moments import (
     compact_labels,
     squared_gram_norms,
 )
+from simo_lightning.functional.rows import unit_rows
 
 Form = Literal["ratio", "log", "softmax"]
 
@@ -55,34 +56,35 @@ class Batch(NamedTuple):
     """A labelled batch with its classes numbered 0..C-1.
 
     Attributes:
-        embeddings: ``(N, D)``.
+        embeddings: ``(N, D)``, of length 1 where that was asked for.
         labels: Class of each row, ``(N,)``, in 0..C-1.
         counts: Rows of each class, ``(C,)`` int64, all >= 1.
         means: Class means, ``(C, D)``, with gradient.
-        classes: Label of each class as it was given, ``(C,)``, ascending.
     """
 
     embeddings: Tensor
     labels: Tensor
     counts: Tensor
     means: Tensor
-    classes: Tensor
 
     @classmethod
-    def of(cls, embeddings: Tensor, labels: Tensor) -> "Batch":
+    def of(cls, embeddings: Tensor, labels: Tensor, normalize: bool = False) -> "Batch":
         """Number the classes and take their means.
 
         Args:
             embeddings: Float tensor ``(N, D)``.
             labels: Integers ``(N,)``, any values.
+            normalize: Divide each embedding by its length first.
 
         Returns:
             The batch.
         """
         index, counts = compact_labels(labels)
-        means = class_sums(embeddings, index, len(counts)) / counts.unsqueeze(1)
-        classes = torch.empty_like(counts).scatter_(0, index, labels.long())
-        return cls(embeddings, index, counts, means, classes)
+        if normalize:
+            embeddings, means = unit_rows(embeddings, index, counts)
+        else:
+            means = class_sums(embeddings, index, len(counts)) / counts.unsqueeze(1)
+        return cls(embeddings, index, counts, means)
 
     def nothing(self) -> Tensor:
         """A zero that has a gradient: the value of a mean over no pairs."""
@@ -144,7 +146,7 @@ def group_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     Source:
         arXiv 2410.05233, Alg. 2, steps 1 and 2. Cost O(N D min(n, D)) for n rows a class.
     """
-    embeddings, labels, counts, means, _ = batch
+    embeddings, labels, counts, means = batch
     rows = len(embeddings)
     scatter = class_scatter(embeddings, means, labels)  # (C,)
     norms = squared_gram_norms(embeddings, labels, counts)  # (C,) sum of o over ordered pairs, diagonal included
@@ -171,7 +173,7 @@ def class_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
         ``similar`` (mean over the classes of two rows or more) and ``dissimilar`` (mean over the pairs of classes),
         scalars >= 0. Cost O(N D^2 + C^2 D^2), memory O(C D^2).
     """
-    embeddings, labels, counts, means, _ = batch
+    embeddings, labels, counts, means = batch
     scatter = class_scatter(embeddings, means, labels)
     second = class_second_moments(embeddings, labels, counts)  # (C, D, D)
     terms = {"similar": _similar_classes(batch, scatter, second.square().sum(dim=(1, 2)), exchange)}
@@ -184,11 +186,11 @@ def class_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     return {**terms, "dissimilar": exchange.push(distance, (second @ second.mT)[first, other]).mean()}
 
 
-def means_term(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
+def means_term(means: Tensor, exchange: Exchange) -> dict[str, Tensor]:
     """The dissimilar side of Eq. 1 among the class means.
 
     Args:
-        batch: The labelled batch.
+        means: ``(C, D)``.
         exchange: Form ("softmax" counts as "log" here), eps and leaning.
 
     Returns:
@@ -197,9 +199,9 @@ def means_term(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     Source:
         arXiv 2410.05233, Alg. 2, step 3.
     """
-    if len(batch.counts) < 2:
-        return {"mean": batch.nothing()}
-    ratio = simo_loss(batch.means, similar=False, eps=exchange.eps, orthogonality_leaning=exchange.leaning)
+    if len(means) < 2:
+        return {"mean": means.sum() * 0.0}  # a zero that has a gradient
+    ratio = simo_loss(means, similar=False, eps=exchange.eps, orthogonality_leaning=exchange.leaning)
     return {"mean": ratio if exchange.form == "ratio" else ratio.log1p()}
 
 
