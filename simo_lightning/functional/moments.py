@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Up to this many classes a sum per class is one matrix product with a one-hot matrix; above, an indexed add.
+# Up to this many classes a sum per class is, off the CPU, one matrix product with a one-hot matrix: the same at every
+# run, which an indexed add is not there; above, and on a CPU, where it is faster and repeatable, an indexed add.
 _ONE_HOT_CLASSES = 32
+# Rows of an indexed add: sums of sums lose fewer digits in float32 than one long one.
+_ADDED_ROWS = 8192
 
 
 class ClassMoments(NamedTuple):
@@ -160,10 +163,13 @@ def class_sums(values: Tensor, index: Tensor, num_classes: int) -> Tensor:
     Returns:
         ``(C,)`` or ``(C, D)``.
     """
-    if num_classes <= _ONE_HOT_CLASSES:
+    if values.device.type != "cpu" and num_classes <= _ONE_HOT_CLASSES:
         one_hot = index == torch.arange(num_classes, device=index.device).unsqueeze(1)  # (C, N)
         return one_hot.to(values.dtype) @ values
-    return values.new_zeros(num_classes, *values.shape[1:]).index_add(0, index, values)
+    nothing = values.new_zeros(num_classes, *values.shape[1:])
+    parts = zip(values.split(_ADDED_ROWS), index.split(_ADDED_ROWS), strict=True)
+    sums = [nothing.index_add(0, members, rows) for rows, members in parts]
+    return sum(sums[1:], sums[0]) if sums else nothing
 
 
 def class_scatter(embeddings: Tensor, means: Tensor, index: Tensor) -> Tensor:
