@@ -12,6 +12,7 @@ from benchmarks.paper import __main__ as command
 from benchmarks.paper.apart import classes_apart
 from benchmarks.paper.run import run
 from benchmarks.paper.table import markdown
+from benchmarks.recipes.drive import Driver
 from benchmarks.recipes.plan import read_recipes, read_setting
 from benchmarks.recipes.run import make_parts
 from benchmarks.recipes.store import path_of, write_result
@@ -136,7 +137,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     write_yaml(folder / "coarse.yaml", {"title": "even and odd", "data": {"init_args": own}})
     setting = read_setting(folder / "digits.yaml", [8e-3], 1)
     (recipe,) = read_recipes([str(folder / "coarse.yaml")], setting)
-    driver = command.PaperDriver(setting, None, folder / "out", [0], 5)
+    driver = Driver(setting, None, folder / "out", [0])
     target = path_of(folder / "out", recipe.name, 1, 8e-3, 0)
     words, sys.argv = sys.argv, ["paper"]
     try:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.paper.process import RunFailed, run_in_a_process
+from benchmarks.recipes.process import RunFailed, run_in_a_process
 from benchmarks.recipes.store import write_result
 from benchmarks.semi import __main__ as command
 from benchmarks.semi.plan import ARMS, CONFIG, TITLES, make_run, read_config
@@ -137,9 +137,9 @@ def test_the_command_goes_on_and_prints_its_table(
 def test_a_run_that_fails_is_told_with_its_log(tmp_path: Path) -> None:
     target = tmp_path / "results" / "x.json"
     log = tmp_path / "logs" / "x.log"
-    with pytest.raises(RunFailed, match=r"x failed \(status 1\): .*No module named no_such_module.*x\.log"):
+    with pytest.raises(RunFailed, match=r"x: failed \(status 1\): .*No module named no_such_module.*x\.log"):
         run_in_a_process("no_such_module", {}, target, log)
-    with pytest.raises(RunFailed, match=r"x failed \(status 0\)"):
+    with pytest.raises(RunFailed, match=r"x: failed \(status 0\)"):
         run_in_a_process("json.tool", {"target": 1}, target, log)  # ends well, but leaves no file
 
 

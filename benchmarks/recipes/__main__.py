@@ -1,11 +1,11 @@
 """The command: python -m benchmarks.recipes."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.recipes.command import new_parser, parse, run_to_the_end
 from benchmarks.recipes.drive import Driver
 from benchmarks.recipes.plan import BASE, read_recipes, read_setting, recipe_names
 from benchmarks.recipes.store import read_results
@@ -36,15 +36,7 @@ def parser() -> argparse.ArgumentParser:
     Returns:
         Their parser.
     """
-    own = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipes",
-        description=_HELP,
-        epilog=f"{_MORE}\nin the table:\n{PROTOCOL}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    own.add_argument("--data.data_dir", dest="data_dir", metavar="DIR", help="folder of the images")
-    own.add_argument("--out", type=Path, metavar="FOLDER", help="where results/, logs/ and table.md go")
+    own = new_parser("python -m benchmarks.recipes", _HELP, f"{_MORE}\nin the table:\n{PROTOCOL}")
     own.add_argument(
         "--recipes", nargs="+", metavar="NAME", help="names, or .yaml files (default: all of configs/recipes/)"
     )
@@ -58,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
         help="learning rates of every sweep (default: the recipe's own, else the base's)",
     )
     own.add_argument("--base", type=Path, default=BASE, metavar="FILE", help="config under all recipes")
-    own.add_argument("--table", action="store_true", help="print the table of the files in OUT/results, and no more")
     own.add_argument("--list", action="store_true", help="print the recipes and their learning rates, and no more")
     return own
 
@@ -73,10 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
         Exit status.
     """
     command = parser()
-    arguments, overrides = command.parse_known_args(words)
-    wrong = [word for word in overrides if word.startswith("-") and not word.startswith(_PASSED)]
-    if wrong or (overrides and not overrides[0].startswith(_PASSED)):
-        command.error(f"unknown: {' '.join(wrong or overrides)}")
+    arguments, overrides = parse(command, words)
     if arguments.out is None and not arguments.list:
         command.error("--out FOLDER is needed")
     try:
@@ -101,13 +89,5 @@ def main(words: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-_PASSED = ("--trainer.", "--model.", "--data.")
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run ends too
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nstopped; the same words go on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    run_to_the_end(main)

@@ -1,22 +1,16 @@
 """Makes the runs that are not there yet, one process for each, and says how far it is."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recipes.plan import ROOT, Recipe, Setting
+from benchmarks.recipes.plan import Recipe, Setting
+from benchmarks.recipes.process import RunFailed, run_in_a_process
 from benchmarks.recipes.store import Result, best_rate, path_of, put_aside, read_results, write_text
 from benchmarks.recipes.table import markdown
-
-
-class RunFailed(Exception):
-    """A run ended without a result; the text says where its log is."""
 
 
 class Driver:
@@ -27,10 +21,23 @@ class Driver:
         data_dir: Folder of the images; None: what the base config says.
         out: Folder of the results.
         seeds: The first one is the sweep's.
+        module: What makes a run of a job.
+        extra: For every job.
+        table: Markdown of the results.
     """
 
-    def __init__(self, setting: Setting, data_dir: str | None, out: Path, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        data_dir: str | None,
+        out: Path,
+        seeds: Sequence[int],
+        module: str = "benchmarks.recipes.run",
+        extra: dict[str, Any] | None = None,
+        table: Callable[[Sequence[Result]], str] = markdown,
+    ) -> None:
         self.setting, self.data_dir, self.out, self.seeds = setting, data_dir, out, list(dict.fromkeys(seeds))
+        self.module, self.extra, self.table = module, extra or {}, table
         self.total, self.done = 0, 0
         self.seconds: list[float] = []  # of the runs that this call made
 
@@ -59,7 +66,7 @@ class Driver:
                 failures.append(str(failure))
             self.done = planned
             if any((self.out / "results").glob("*.json")):
-                write_text(self.out / "table.md", markdown(read_results(self.out)) + "\n")
+                write_text(self.out / "table.md", self.table(read_results(self.out)) + "\n")
         return failures
 
     def train(self, recipe: Recipe) -> None:
@@ -97,13 +104,8 @@ class Driver:
         if target.is_file():
             print(f"{place}: {_said(json.loads(target.read_text()))}, made before", flush=True)
             return
-        log = self.out / "logs" / f"{target.stem}.log"
-        start = time.monotonic()
-        status = _in_a_fresh_process(self.job_of(recipe, rate, seed, target), log, place)
-        if status or not target.is_file():
-            last = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-            raise RunFailed(f"{place}: failed ({how}): {last[0]} (all of it: {log})")
+        start, job = time.monotonic(), {**self.job_of(recipe, rate, seed, target), **self.extra}
+        run_in_a_process(self.module, job, target, self.out / "logs" / f"{target.stem}.log", place)
         self.seconds.append(time.monotonic() - start)
         print(f"{place}: {_said(json.loads(target.read_text()))}; {self.left()}", flush=True)
 
@@ -137,28 +139,6 @@ class Driver:
         """Estimate of the time that is left, from the runs that this call made."""
         minutes = (self.total - self.done) * sum(self.seconds) / len(self.seconds) / 60
         return f"about {minutes / 60:.1f} h left" if minutes >= 90 else f"about {minutes:.0f} min left"
-
-
-def _in_a_fresh_process(job: dict[str, Any], log: Path, place: str) -> int:
-    """Exit status of the run; it does not outlive this process, unless that is killed."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.recipes.run"],
-            stdin=subprocess.PIPE,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": search},
-            text=True,
-        )
-        try:
-            print(f"{place}: running as process {process.pid}, log {log}", flush=True)
-            process.communicate(json.dumps(job))
-        finally:
-            process.kill()
-            process.wait()
-    return process.returncode
 
 
 def _said(result: Result) -> str:

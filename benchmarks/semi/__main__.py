@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.paper.process import RunFailed, run_in_a_process
+from benchmarks.recipes.command import PASSED, new_parser, parse, run_to_the_end
+from benchmarks.recipes.process import RunFailed, run_in_a_process
 from benchmarks.recipes.store import best_rate, read_results, write_text
 from benchmarks.semi.plan import ARMS, CONFIG, TITLES, Config, Run, make_run, read_config
 from benchmarks.semi.table import NOTES, markdown
@@ -21,7 +21,6 @@ All of configs/cifar10_semi.yaml. The rates are tried on the first seed; the bes
 run on the others. The test split is looked at once per run, after its last step. A run whose file is in OUT/results is
 not made again; the same words go on where the command was stopped.
 """
-_PASSED = ("--trainer.", "--model.", "--data.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,22 +29,14 @@ def parser() -> argparse.ArgumentParser:
     Returns:
         Their parser.
     """
-    own = argparse.ArgumentParser(
-        prog="python -m benchmarks.semi",
-        description=_HELP,
-        epilog=f"Words that begin with {', '.join(_PASSED)} go to every run.\n\nin the table:\n{NOTES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    own.add_argument("--data.data_dir", dest="data_dir", metavar="DIR", help="folder of the images")
-    own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where results/, logs/ and table.md go")
+    passed = f"Words that begin with {', '.join(PASSED)} go to every run."
+    own = new_parser("python -m benchmarks.semi", _HELP, f"{passed}\n\nin the table:\n{NOTES}")
     own.add_argument("--fractions", nargs="+", type=float, default=[0.01, 0.1, 0.5], help="(default: 0.01 0.1 0.5)")
     own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(default: all)")
     own.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     own.add_argument("--rates", nargs="+", type=float, default=[8e-3], metavar="LR", help="(default: 8e-3)")
     own.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
     own.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="config under all runs")
-    own.add_argument("--table", action="store_true", help="print the table of the files in OUT/results, and no more")
     return own
 
 
@@ -111,10 +102,9 @@ def main(words: Sequence[str] | None = None) -> int:
         Exit status.
     """
     command = parser()
-    given, overrides = command.parse_known_args(words)
-    wrong = [word for word in overrides if word.startswith("-") and not word.startswith(_PASSED)]
-    if wrong or (overrides and not overrides[0].startswith(_PASSED)):
-        command.error(f"unknown: {' '.join(wrong or overrides)}")
+    given, overrides = parse(command, words)
+    if given.out is None:
+        command.error("--out FOLDER is needed")
     folder = [] if given.data_dir is None else [f"--data.data_dir={given.data_dir}"]
     failures = []
     try:
@@ -137,9 +127,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run ends too
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nstopped; the same words go on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    run_to_the_end(main)

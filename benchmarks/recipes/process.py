@@ -15,7 +15,7 @@ class RunFailed(Exception):
     """A run ended without a result; the text says where its log is."""
 
 
-def run_in_a_process(module: str, job: dict[str, Any], target: Path, log: Path) -> None:
+def run_in_a_process(module: str, job: dict[str, Any], target: Path, log: Path, place: str = "") -> None:
     """Run ``python -m module`` with the job as JSON on its stdin.
 
     Args:
@@ -23,6 +23,7 @@ def run_in_a_process(module: str, job: dict[str, Any], target: Path, log: Path) 
         job: For JSON.
         target: File that there must be after it.
         log: What it says.
+        place: How the run is called in what is printed; "": the target's name, and nothing is printed at its start.
 
     Raises:
         RunFailed: If it ended without that file.
@@ -35,6 +36,8 @@ def run_in_a_process(module: str, job: dict[str, Any], target: Path, log: Path) 
             [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, text=True
         )
         try:
+            if place:
+                print(f"{place}: running as process {process.pid}, log {log}", flush=True)
             process.communicate(json.dumps(job))
         finally:
             process.kill()
@@ -43,4 +46,4 @@ def run_in_a_process(module: str, job: dict[str, Any], target: Path, log: Path) 
     if status or not target.is_file():
         last = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        raise RunFailed(f"{target.stem} failed ({how}): {last[0]} (all of it: {log})")
+        raise RunFailed(f"{place or target.stem}: failed ({how}): {last[0]} (all of it: {log})")
