@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(default: all)")
     own.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     own.add_argument("--rates", nargs="+", type=float, default=[8e-3], metavar="LR", help="(default: 8e-3)")
-    own.add_argument("--steps", type=int, default=500, help="optimizer steps (default: 500)")
+    own.add_argument("--steps", type=int, default=2000, help="optimizer steps (default: 2000)")
     own.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="config under all runs")
     return own
 

@@ -182,7 +182,7 @@ def class_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     spread = scatter / counts  # (C,) mean squared distance to the mean
     second = (second / counts[:, None, None]).flatten(1)  # (C, D*D)
     first, other = torch.triu_indices(len(counts), len(counts), offset=1, device=counts.device)
-    distance = spread[first] + spread[other] + _mean_distances(means, means)[first, other]
+    distance = spread[first] + spread[other] + mean_distances(means, means)[first, other]
     return {**terms, "dissimilar": exchange.push(distance, (second @ second.mT)[first, other]).mean()}
 
 
@@ -220,8 +220,16 @@ def _similar_classes(batch: Batch, scatter: Tensor, norms: Tensor, exchange: Exc
     return exchange.pull(distance, alignment).mean()
 
 
-def _mean_distances(rows: Tensor, means: Tensor) -> Tensor:
-    """Squared distances (N, C) by one matrix product, centred first so that a far origin costs no digits."""
+def mean_distances(rows: Tensor, means: Tensor) -> Tensor:
+    """Squared distances by one matrix product, centred first so that a far origin costs no digits.
+
+    Args:
+        rows: ``(N, D)``.
+        means: ``(C, D)``.
+
+    Returns:
+        ``(N, C)``, >= 0.
+    """
     origin = means.mean(dim=0)
     rows, means = rows - origin, means - origin
     squares = rows.square().sum(dim=1, keepdim=True) + means.square().sum(dim=1)
