@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine, memory, scaling, scaling_model, startup, throughput, time_to_accuracy
+from benchmarks import machine, memory, profile_loss, scaling, scaling_model, startup, throughput, time_to_accuracy
 from benchmarks.turns import TakeTurns
 from tests.recipe_parts import DIGITS, write_yaml
 
@@ -103,3 +103,9 @@ def test_time_to_accuracy_gives_seconds_or_none(monkeypatch, tmp_path):
 
 def test_a_run_is_told_by_three_words():
     assert time_to_accuracy.Run.of("my/own.yaml:3:1e-2") == ("my/own.yaml", 3, 0.01)
+
+
+def test_a_profile_names_the_operations_of_a_loss():
+    text = profile_loss.measure("centroid", rows=60, dim=4, classes=3)
+    assert text.startswith("centroid, N = 60, D = 4, C = 3: median ")
+    assert "_CentroidsBackward" in text

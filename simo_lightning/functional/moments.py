@@ -183,7 +183,7 @@ def class_scatter(embeddings: Tensor, means: Tensor, index: Tensor) -> Tensor:
     Returns:
         ``(C,)``, >= 0.
     """
-    return class_sums((embeddings - means[index]).square().sum(dim=1), index, len(means))
+    return class_sums((embeddings - means.index_select(0, index)).square().sum(dim=1), index, len(means))
 
 
 def class_second_moments(embeddings: Tensor, index: Tensor, counts: Tensor) -> Tensor:
@@ -247,11 +247,11 @@ def class_blocks(embeddings: Tensor, index: Tensor, counts: Tensor) -> Iterator[
         members = ((sizes == size) & (counts > 0)).nonzero().squeeze(1)
         longest = int(counts[members].max())
         if len(members) == len(counts) and int(counts.min()) == longest:
-            yield members, embeddings[order].view(len(members), longest, -1)
+            yield members, embeddings.index_select(0, order).view(len(members), longest, -1)
             return
         slot = torch.full_like(counts, -1)
         slot[members] = torch.arange(len(members), device=members.device)
         chosen = (slot[index] >= 0).nonzero().squeeze(1)
         target = slot[index[chosen]] * longest + place[chosen]
         rows = embeddings.new_zeros(len(members) * longest, embeddings.shape[1])
-        yield members, rows.index_copy(0, target, embeddings[chosen]).view(len(members), longest, -1)
+        yield members, rows.index_copy(0, target, embeddings.index_select(0, chosen)).view(len(members), longest, -1)

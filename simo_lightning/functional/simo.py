@@ -149,16 +149,15 @@ def group_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
     embeddings, labels, counts, means = batch
     rows = len(embeddings)
     scatter = class_scatter(embeddings, means, labels)  # (C,)
-    norms = squared_gram_norms(embeddings, labels, counts)  # (C,) sum of o over ordered pairs, diagonal included
+    norms, whole = _squared_norms(embeddings, labels, counts)
     terms = {"similar": _similar_classes(batch, scatter, norms, exchange)}
     pairs = (rows**2 - int(counts.square().sum())) / 2
     if pairs == 0:
         return {**terms, "dissimilar": batch.nothing()}
     weights = counts.to(embeddings.dtype)  # (C,)
-    between = rows * (weights * (means - embeddings.mean(dim=0)).square().sum(dim=1)).sum()
+    between = rows * (weights * (means - weights @ means / rows).square().sum(dim=1)).sum()
     distance = ((scatter * (rows - weights)).sum() + between) / pairs
-    whole = embeddings @ embeddings.mT if rows < embeddings.shape[1] else embeddings.mT @ embeddings
-    alignment = (whole.square().sum() - norms.sum()).clamp(min=0) / (2 * pairs)
+    alignment = (whole - norms.sum()).clamp(min=0) / (2 * pairs)
     return {**terms, "dissimilar": exchange.push(distance, alignment)}
 
 
@@ -205,6 +204,16 @@ def means_term(means: Tensor, exchange: Exchange) -> dict[str, Tensor]:
     return {"mean": ratio if exchange.form == "ratio" else ratio.log1p()}
 
 
+def _squared_norms(embeddings: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of o over the ordered pairs of each class (C,) and of the whole batch, each row with itself included."""
+    rows, dim = embeddings.shape
+    if int(counts.min()) >= dim:  # every class has more rows than dimensions: S per class, and their sum is the whole's
+        second = class_second_moments(embeddings, labels, counts)
+        return second.square().sum(dim=(1, 2)), second.sum(dim=0).square().sum()
+    whole = embeddings @ embeddings.mT if rows < dim else embeddings.mT @ embeddings
+    return squared_gram_norms(embeddings, labels, counts), whole.square().sum()
+
+
 def _similar_classes(batch: Batch, scatter: Tensor, norms: Tensor, exchange: Exchange) -> Tensor:
     """Mean of the similar ratio over the classes of two rows or more.
 
@@ -214,7 +223,7 @@ def _similar_classes(batch: Batch, scatter: Tensor, norms: Tensor, exchange: Exc
     if not paired.any():
         return batch.nothing()
     count = batch.counts[paired].to(scatter.dtype)
-    fourth = class_sums(batch.embeddings.square().sum(dim=1).square(), batch.labels, len(batch.counts))
+    fourth = class_sums(torch.linalg.vector_norm(batch.embeddings, dim=1) ** 4, batch.labels, len(batch.counts))
     distance = 2 * scatter[paired] / (count - 1)
     alignment = (norms[paired] - fourth[paired]).clamp(min=0) / (count * (count - 1))
     return exchange.pull(distance, alignment).mean()
