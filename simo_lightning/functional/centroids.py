@@ -176,25 +176,27 @@ class _Centroids(torch.autograd.Function):
         else:
             lengths, means = None, class_sums(rows, labels, len(counts)) / counts.unsqueeze(1)
         centers = means if axes is None else task.of_mean * means + axes
-        terms, gradients = _walk(rows, lengths, centers, labels, pulled, task)
+        sums, gradients = _walk(rows, lengths, centers, labels, pulled, task)
         ctx.save_for_backward(rows, lengths, centers, labels, pulled, counts)
         ctx.task, ctx.gradients = task, gradients
-        return *terms, means
+        return *(total * share for total, share in zip(sums, task.shares, strict=True)), means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
         *by_terms, by_means = weights
+        by_sums = [weight * share for weight, share in zip(by_terms, ctx.task.shares, strict=True)]
         rows, lengths, centers, labels, pulled, counts = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward through the same graph
             _, gradients = _walk(rows, lengths, centers, labels, pulled, ctx.task)
-        by_centers = sum(weight * pair[1] for weight, pair in zip(by_terms, gradients, strict=True))
-        shares = (by_means + ctx.task.of_mean * by_centers) / counts.unsqueeze(1)  # (C, D): in each row of the mean
+        for weight, (_, by_centers) in zip(by_sums, gradients, strict=True):
+            by_means = torch.addcmul(by_means, by_centers, weight, value=ctx.task.of_mean)
+        by_means = by_means / counts.unsqueeze(1)  # (C, D), in each row of the mean
         (result, _), *others = gradients
         for span in spans(rows):
-            gradient = result[span].mul_(by_terms[0]).add_(shares.index_select(0, labels[span]))
-            for weight, (more, _) in zip(by_terms[1:], others, strict=True):
+            gradient = result[span].mul_(by_sums[0]).add_(by_means.index_select(0, labels[span]))
+            for weight, (more, _) in zip(by_sums[1:], others, strict=True):
                 gradient.addcmul_(more[span], weight)
             if lengths is not None:
                 before_lengths(gradient, rows[span] / lengths[span], lengths[span])
@@ -204,23 +206,21 @@ class _Centroids(torch.autograd.Function):
 def _walk(
     rows: Tensor, lengths: Tensor | None, centers: Tensor, labels: Tensor, pulled: Tensor | None, task: _Task
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Over all rows, chunk by chunk: each term, and where there is need its gradients by the rows, as they are judged,
-    and by the centres.
+    """Over all rows, chunk by chunk: the judge's sums, and where there is need the gradients of each by the rows, as
+    they are judged, and by the centres.
     """
-    terms = [rows.new_zeros(()) for _ in task.shares]
+    sums = [rows.new_zeros(()) for _ in task.shares]
     gradients = [(torch.empty_like(rows), torch.zeros_like(centers)) for _ in task.shares if task.need]
     around, pulled = _Centers.of(centers), None if pulled is None else pulled.to(rows.dtype)
     for span in spans(rows, width=len(centers)):
         judged = rows[span] if lengths is None else rows[span] / lengths[span]
         chunk = _look(judged, around, labels[span], pulled)
-        for place, (share, verdict) in enumerate(zip(task.shares, task.judge(chunk), strict=True)):
-            terms[place] += verdict.total * share
+        for place, verdict in enumerate(task.judge(chunk)):
+            sums[place] += verdict.total
             if task.need:
-                verdict.by_distance.mul_(share)
-                verdict.by_dot.mul_(share)
                 by_rows, by_centers = gradients[place]
                 _turn_back(chunk, verdict, around, by_rows[span], by_centers)
-    return terms, gradients
+    return sums, gradients
 
 
 class _Centers(NamedTuple):

@@ -166,10 +166,12 @@ def class_sums(values: Tensor, index: Tensor, num_classes: int) -> Tensor:
     if values.device.type != "cpu" and num_classes <= _ONE_HOT_CLASSES:
         one_hot = index == torch.arange(num_classes, device=index.device).unsqueeze(1)  # (C, N)
         return one_hot.to(values.dtype) @ values
-    nothing = values.new_zeros(num_classes, *values.shape[1:])
-    parts = zip(values.split(_ADDED_ROWS), index.split(_ADDED_ROWS), strict=True)
-    sums = [nothing.index_add(0, members, rows) for rows, members in parts]
-    return sum(sums[1:], sums[0]) if sums else nothing
+    sums = values.new_zeros(num_classes, *values.shape[1:])
+    if len(values) <= _ADDED_ROWS:
+        return sums.index_add_(0, index, values)
+    for rows, members in zip(values.split(_ADDED_ROWS), index.split(_ADDED_ROWS), strict=True):
+        sums = sums + torch.zeros_like(sums).index_add_(0, members, rows)
+    return sums
 
 
 def class_scatter(embeddings: Tensor, means: Tensor, index: Tensor) -> Tensor:
