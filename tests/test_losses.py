@@ -98,6 +98,7 @@ def test_chunks_add_up(level: str, form: str, monkeypatch: pytest.MonkeyPatch) -
     embeddings, labels = draw(40, 4).requires_grad_(), torch.tensor([0] * 21 + [1] * 13 + [2] * 6)
     loss = SimOLoss(level, form)
     whole = loss(embeddings, labels)
+    monkeypatch.setattr(rows, "_CHUNK_ROWS", 1)
     for size in (1, 50, 400):
         monkeypatch.setattr(pairs, "_CHUNK_PAIRS", size)
         monkeypatch.setattr(rows, "_CHUNK_ENTRIES", size)

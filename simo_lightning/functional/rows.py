@@ -15,8 +15,10 @@ from simo_lightning.functional.moments import class_sums
 
 # As torch.nn.functional.normalize: a row shorter than this is divided by it instead.
 _SHORTEST = 1e-12
-# Entries of a chunk (R, D): 256 KB in float32.
+# Entries of a chunk (R, D), 512 KB in float32, and the fewest rows of one: what a chunk costs beside its rows, such as
+# adding to the gradient of all centres (C, D), is shared by them.
 _CHUNK_ENTRIES = 2**17
+_CHUNK_ROWS = 256
 
 
 def unit_rows(rows: Tensor, index: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +104,6 @@ def spans(rows: Tensor, width: int = 0) -> Iterator[slice]:
         Slices that cover ``0..N - 1`` in order.
     """
     length = len(rows) if rows.device.type != "cpu" else _CHUNK_ENTRIES // max(rows.shape[1], width, 1)
-    length = max(length, 1)
+    length = max(length, _CHUNK_ROWS)
     for first in range(0, len(rows), length):
         yield slice(first, first + length)
