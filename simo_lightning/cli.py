@@ -2,11 +2,10 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
@@ -29,61 +28,16 @@ from simo_lightning.callbacks import (
     StopSafely,
 )
 from simo_lightning.checkpoints import read_checkpoint
-from simo_lightning.extras import missing_extra
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
+from simo_lightning.parser import SimoParser, in_one_line
 from simo_lightning.report import ReportTrainer
-from simo_lightning.run_folder import choose_run_folder, forget_run_folder, make_writable, run_folder_of
-
-
-class SimoParser(LightningArgumentParser):
-    """Says what is wrong and where in one line, where jsonargparse prints its whole search."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the command.
-
-        Args:
-            message: jsonargparse's, many lines.
-            ex: What raised it.
-
-        Raises:
-            SystemExit: With 2.
-        """
-        if not self.exit_on_error:
-            super().error(message, ex)
-        prog = self.prog.split()[0]
-        line = missing_extra(message) or f"{in_one_line(message)} ({prog} fit --help lists what there is)"
-        print(f"{prog}: error: {line}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-# Lines of a jsonargparse message that tell how it searched, not what is wrong.
-_SEARCH = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value type:",
-    "Given value: NestedArg",
-    "Given value: Namespace",
-    "Expected a <class 'NoneType'>",
+from simo_lightning.run_folder import (
+    choose_run_folder,
+    forget_run_folder,
+    make_writable,
+    remove_if_empty,
+    run_folder_of,
 )
-
-
-def in_one_line(message: str) -> str:
-    r"""The part of a jsonargparse message that a user needs.
-
-    Args:
-        message: Many lines.
-
-    Returns:
-        One line.
-
-    Example:
-        >>> in_one_line("Parser key 'n':\n  Errors:\n    - Expected a <class 'int'>\n  Given value: x")
-        "Parser key 'n': Expected a int; Given value: x"
-    """
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = [re.sub(r"<class '([\w.]+)'>", r"\1", line) for line in lines if line and not line.startswith(_SEARCH)]
-    return "; ".join(kept).replace(":; ", ": ")
 
 
 class SimoCLI(LightningCLI):
@@ -93,6 +47,19 @@ class SimoCLI(LightningCLI):
     """
 
     run_dir: Path
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Run the command; a start that failed leaves no empty folder behind.
+
+        Args:
+            args: Of LightningCLI.
+            kwargs: Of LightningCLI.
+        """
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            remove_if_empty(getattr(self, "run_dir", None))
+            raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -257,7 +224,10 @@ def main(args: Any = None) -> None:
             save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             parser_class=SimoParser,
-            parser_kwargs={"description": "Train, evaluate and explain image encoders with SimO loss."},
+            parser_kwargs={
+                "allow_abbrev": False,
+                "description": "Train, evaluate and explain image encoders with SimO loss.",
+            },
             args=args,
         )
     except (ValueError, OSError, MisconfigurationException) as error:

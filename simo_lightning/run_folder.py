@@ -1,5 +1,6 @@
 """Where a run lives: a new folder for a new run, the same one for a run that goes on."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -72,6 +73,17 @@ def make_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise PermissionError(f"the run's folder {folder} cannot be written: {error.strerror or error}") from error
+
+
+def remove_if_empty(folder: Path | None) -> None:
+    """Take back the folder of a run that never began; one that holds anything stays.
+
+    Args:
+        folder: Of the run; None: no folder was chosen.
+    """
+    if folder is not None:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def _job() -> str | None:

@@ -202,10 +202,11 @@ def test_every_config_makes_its_parts(config: Path, run: Path, monkeypatch: pyte
     [
         (["fit", "--config", "none.yaml"], "none.yaml"),
         (["fit", *SMALL, "--model.encodr.width", "1"], "encodr"),
+        (["fit", *SMALL, "--trainer.max_ep", "1"], "max_ep"),
         (["fit", *SMALL, "--model.loss", "SimOLoss", "--model.loss.level", "batch"], "batch"),
         (["train"], "train"),
     ],
-    ids=["no config", "misspelt key", "wrong value", "wrong command"],
+    ids=["no config", "misspelt key", "cut key", "wrong value", "wrong command"],
 )  # fmt: skip
 def test_a_wrong_argument_is_told_in_a_line(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -240,3 +241,4 @@ def test_a_run_that_cannot_be_is_told_in_a_line(
     line = said(capfd)
     assert line.startswith("simo: error:")
     assert message in line
+    assert all(list(folder.iterdir()) for folder in Path("runs").rglob("version_*"))  # none is left empty
