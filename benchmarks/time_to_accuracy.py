@@ -11,6 +11,7 @@ among all training images.
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,6 +152,7 @@ def main() -> None:
     options, words = parser.parse_known_args()
     if options.data_dir is not None:
         words += ["--data.data_dir", str(options.data_dir)]
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # our words are not the command line's
     results: list[dict[str, Any]] = []
     start = about()
     for run in options.runs:
