@@ -10,7 +10,7 @@ FLOORS = {
     1: {"functional", "distributed", "extras", "version"},
     2: {"losses", "metrics", "encoders", "schedules", "checkpoints", "data", "plotting", "loggers", "run_folder"},
     3: {"export", "module", "probe", "callbacks", "semi_supervised"},
-    4: {"report", "testing"},
+    4: {"report", "testing", "parser"},
     5: {"cli"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
