@@ -86,6 +86,14 @@ class Repeats(DigitsPairDataModule):
         return DataLoader(data, batch_size=100, sampler=sampler, collate_fn=keep_batch)  # type: ignore[arg-type]
 
 
+class RepeatsUnlabelled(DigitsPairDataModule):
+    """The last image of a batch comes twice."""
+
+    def train_dataloader(self) -> Any:
+        batches = [[*batch[:-1], batch[-2]] for batch in super().train_dataloader().batch_sampler]  # type: ignore[union-attr]
+        return DataLoader(self._need("train"), batch_sampler=batches, collate_fn=keep_batch)  # type: ignore[arg-type]
+
+
 class Unbalanced(DigitsPairDataModule):
     """Each image once, but in the order of the file."""
 
@@ -155,6 +163,23 @@ def test_gradient_parity_of_losses_and_a_module() -> None:
 def test_batches_of_the_data_modules_are_balanced() -> None:
     check_batch_composition(DigitsPairDataModule(samples_per_class=7, classes_per_batch=4))
     check_batch_composition(tiny(), epochs=3, world_size=2)
+
+
+def test_batches_with_unlabelled_images_hold_as_many_as_asked() -> None:
+    data = DigitsPairDataModule(samples_per_class=4, views=2, label_fraction=0.1, unlabelled_per_batch=25)
+    check_batch_composition(data)
+    with pytest.raises(AssertionError, match="batch 0 of epoch 0 must hold 24 unlabelled images, got 25"):
+        check_batch_composition(data, unlabelled_per_batch=24)
+    with pytest.raises(AssertionError, match="no image may come twice in an epoch"):
+        check_batch_composition(data, unlabelled_per_batch=0)
+
+
+def test_batch_composition_fails_where_an_image_comes_twice_in_a_batch_with_unlabelled_ones() -> None:
+    data = RepeatsUnlabelled(samples_per_class=4, views=2, label_fraction=0.1, unlabelled_per_batch=25)
+    with pytest.raises(
+        AssertionError, match="no image may come twice in a batch, but in batch 0 of epoch 0 1 of 64 do"
+    ):
+        check_batch_composition(data)
 
 
 @pytest.mark.parametrize(

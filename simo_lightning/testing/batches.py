@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from simo_lightning.data import PairDataModule
+from simo_lightning.data.arguments import unlabelled_images
 from simo_lightning.testing.trainers import quiet_and_seeded
 
 
@@ -17,11 +19,15 @@ def check_batch_composition(
     samples_per_class: int | None = None,
     epochs: int = 2,
     world_size: int = 2,
+    unlabelled_per_batch: int | None = None,
 ) -> None:
     """Check that every training batch holds P classes x K images, and that no image comes twice in an epoch.
 
     Also that an epoch is the same whenever it is drawn and other than the one before, and, for a data module that knows
-    its ``rank`` and ``world_size`` as those of this package do, that processes have as many batches and share none.
+    its ``rank`` and ``world_size`` as those of this package do, that processes have as many batches and share no image.
+
+    With U unlabelled images in a batch, each a class of its own, the labelled ones come again and again in an epoch: no
+    image may then come twice in a step of all processes.
 
     Args:
         datamodule: Its ``train_dataloader()`` is a DataLoader whose batches are images and labels.
@@ -29,6 +35,7 @@ def check_batch_composition(
         samples_per_class: K; None: the data module's attribute of that name.
         epochs: How many are looked at.
         world_size: Number of processes whose shares are compared; 1: none.
+        unlabelled_per_batch: U; None: what a data module of this package shows, and 0 for another.
 
     Raises:
         AssertionError: If a batch or an epoch is other than that.
@@ -39,19 +46,24 @@ def check_batch_composition(
     """
     p = datamodule.classes_per_batch if classes_per_batch is None else classes_per_batch
     k = datamodule.samples_per_class if samples_per_class is None else samples_per_class
+    u = _unlabelled(datamodule) if unlabelled_per_batch is None else unlabelled_per_batch
     with quiet_and_seeded():
         datamodule.prepare_data()
         datamodule.setup("fit")
         loader = datamodule.train_dataloader()
         orders = [_order(loader, epoch) for epoch in range(epochs)]
         for epoch, order in enumerate(orders):
-            _check_epoch(order, epoch)
+            _check_epoch(order, epoch, by_step=u > 0)
             _check_same(order, _order(datamodule.train_dataloader(), epoch), epoch)
-            _check_labels(loader, epoch, p, k)
+            _check_labels(loader, epoch, p, k, u)
         if epochs > 1 and orders[0] == orders[1]:
             raise AssertionError("epoch 1 has the batches of epoch 0: does the sampler follow set_epoch?")
         if world_size > 1 and hasattr(datamodule, "rank") and hasattr(datamodule, "world_size"):
-            _check_shares([_order(_of_rank(datamodule, rank, world_size), 0) for rank in range(world_size)])
+            _check_shares([_order(_of_rank(datamodule, rank, world_size), 0) for rank in range(world_size)], u > 0)
+
+
+def _unlabelled(datamodule: Any) -> int:
+    return unlabelled_images(vars(datamodule)) if isinstance(datamodule, PairDataModule) else 0
 
 
 def _order(loader: DataLoader, epoch: int) -> list[list[int]]:
@@ -68,15 +80,22 @@ def _set_epoch(loader: DataLoader, epoch: int) -> None:
             sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def _check_epoch(order: list[list[int]], epoch: int) -> None:
+def _check_epoch(order: list[list[int]], epoch: int, by_step: bool) -> None:
     if not order:
         raise AssertionError(f"epoch {epoch} has no batch")
-    indices = torch.tensor(list(chain.from_iterable(order)))
-    values, counts = indices.unique(return_counts=True)
+    if by_step:
+        for place, batch in enumerate(order):
+            _check_once(batch, "a batch", f"batch {place} of epoch {epoch}")
+    else:
+        _check_once(list(chain.from_iterable(order)), "an epoch", f"epoch {epoch}")
+
+
+def _check_once(images: list[int], span: str, where: str) -> None:
+    values, counts = torch.tensor(images).unique(return_counts=True)
     if (counts > 1).any():
         often = int(counts.argmax())
         raise AssertionError(
-            f"no image may come twice in an epoch, but in epoch {epoch} {int((counts > 1).sum())} of {len(values)} do: "
+            f"no image may come twice in {span}, but in {where} {int((counts > 1).sum())} of {len(values)} do: "
             f"image {int(values[often])} comes {int(counts[often])} times"
         )
 
@@ -89,18 +108,22 @@ def _check_same(order: list[list[int]], again: list[list[int]], epoch: int) -> N
         )
 
 
-def _check_labels(loader: DataLoader, epoch: int, p: int, k: int) -> None:
+def _check_labels(loader: DataLoader, epoch: int, p: int, k: int, u: int) -> None:
     _set_epoch(loader, epoch)
     for place, (images, labels) in enumerate(loader):
         where = f"batch {place} of epoch {epoch}"
         if len(images) != len(labels):
             raise AssertionError(f"{where} has {len(images)} images and {len(labels)} labels")
         counts = _counts(labels)
+        alone = int((counts == 1).sum()) if u else 0  # an unlabelled image is the only one of its class
+        counts = counts[counts > 1] if u else counts
         if len(counts) != p or (counts != k).any():
             raise AssertionError(
                 f"{where} must hold {p} classes x {k} images, got {len(counts)} classes with "
-                f"{int(counts.min())} to {int(counts.max())} images"
+                f"{int(counts.min()) if len(counts) else 0} to {int(counts.max()) if len(counts) else 0} images"
             )
+        if alone != u:
+            raise AssertionError(f"{where} must hold {u} unlabelled images, got {alone}")
 
 
 def _counts(labels: Tensor) -> Tensor:
@@ -118,11 +141,13 @@ def _of_rank(datamodule: Any, rank: int, world_size: int) -> DataLoader:
     return loader
 
 
-def _check_shares(shares: list[list[list[int]]]) -> None:
+def _check_shares(shares: list[list[list[int]]], by_step: bool) -> None:
     lengths = [len(share) for share in shares]
     if len(set(lengths)) > 1:
         raise AssertionError(f"processes must have as many batches each, got {lengths}")
-    images = [set(chain.from_iterable(share)) for share in shares]
-    common = images[0].intersection(*images[1:])
-    if common:
-        raise AssertionError(f"processes must share no image in an epoch, but {len(common)} come on all of them")
+    steps = zip(*shares, strict=True) if by_step else [[list(chain.from_iterable(share)) for share in shares]]
+    for step in steps:
+        common = set(step[0]).intersection(*step[1:])
+        if common:
+            span = "a step" if by_step else "an epoch"
+            raise AssertionError(f"processes must share no image in {span}, but {len(common)} come on all of them")
