@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
 
+from benchmarks.recipes.picture import comparison_figure
 from benchmarks.recipes.plan import recipe_names
 from benchmarks.recipes.store import path_of, read_results, write_result
 from benchmarks.recipes.table import COLUMNS, markdown
@@ -130,6 +132,37 @@ def test_the_table_does_not_mix_what_differs(results: list[dict[str, Any]], key:
         markdown([results[0], other])
 
 
+def test_the_picture_shows_what_the_table_says(results: list[dict[str, Any]]) -> None:
+    runs = [copy.deepcopy(result) for result in (*results, *results)]
+    values = {"head": [0.5, 0.75], "simo": [0.875, 0.625]}
+    for place, run in enumerate(runs):
+        run["seed"] = place // 2
+        run["metrics"]["test"]["knn20"] = values[run["recipe"]][run["seed"]]
+    diverged = {**results[0], "recipe": "lost", "metrics": None}
+    longer = {**results[0], "epochs": 2}
+    figure = comparison_figure([*runs, diverged, longer])
+    knn, cosine, later, _ = figure.axes
+    assert [axes.get_xlabel() for axes in (knn, cosine)] == ["test kNN(20)", "mean |cosine|"]
+    assert [tick.get_text() for tick in knn.get_yticklabels()] == ["head", "simo"]
+    for place, name in enumerate(("head", "simo")):
+        line, _, (bar,) = knn.containers[place].lines
+        assert line.get_xydata().tolist() == [[statistics.fmean(values[name]), place]]
+        spread = statistics.stdev(values[name])
+        ends = [statistics.fmean(values[name]) - spread, statistics.fmean(values[name]) + spread]
+        assert bar.get_segments()[0][:, 0].tolist() == pytest.approx(ends)
+        expected = statistics.fmean(run["metrics"]["test"]["orthogonality"] for run in runs if run["recipe"] == name)
+        assert cosine.containers[place].lines[0].get_xdata()[0] == pytest.approx(expected)
+    assert later.get_title(loc="left") == "2 epochs"
+    assert [tick.get_text() for tick in later.get_yticklabels()] == ["head"]
+    with pytest.raises(ValueError, match="no finished run with numbers"):
+        comparison_figure([diverged])
+
+
+def test_the_command_draws(made: Path) -> None:
+    call(made, "--table", "--plot", "pictures/table.png")
+    assert matplotlib.image.imread(made / "pictures" / "table.png").shape[1] == 800
+
+
 def test_settings_get_tables_of_their_own(results: list[dict[str, Any]]) -> None:
     longer = {**results[0], "epochs": 2}
     table = markdown([*results, longer])
@@ -201,6 +234,7 @@ def test_a_changed_recipe_alone_is_made_again_also_after_a_kill(made: Path, tmp_
         (["--recipes", "head.yaml", "head.yaml"], "different names"),
         (["--base", "none.yaml"], "no config at none.yaml"),
         (["--table", "--out", "none"], "no finished run"),
+        (["--plot", "table.txt"], "--plot: must end in one of .png, .svg, .pdf, got table.txt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

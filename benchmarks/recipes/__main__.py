@@ -7,10 +7,12 @@ from pathlib import Path
 
 from benchmarks.recipes.command import new_parser, parse, run_to_the_end
 from benchmarks.recipes.drive import Driver
+from benchmarks.recipes.picture import comparison_figure
 from benchmarks.recipes.plan import BASE, read_recipes, read_setting, recipe_names
 from benchmarks.recipes.store import read_results
 from benchmarks.recipes.table import PROTOCOL, markdown
 
+_PICTURES = (".png", ".svg", ".pdf")
 _HELP = """\
 Trains recipes under the same encoder, data, augmentation, budget and seeds, and judges them alike.
 
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
         help="learning rates of every sweep (default: the recipe's own, else the base's)",
     )
     own.add_argument("--base", type=Path, default=BASE, metavar="FILE", help="config under all recipes")
+    own.add_argument("--plot", type=_picture, metavar="FILE", help="draw the table into FILE (.png, .svg, .pdf), too")
     own.add_argument("--list", action="store_true", help="print the recipes and their learning rates, and no more")
     return own
 
@@ -70,6 +73,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if arguments.table:
             print(markdown(read_results(arguments.out)))
+            _draw(arguments.out, arguments.plot)
             return 0
         setting = read_setting(arguments.base, arguments.rates, arguments.epochs, overrides)
         recipes = read_recipes(arguments.recipes or recipe_names(), setting)
@@ -84,9 +88,24 @@ def main(words: Sequence[str] | None = None) -> int:
     results = read_results(arguments.out)
     if results:
         print(f"\n{markdown(results)}\n\nwritten to {arguments.out / 'table.md'}")
+        _draw(arguments.out, arguments.plot)
     if failures:
         print("\nfailed; the same words try again:", *failures, sep="\n", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _picture(name: str) -> Path:
+    """A name that can be drawn to, known before the first run."""
+    path = Path(name)
+    if path.suffix not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(_PICTURES)}, got {name}")
+    return path
+
+
+def _draw(out: Path, target: Path | None) -> None:
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        comparison_figure(read_results(out)).savefig(target)
 
 
 if __name__ == "__main__":

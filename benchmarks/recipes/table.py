@@ -45,20 +45,48 @@ def markdown(results: Sequence[Result]) -> str:
     """
     if not results:
         raise ValueError("there is no finished run to make a table of")
+    return "\n\n".join([*(_section(section) for section in sections(results)), PROTOCOL])
+
+
+def sections(results: Sequence[Result]) -> list[list[Result]]:
+    """The runs that may be compared: those of one budget, base config and data.
+
+    Args:
+        results: Contents of the JSON files.
+
+    Returns:
+        Them in groups, fewest epochs first.
+    """
     groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for result in results:
         groups[result["epochs"], result["setting"]].append(result)
-    return "\n\n".join([*(_section(groups[key]) for key in sorted(groups)), PROTOCOL])
+    return [groups[key] for key in sorted(groups)]
 
 
-def _section(results: list[Result]) -> str:
+def by_recipe(section: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each recipe.
+
+    Args:
+        section: Runs of one group of :func:`sections`.
+
+    Returns:
+        Them by the recipe's name.
+
+    Raises:
+        ValueError: If one recipe has runs of different configs.
+    """
     recipes: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
+    for result in section:
         recipes[result["recipe"]].append(result)
     for name, runs in recipes.items():
         digests = sorted({run["digest"] for run in runs})
         if len(digests) > 1:
             raise ValueError(f"the runs of {name} must be of one config, got the digests {', '.join(digests)}")
+    return recipes
+
+
+def _section(results: list[Result]) -> str:
+    recipes = by_recipe(results)
     rows = sorted((_row(runs) for runs in recipes.values()), key=lambda row: -row[0])
     headings = ["recipe", "lr", "seeds", *(heading for heading, _, _ in COLUMNS)]
     headings += ["validation kNN 20", "training s", "peak MiB"]
@@ -84,12 +112,11 @@ def _header(results: list[Result]) -> list[str]:
 
 def _row(runs: list[Result]) -> tuple[float, list[str]]:
     """Test kNN(20), by which the rows are sorted, and the cells."""
-    seed, title = sweep_seed(runs), runs[0]["title"]
-    rate = best_rate(runs, seed)
-    if rate is None:
-        return -1.0, [title, "diverged at every rate", *[""] * (len(COLUMNS) + 4)]
-    chosen = [run for run in runs if run["rate"] == rate]
+    seed, title, chosen = sweep_seed(runs), runs[0]["title"], at_best_rate(runs)
     good = [run for run in chosen if run["metrics"]]
+    if not good:
+        return -1.0, [title, "diverged at every rate", *[""] * (len(COLUMNS) + 4)]
+    rate = good[0]["rate"]
     seeds = f"{len(good)}" if len(good) == len(chosen) else f"{len(good)} of {len(chosen)}, others diverged"
     numbers = [spread([run["metrics"]["test"][key] for run in good], digits) for _, key, digits in COLUMNS]
     cells = [
@@ -111,6 +138,19 @@ def _sweeps(recipes: dict[str, list[Result]]) -> list[str]:
         runs = {run["rate"]: run for run in recipes[name] if run["seed"] == seed}
         lines.append(_line([name, *(_tried(runs.get(rate)) for rate in rates)]))
     return lines
+
+
+def at_best_rate(runs: list[Result]) -> list[Result]:
+    """The runs that a recipe is judged by, one for each seed.
+
+    Args:
+        runs: Of one recipe.
+
+    Returns:
+        Those at the best rate of its sweep, also those that diverged; none if all of the sweep did.
+    """
+    rate = best_rate(runs, sweep_seed(runs))
+    return [run for run in runs if rate is not None and run["rate"] == rate]
 
 
 def sweep_seed(runs: list[Result]) -> int:
