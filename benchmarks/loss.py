@@ -51,7 +51,7 @@ def make(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
         loss: Callable[[Tensor, Tensor], Tensor] = SupConLoss(temperature=0.1)
         return loss
-    return SimOLoss() if name == "centroid" else SimOLoss(level=name, form="log")  # type: ignore[arg-type]
+    return SimOLoss(form="softmax") if name == "centroid" else SimOLoss(level=name, form="log")  # type: ignore[arg-type]
 
 
 def make_step(name: str, embeddings: Tensor, labels: Tensor) -> Callable[[], Any]:

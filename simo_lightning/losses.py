@@ -12,10 +12,12 @@ from simo_lightning.functional.pairs import pair_terms
 from simo_lightning.functional.simo import Batch, Exchange, Form, class_terms, group_terms, means_term
 
 Level = Literal["group", "class", "centroid", "pair"]
-# What trained best in sketches on the validation split of CIFAR-10, unless said otherwise.
+# What trained best in sketches on the validation split of CIFAR-10, unless said otherwise; at the centroid level.
+_EPS: dict[str, float] = {"log": 0.01}
+_OTHER_EPS = 0.1
 _SOFTMAX_SMOOTHING = 0.1
-_CENTROID_SOFTMAX_FRAME = 0.5
-_CENTROID_SOFTMAX_MEANS = 0.2
+_FRAMES: dict[str, float] = {"log": 0.5, "softmax": 0.5}
+_MEAN_WEIGHTS: dict[str, float] = {"log": 0.3, "softmax": 0.2}
 
 
 class SimOLoss(nn.Module):
@@ -43,54 +45,59 @@ class SimOLoss(nn.Module):
     Args:
         level: At which resolution the ratio is taken.
         form: What is made of a ratio; "softmax" at the levels centroid and pair.
-        eps: Added to every denominator, in units of d and o, > 0.
+        eps: Added to every denominator, in units of d and o, > 0; None is 0.01 in the log form and 0.1 in the others.
         orthogonality_leaning: In 0..1: o becomes leaning * o + (1 - leaning); 0 leaves distance alone.
         normalize: Divide each embedding by its length first.
         similar_weight: Weight of the similar side, >= 0; in the softmax form of the whole.
-        dissimilar_weight: Weight of the dissimilar side, >= 0; in the softmax form equal to similar_weight.
-        mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0; None is 0.2 in the softmax form
-            of the level centroid and 0 elsewhere.
+        dissimilar_weight: Weight of the dissimilar side, >= 0; in the softmax form equal to similar_weight. None is
+            similar_weight, and in the log form of the levels class, centroid and pair as many times that as the batch
+            has other classes: each dissimilar pair then counts about as much as each similar one.
+        mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0; None is, at the level centroid,
+            0.3 in the log form and 0.2 in the softmax form, and 0 elsewhere.
         label_smoothing: Share of the softmax form's target spread over all classes (rows at the level pair), in 0..1;
             None is 0.1 in the softmax form and 0 in the others, which have no target to smooth.
         frame: At the level centroid, share of the class's own axis in its centre
             (:func:`~simo_lightning.functional.frame.class_axes`), in 0..1; 1 leaves the axis alone. None is 0.5 in that
-            level's softmax form and 0 elsewhere. The axes are of length 1: they are meant for normalised embeddings.
+            level's forms log and softmax and 0 elsewhere. The axes are of length 1: they are meant for normalised
+            embeddings.
 
     Raises:
         ValueError: If an argument is out of its range.
 
     Example:
-        >>> loss = SimOLoss(level="centroid", form="log")
+        >>> loss = SimOLoss()
         >>> embeddings = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
-        >>> loss(embeddings, torch.tensor([5, 5, 8, 8]))
+        >>> loss(embeddings, torch.tensor([0, 0, 1, 1]))
         tensor(0.)
 
     Source:
         arXiv 2410.05233; :meth:`paper` is its form. The levels below the group, the forms log and softmax, the frame
-        and the normalisation are ours, and so is the default: what trained best (centroid, softmax, frame).
+        and the normalisation are ours, and so is the default: what trained best (centroid, log, frame).
     """
 
     def __init__(
         self,
         level: Level = "centroid",
-        form: Form = "softmax",
-        eps: float = 0.1,
+        form: Form = "log",
+        eps: float | None = None,
         orthogonality_leaning: float = 1.0,
         normalize: bool = True,
         similar_weight: float = 1.0,
-        dissimilar_weight: float = 1.0,
+        dissimilar_weight: float | None = None,
         mean_weight: float | None = None,
         label_smoothing: float | None = None,
         frame: float | None = None,
     ) -> None:
         super().__init__()
+        centroid = level == "centroid"
+        if eps is None:
+            eps = _EPS.get(form, _OTHER_EPS)
         if label_smoothing is None:
             label_smoothing = _SOFTMAX_SMOOTHING if form == "softmax" else 0.0
-        best = (level, form) == ("centroid", "softmax")
         if frame is None:
-            frame = _CENTROID_SOFTMAX_FRAME if best else 0.0
+            frame = _FRAMES.get(form, 0.0) if centroid else 0.0
         if mean_weight is None:
-            mean_weight = _CENTROID_SOFTMAX_MEANS if best else 0.0
+            mean_weight = _MEAN_WEIGHTS.get(form, 0.0) if centroid else 0.0
         self.level, self.form, self.normalize, self.frame = level, form, normalize, frame
         self.eps, self.orthogonality_leaning, self.label_smoothing = eps, orthogonality_leaning, label_smoothing
         self.similar_weight, self.dissimilar_weight, self.mean_weight = similar_weight, dissimilar_weight, mean_weight
@@ -147,7 +154,7 @@ class SimOLoss(nn.Module):
             terms, means = self._level_terms(embeddings, labels)
             if self.mean_weight:
                 terms |= means_term(means, self._exchange)
-        weights = {"dissimilar": self.dissimilar_weight, "mean": self.mean_weight}
+        weights = {"dissimilar": self._dissimilar_weight(len(means)), "mean": self.mean_weight}
         weights = {name: weights.get(name, self.similar_weight) for name in terms}
         return {name: term if weights[name] == 1 else weights[name] * term for name, term in terms.items()}
 
@@ -163,6 +170,12 @@ class SimOLoss(nn.Module):
     @property
     def _exchange(self) -> Exchange:
         return Exchange(self.form, self.eps, self.orthogonality_leaning)
+
+    def _dissimilar_weight(self, classes: int) -> float:
+        if self.dissimilar_weight is not None:
+            return self.dissimilar_weight
+        by_pair = self.form == "log" and self.level != "group"
+        return self.similar_weight * (classes - 1 if by_pair else 1)
 
     def _level_terms(self, embeddings: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of the level, and the class means."""
@@ -186,8 +199,9 @@ class SimOLoss(nn.Module):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         for name in ("similar_weight", "dissimilar_weight", "mean_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {value}")
         if self.frame and self.level != "centroid":
             raise ValueError(f"frame must be 0 or None unless level='centroid', got {self.frame}")
         self._check_softmax()
@@ -199,7 +213,7 @@ class SimOLoss(nn.Module):
             return
         if self.level not in ("centroid", "pair"):
             raise ValueError(f"form 'softmax' needs level 'centroid' or 'pair', got level {self.level!r}")
-        if self.similar_weight != self.dissimilar_weight:
+        if self.dissimilar_weight not in (None, self.similar_weight):
             raise ValueError(
                 "form 'softmax' has one term for both sides: similar_weight and dissimilar_weight must be equal, "
                 f"got {self.similar_weight} and {self.dissimilar_weight}"

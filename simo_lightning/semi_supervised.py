@@ -20,7 +20,8 @@ class SemiSupervisedLoss(nn.Module):
 
     Args:
         num_classes: C: a label in ``0..C - 1`` is a class; any other is an image of which only the views are alike.
-        labelled: ``(embeddings, labels) -> scalar``; None: ``SimOLoss()``.
+        labelled: ``(embeddings, labels) -> scalar``; None: ``SimOLoss(form="softmax")``, whose
+            probabilities agreement needs.
         unlabelled: The same; None: the similar side of SimO alone, by pairs of views and as a logarithm. It has no
             dissimilar side, as two unlabelled images may be of one class; what keeps it from collapse is the labelled
             part.
@@ -28,7 +29,7 @@ class SemiSupervisedLoss(nn.Module):
         agreement_weight: Weight, >= 0, of the cross-entropy of each view with the class that the image's other views
             are sure of (:func:`~simo_lightning.functional.agreement.agreement_term`). The classes are those of the
             batch's labelled rows, their centres and probabilities those of the centroid level's softmax form: with the
-            arguments of ``labelled`` where that is a SimOLoss of that kind, of ``SimOLoss()`` where it is not.
+            arguments of ``labelled`` where that is a SimOLoss of that kind, with its defaults where it is not.
         confidence: How sure the other views must be, in 0..1.
 
     Raises:
@@ -64,7 +65,7 @@ class SemiSupervisedLoss(nn.Module):
             raise ValueError(f"confidence must be in 0..1, got {confidence}")
         self.num_classes, self.unlabelled_weight = num_classes, unlabelled_weight
         self.agreement_weight, self.confidence = agreement_weight, confidence
-        self.labelled = SimOLoss() if labelled is None else labelled
+        self.labelled = SimOLoss(form="softmax") if labelled is None else labelled
         self.unlabelled = SimOLoss("pair", "log", eps=0.01, dissimilar_weight=0.0) if unlabelled is None else unlabelled
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class SemiSupervisedLoss(nn.Module):
             return embeddings.sum() * 0.0
         judge = self.labelled
         if not isinstance(judge, SimOLoss) or (judge.level, judge.form) != ("centroid", "softmax"):
-            judge = SimOLoss()
+            judge = SimOLoss(form="softmax")
         with torch.autocast(embeddings.device.type, enabled=False):
             rows = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
             batch = Batch.of(rows[known].detach(), labels[known], judge.normalize)

@@ -1,13 +1,16 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from simo_lightning import SimOLoss
 from simo_lightning.functional import pairs, rows
 from tests import reference
 
+ROOT = Path(__file__).parent.parent
 FORMS = [
     *((level, form) for level in ("group", "class", "centroid", "pair") for form in ("ratio", "log")),
     ("centroid", "softmax"),
@@ -68,7 +71,7 @@ def test_value_and_gradient_equal_the_loops(level: str, form: str, frame: float,
 def test_normalize_divides_by_the_length(level: str, form: str) -> None:
     embeddings, labels = draw(9, 4), [0, 1, 2] * 3
     unit = torch.stack([row / math.sqrt(float(row @ row)) for row in embeddings])
-    value = SimOLoss(level, form, eps=0.01, mean_weight=0.0, label_smoothing=0.0, frame=0.0)(
+    value = SimOLoss(level, form, eps=0.01, dissimilar_weight=1.0, mean_weight=0.0, label_smoothing=0.0, frame=0.0)(
         embeddings, torch.tensor(labels)
     )
     expected = reference.simo(unit, labels, level, form)
@@ -187,12 +190,13 @@ def test_argument_errors_name_the_argument_and_the_value() -> None:
         ({"form": "square"}, "form must be one of ratio, log, softmax, got 'square'"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
         ({"orthogonality_leaning": 1.5}, r"orthogonality_leaning must be in 0..1, got 1.5"),
+        ({"dissimilar_weight": -1.0}, "dissimilar_weight must be finite and >= 0, got -1.0"),
         ({"frame": -0.1}, r"frame must be in 0..1, got -0.1"),
         ({"level": "pair", "form": "log", "frame": 0.5}, "frame must be 0 or None unless level='centroid', got 0.5"),
         ({"mean_weight": -1.0}, "mean_weight must be finite and >= 0, got -1.0"),
-        ({"level": "group"}, "form 'softmax' needs level 'centroid' or 'pair', got level 'group'"),
+        ({"level": "group", "form": "softmax"}, "form 'softmax' needs level 'centroid' or 'pair', got level 'group'"),
         ({"form": "log", "label_smoothing": 0.1}, "label_smoothing must be 0 or None unless form='softmax', got 0.1"),
-        ({"dissimilar_weight": 9.0}, "must be equal, got 1.0 and 9.0"),
+        ({"form": "softmax", "dissimilar_weight": 9.0}, "must be equal, got 1.0 and 9.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             SimOLoss(**arguments)
@@ -215,6 +219,32 @@ def test_paper_form() -> None:
     embeddings, labels = draw(12, 5), [0, 1, 2] * 4
     expected = sum(reference.simo(embeddings, labels, "group", "ratio").values())
     torch.testing.assert_close(SimOLoss.paper()(embeddings, torch.tensor(labels)), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_in_the_log_form_each_other_class_counts_as_much_as_the_own(classes: int) -> None:
+    embeddings, labels = draw(20, 6), torch.arange(20) % classes
+    for level in ("class", "centroid", "pair"):
+        for form, others in (("log", classes - 1), ("ratio", 1)):
+            loss = SimOLoss(level, form, eps=0.05, similar_weight=2.0)
+            known = SimOLoss(level, form, eps=0.05, similar_weight=2.0, dissimilar_weight=2.0 * others)
+            torch.testing.assert_close(loss(embeddings, labels), known(embeddings, labels), rtol=0, atol=0)
+    alone = SimOLoss("group", "log")
+    known = SimOLoss("group", "log", eps=0.01, dissimilar_weight=1.0)
+    torch.testing.assert_close(alone(embeddings, labels), known(embeddings, labels), rtol=0, atol=0)
+
+
+def test_the_default_is_the_recipe_that_won() -> None:
+    """A batch of ten classes, as in the recipe, whose weight of the dissimilar side is written out."""
+    recipe = yaml.safe_load((ROOT / "configs" / "recipes" / "simo_log_frame.yaml").read_text())
+    written = SimOLoss(**recipe["model"]["init_args"]["loss"]["init_args"])
+    embeddings, labels = draw(30, 16), torch.arange(30) % 10
+    torch.testing.assert_close(SimOLoss()(embeddings, labels), written(embeddings, labels), rtol=0, atol=0)
+    expected = reference.simo(
+        torch.nn.functional.normalize(embeddings, dim=1), labels.tolist(), "centroid", "log", eps=0.01, frame=0.5
+    )
+    value = expected["similar"] + 9 * expected["dissimilar"] + 0.3 * expected["mean"]
+    torch.testing.assert_close(SimOLoss()(embeddings, labels), value, rtol=1e-10, atol=0)
 
 
 def test_the_frame_leads_out_of_merged_classes() -> None:

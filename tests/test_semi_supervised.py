@@ -40,7 +40,7 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
 @pytest.mark.parametrize("confidence", [0.0, 0.55, 1.0])
 def test_agreement_equals_the_loops(frame: float, leaning: float, confidence: float) -> None:
     eps, smoothing = 0.05, 0.1
-    labelled = SimOLoss(eps=eps, frame=frame, orthogonality_leaning=leaning, label_smoothing=smoothing)
+    labelled = SimOLoss(form="softmax", eps=eps, frame=frame, orthogonality_leaning=leaning, label_smoothing=smoothing)
     loss = SemiSupervisedLoss(2, labelled, agreement_weight=0.7, confidence=confidence)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(17, 3, dtype=torch.float64, generator=generator).requires_grad_()
