@@ -93,7 +93,7 @@ def run_gather(world: int, steps: int) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo")
-    rank, loss = int(os.environ.get("RANK", "0")), SimOLoss()
+    rank, loss = int(os.environ.get("RANK", "0")), SimOLoss(form="softmax")
     labels = torch.arange(ROWS) % 10
     for dim in (16, 128):
         embeddings = torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(rank)).requires_grad_()
