@@ -38,9 +38,9 @@ def shares(world: int) -> list[int]:
 
 FORMS = [("group", "ratio"), ("group", "log"), ("class", "ratio"), ("class", "log")]
 FORMS += [(level, form) for level in ("centroid", "pair") for form in ("ratio", "log", "softmax")]
-LOSSES = {f"{level} {form}": SimOLoss(level, form, eps=0.1, mean_weight=0.5) for level, form in FORMS} | {
-    "SupCon": SupConLoss()
-}
+LOSSES = {
+    f"{level} {form}": SimOLoss(level, form, eps=0.1, dissimilar_weight=1.0, mean_weight=0.5) for level, form in FORMS
+} | {"default": SimOLoss(), "SupCon": SupConLoss()}
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 History = list[tuple[Tensor, list[Tensor]]]
 
