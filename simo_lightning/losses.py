@@ -16,7 +16,7 @@ Level = Literal["group", "class", "centroid", "pair"]
 _EPS: dict[str, float] = {"log": 0.01}
 _OTHER_EPS = 0.1
 _SOFTMAX_SMOOTHING = 0.1
-_FRAMES: dict[str, float] = {"log": 0.5, "softmax": 0.5}
+_PROTOTYPE_WEIGHTS: dict[str, float] = {"log": 0.5, "softmax": 0.5}
 _MEAN_WEIGHTS: dict[str, float] = {"log": 0.3, "softmax": 0.2}
 
 
@@ -56,9 +56,9 @@ class SimOLoss(nn.Module):
             0.3 in the log form and 0.2 in the softmax form, and 0 elsewhere.
         label_smoothing: Share of the softmax form's target spread over all classes (rows at the level pair), in 0..1;
             None is 0.1 in the softmax form and 0 in the others, which have no target to smooth.
-        frame: At the level centroid, share of the class's own axis in its centre
-            (:func:`~simo_lightning.functional.frame.class_axes`), in 0..1; 1 leaves the axis alone. None is 0.5 in that
-            level's forms log and softmax and 0 elsewhere. The axes are of length 1: they are meant for normalised
+        prototype_weight: At the level centroid, share of the class's own axis in its centre
+            (:func:`~simo_lightning.functional.prototypes.class_prototypes`),
+            in 0..1; 1 leaves the axis alone. None is 0.5 in that level's forms log and softmax and 0 elsewhere. The axes are of length 1: they are meant for normalised
             embeddings.
 
     Raises:
@@ -71,8 +71,8 @@ class SimOLoss(nn.Module):
         tensor(0.)
 
     Source:
-        arXiv 2410.05233; :meth:`paper` is its form. The levels below the group, the forms log and softmax, the frame
-        and the normalisation are ours, and so is the default: what trained best (centroid, log, frame).
+        arXiv 2410.05233; :meth:`paper` is its form. The levels below the group, the forms log and softmax, the
+        prototypes and the normalisation are ours, and so is the default: what trained best (centroid, log, prototypes).
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SimOLoss(nn.Module):
         dissimilar_weight: float | None = None,
         mean_weight: float | None = None,
         label_smoothing: float | None = None,
-        frame: float | None = None,
+        prototype_weight: float | None = None,
     ) -> None:
         super().__init__()
         centroid = level == "centroid"
@@ -94,11 +94,11 @@ class SimOLoss(nn.Module):
             eps = _EPS.get(form, _OTHER_EPS)
         if label_smoothing is None:
             label_smoothing = _SOFTMAX_SMOOTHING if form == "softmax" else 0.0
-        if frame is None:
-            frame = _FRAMES.get(form, 0.0) if centroid else 0.0
+        if prototype_weight is None:
+            prototype_weight = _PROTOTYPE_WEIGHTS.get(form, 0.0) if centroid else 0.0
         if mean_weight is None:
             mean_weight = _MEAN_WEIGHTS.get(form, 0.0) if centroid else 0.0
-        self.level, self.form, self.normalize, self.frame = level, form, normalize, frame
+        self.level, self.form, self.normalize, self.prototype_weight = level, form, normalize, prototype_weight
         self.eps, self.orthogonality_leaning, self.label_smoothing = eps, orthogonality_leaning, label_smoothing
         self.similar_weight, self.dissimilar_weight, self.mean_weight = similar_weight, dissimilar_weight, mean_weight
         self._check_arguments()
@@ -164,7 +164,7 @@ class SimOLoss(nn.Module):
             f"level={self.level!r}, form={self.form!r}, eps={self.eps}, "
             f"orthogonality_leaning={self.orthogonality_leaning}, normalize={self.normalize}, weights="
             f"({self.similar_weight}, {self.dissimilar_weight}, {self.mean_weight}), "
-            f"label_smoothing={self.label_smoothing}, frame={self.frame}"
+            f"label_smoothing={self.label_smoothing}, prototype_weight={self.prototype_weight}"
         )
 
     @property
@@ -181,7 +181,7 @@ class SimOLoss(nn.Module):
         """The terms of the level, and the class means."""
         exchange, smoothing = self._exchange, self.label_smoothing
         if self.level == "centroid":
-            return centroid_terms(embeddings, labels, exchange, smoothing, self.frame, self.normalize)
+            return centroid_terms(embeddings, labels, exchange, smoothing, self.prototype_weight, self.normalize)
         batch = Batch.of(embeddings, labels, self.normalize)
         if self.level == "group":
             return group_terms(batch, exchange), batch.means
@@ -195,15 +195,15 @@ class SimOLoss(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         if not self.eps > 0:
             raise ValueError(f"eps must be > 0, got {self.eps}")
-        for name in ("orthogonality_leaning", "label_smoothing", "frame"):
+        for name in ("orthogonality_leaning", "label_smoothing", "prototype_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         for name in ("similar_weight", "dissimilar_weight", "mean_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
-        if self.frame and self.level != "centroid":
-            raise ValueError(f"frame must be 0 or None unless level='centroid', got {self.frame}")
+        if self.prototype_weight and self.level != "centroid":
+            raise ValueError(f"prototype_weight must be 0 or None unless level='centroid', got {self.prototype_weight}")
         self._check_softmax()
 
     def _check_softmax(self) -> None:

@@ -36,10 +36,12 @@ def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
 @pytest.mark.parametrize("dim", [3, 8])
 @pytest.mark.parametrize(
-    ("level", "form", "frame"),
+    ("level", "form", "prototype_weight"),
     [*((*each, 0.0) for each in FORMS), *(("centroid", form, 0.3) for form in ("ratio", "log", "softmax"))],
 )
-def test_value_and_gradient_equal_the_loops(level: str, form: str, frame: float, dim: int, labels: list[int]) -> None:
+def test_value_and_gradient_equal_the_loops(
+    level: str, form: str, prototype_weight: float, dim: int, labels: list[int]
+) -> None:
     embeddings = draw(len(labels), dim).requires_grad_()
     smoothing = 0.2 if form == "softmax" else 0.0
     loss = SimOLoss(
@@ -52,9 +54,11 @@ def test_value_and_gradient_equal_the_loops(level: str, form: str, frame: float,
         dissimilar_weight=2.0 if form == "softmax" else 3.0,
         mean_weight=0.5,
         label_smoothing=smoothing,
-        frame=frame,
+        prototype_weight=prototype_weight,
     )
-    expected = reference.simo(embeddings, labels, level, form, eps=0.05, leaning=0.7, smoothing=smoothing, frame=frame)
+    expected = reference.simo(
+        embeddings, labels, level, form, eps=0.05, leaning=0.7, smoothing=smoothing, prototype_weight=prototype_weight
+    )
     weights = {"similar": 2.0, "dissimilar": 3.0, "softmax": 2.0, "mean": 0.5}
     expected = {name: weights[name] * term for name, term in expected.items()}
     terms = loss.terms(embeddings, torch.tensor(labels))
@@ -71,9 +75,9 @@ def test_value_and_gradient_equal_the_loops(level: str, form: str, frame: float,
 def test_normalize_divides_by_the_length(level: str, form: str) -> None:
     embeddings, labels = draw(9, 4), [0, 1, 2] * 3
     unit = torch.stack([row / math.sqrt(float(row @ row)) for row in embeddings])
-    value = SimOLoss(level, form, eps=0.01, dissimilar_weight=1.0, mean_weight=0.0, label_smoothing=0.0, frame=0.0)(
-        embeddings, torch.tensor(labels)
-    )
+    value = SimOLoss(
+        level, form, eps=0.01, dissimilar_weight=1.0, mean_weight=0.0, label_smoothing=0.0, prototype_weight=0.0
+    )(embeddings, torch.tensor(labels))
     expected = reference.simo(unit, labels, level, form)
     expected.pop("mean")
     torch.testing.assert_close(value, sum(expected.values()), rtol=1e-10, atol=0)
@@ -137,7 +141,7 @@ def test_own_class_distances_of_tight_classes_keep_their_digits_in_float32(level
 def test_softmax_of_tight_classes_keeps_its_digits_in_float32(level: str) -> None:
     labels = torch.arange(4).repeat_interleave(32)
     embeddings = torch.nn.functional.normalize(draw(4, 16, seed=1), dim=1)[labels] + 1e-3 / 4 * draw(128, 16, seed=2)
-    loss = SimOLoss(level, "softmax", eps=1e-9, normalize=False, frame=0.0)
+    loss = SimOLoss(level, "softmax", eps=1e-9, normalize=False, prototype_weight=0.0)
     exact = loss(embeddings.float().double(), labels)
     torch.testing.assert_close(loss(embeddings.float(), labels).double(), exact, rtol=1e-3, atol=0)
 
@@ -191,8 +195,11 @@ def test_argument_errors_name_the_argument_and_the_value() -> None:
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
         ({"orthogonality_leaning": 1.5}, r"orthogonality_leaning must be in 0..1, got 1.5"),
         ({"dissimilar_weight": -1.0}, "dissimilar_weight must be finite and >= 0, got -1.0"),
-        ({"frame": -0.1}, r"frame must be in 0..1, got -0.1"),
-        ({"level": "pair", "form": "log", "frame": 0.5}, "frame must be 0 or None unless level='centroid', got 0.5"),
+        ({"prototype_weight": -0.1}, r"prototype_weight must be in 0..1, got -0.1"),
+        (
+            {"level": "pair", "form": "log", "prototype_weight": 0.5},
+            "prototype_weight must be 0 or None unless level='centroid', got 0.5",
+        ),
         ({"mean_weight": -1.0}, "mean_weight must be finite and >= 0, got -1.0"),
         ({"level": "group", "form": "softmax"}, "form 'softmax' needs level 'centroid' or 'pair', got level 'group'"),
         ({"form": "log", "label_smoothing": 0.1}, "label_smoothing must be 0 or None unless form='softmax', got 0.1"),
@@ -241,17 +248,22 @@ def test_the_default_is_the_recipe_that_won() -> None:
     embeddings, labels = draw(30, 16), torch.arange(30) % 10
     torch.testing.assert_close(SimOLoss()(embeddings, labels), written(embeddings, labels), rtol=0, atol=0)
     expected = reference.simo(
-        torch.nn.functional.normalize(embeddings, dim=1), labels.tolist(), "centroid", "log", eps=0.01, frame=0.5
+        torch.nn.functional.normalize(embeddings, dim=1),
+        labels.tolist(),
+        "centroid",
+        "log",
+        eps=0.01,
+        prototype_weight=0.5,
     )
     value = expected["similar"] + 9 * expected["dissimilar"] + 0.3 * expected["mean"]
     torch.testing.assert_close(SimOLoss()(embeddings, labels), value, rtol=1e-10, atol=0)
 
 
-def test_the_frame_leads_out_of_merged_classes() -> None:
-    """Classes at one point: without a frame no gradient tells them apart, with it each moves towards its own axis."""
+def test_prototypes_lead_out_of_merged_classes() -> None:
+    """Classes at one point: without prototypes no gradient separates them, with them each moves towards its own axis."""
     embeddings = torch.full((6, 3), 3**-0.5, dtype=torch.float64).requires_grad_()
     labels = torch.arange(6) % 3
-    still = gradient(SimOLoss(frame=0.0)(embeddings, labels), embeddings)
+    still = gradient(SimOLoss(prototype_weight=0.0)(embeddings, labels), embeddings)
     assert still.abs().max() < 1e-12
     moved = embeddings.detach() - 1e-3 * gradient(SimOLoss()(embeddings, labels), embeddings)
     assert moved.argmax(dim=1).tolist() == labels.tolist()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simo_lightning.functional.frame import class_axes
 from simo_lightning.functional.moments import class_sums, compact_labels
+from simo_lightning.functional.prototypes import class_prototypes
 from simo_lightning.functional.rows import before_lengths, lengths_and_means, spans
 from simo_lightning.functional.simo import Exchange
 
@@ -24,20 +24,20 @@ def centroid_terms(
     labels: Tensor,
     exchange: Exchange,
     label_smoothing: float = 0.0,
-    frame: float = 0.0,
+    prototype_weight: float = 0.0,
     normalize: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One ratio per row and class centre: its own class similar, every other class dissimilar.
 
-    The centre of a class is ``(1 - frame) * mean + frame * axis``, with the class's axis of
-    :func:`~simo_lightning.functional.frame.class_axes`.
+    The centre of a class is ``(1 - prototype_weight) * mean + prototype_weight * axis``, with the class's axis of
+    :func:`~simo_lightning.functional.prototypes.class_prototypes`.
 
     Args:
         embeddings: Float tensor ``(N, D)``, N >= 1.
         labels: Integers ``(N,)``, any values.
         exchange: Form, eps and leaning.
         label_smoothing: For the softmax form, share of the target spread evenly over all classes, in 0..1.
-        frame: Share of the axis in the centre, in 0..1. Above 0 a class of one row has a similar side too.
+        prototype_weight: Share of the axis in the centre, in 0..1. Above 0 a class of one row has a similar side too.
         normalize: Divide each embedding by its length first.
 
     Returns:
@@ -47,24 +47,24 @@ def centroid_terms(
         with logits log(eps + o) - log(eps + d).
 
     Source:
-        Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's. The frame is ours
-        too: classes that coincide are a saddle of the loss, and the axes lead out of it.
+        Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
+        The prototypes are ours too: classes that coincide are a saddle of the loss, and the axes lead out of it.
     """
     index, counts = compact_labels(labels)
     pulled, rows, others = None, len(labels), len(labels) * (len(counts) - 1)
-    if not frame and int(counts.min()) < 2:
+    if not prototype_weight and int(counts.min()) < 2:
         pulled = counts > 1  # (C,) whether a row has something to be similar to
         rows = int(counts[pulled].sum())
     axes = None
-    if frame:
+    if prototype_weight:
         numbers = torch.empty_like(counts).scatter_(0, index, labels.long())  # (C,) the labels themselves
-        axes = frame * class_axes(numbers, embeddings.shape[1], embeddings.dtype)
+        axes = prototype_weight * class_prototypes(numbers, embeddings.shape[1], embeddings.dtype)
     names, judge, shares = ["softmax"], partial(_softmax, exchange, label_smoothing), [1 / max(rows, 1)]
     if exchange.form != "softmax":
         names, judge = ["similar", "dissimilar"], partial(_pull_and_push, exchange)
         shares.append(1 / max(others, 1))
     need = torch.is_grad_enabled() and embeddings.requires_grad
-    task = _Task(judge, shares, 1 - frame, normalize, need)
+    task = _Task(judge, shares, 1 - prototype_weight, normalize, need)
     *terms, means = _Centroids.apply(embeddings, index, counts, axes, pulled, task)
     return dict(zip(names, terms, strict=True)), means
 

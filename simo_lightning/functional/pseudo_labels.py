@@ -25,7 +25,7 @@ def class_logits(rows: Tensor, centers: Tensor, exchange: Exchange) -> Tensor:
     return exchange.logit(mean_distances(rows, centers), (rows @ centers.T).square())
 
 
-def agreement_term(
+def pseudo_label_term(
     rows: Tensor, images: Tensor, centers: Tensor, exchange: Exchange, confidence: float, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each view with the class that the image's other views are sure of.
