@@ -201,14 +201,14 @@ class SimOLoss(nn.Module):
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the loss by :func:`torch.compile`, as a whole graph from the numbered labels to the terms.
+        """Compile the loss by ``torch.compile``, as a whole graph from the numbered labels to the terms.
 
         The labels are numbered, and the embeddings checked for nan and infinity, outside the graph. Worth it for
         batches of 16,000 embeddings or more. The value is the same up to rounding.
 
         Args:
-            args: Of :func:`torch.compile`.
-            kwargs: Of :func:`torch.compile`; ``fullgraph`` is True unless given.
+            args: Of ``torch.compile``.
+            kwargs: Of ``torch.compile``; ``fullgraph`` is True unless given.
         """
         self._compiled = torch.compile(self._terms, *args, **{"fullgraph": True, **kwargs})
 
