@@ -25,8 +25,8 @@ class OnlineKNN(EmbeddingWatcher):
     in the trainer's precision. Every process embeds its share of them and judges its own queries. A module whose steps
     return no embeddings is left alone.
 
-    From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the class
-    whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
+    From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
+    class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
 
     Args:
         k: Neighbours that vote, by cosine similarity.
