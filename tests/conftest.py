@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 
-# Nothing here may reach a network, and every process of a test runs on one thread.
+# Every process of a test runs on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning itself calls
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls inside Lightning
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test runs in a folder of its own: runs/ and data/ are relative."""
+    """Run each test in its own folder, since runs/ and data/ are relative paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.delenv("SIMO_RUN_DIR", raising=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Said by Lightning of itself or of a test's small run, not by the package.
+    # Emitted by Lightning about its own code or the small size of a test's run.
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*does not have many workers.*",

@@ -41,11 +41,11 @@ def cosines(vectors) -> list[float]:
     return [cosine(a, b) for a, b in combinations(vectors, 2)]
 
 
-def orthogonality(rows, labels):
+def class_cosine(rows, labels):
     return np.mean(np.abs(cosines(class_means(rows, labels))))
 
 
-def orthogonality_max(rows, labels):
+def class_cosine_max(rows, labels):
     return max(np.abs(cosines(class_means(rows, labels))))
 
 
@@ -89,7 +89,7 @@ def covariances(rows, labels) -> list[Floats]:
     return found
 
 
-def participation(rows, labels):
+def participation_ratio(rows, labels):
     spectra = [np.linalg.eigvalsh(covariance) for covariance in covariances(rows, labels)]
     return np.mean([spectrum.sum() ** 2 / (spectrum**2).sum() for spectrum in spectra])
 
@@ -114,7 +114,7 @@ def variance_across(rows, labels):
     return np.mean([(np.trace(covariance) - part) / (rows.shape[1] - 1) for covariance, part in pairs])
 
 
-def leakage(rows, labels):
+def subspace_overlap(rows, labels):
     bases = []
     for own in members(rows, labels):
         _, singular, directions = np.linalg.svd(own, full_matrices=False)
@@ -126,7 +126,7 @@ def leakage(rows, labels):
     return np.mean(shared)
 
 
-def within_between(rows, labels):
+def scatter_ratio(rows, labels):
     center = np.mean(rows, axis=0)
     classes = list(zip(members(rows, labels), class_means(rows, labels), strict=True))
     within = sum(((row - mean) ** 2).sum() for own, mean in classes for row in own)
@@ -162,9 +162,18 @@ def norm_spread(rows, labels):
 LOOPS = {
     function.__name__: function
     for function in (
-        *(alignment, centered_cosine, centered_cosine_max, effective_rank, equiangularity, equinorm, leakage, nc1),
-        *(norm_spread, orthogonality, orthogonality_max, participation, rms_norm, simplex_deviation, stable_rank),
-        *(variance_across, variance_along, within_between),
+        *(
+            alignment,
+            centered_cosine,
+            centered_cosine_max,
+            effective_rank,
+            equiangularity,
+            equinorm,
+            subspace_overlap,
+            nc1,
+        ),
+        *(norm_spread, class_cosine, class_cosine_max, participation_ratio, rms_norm, simplex_deviation, stable_rank),
+        *(variance_across, variance_along, scatter_ratio),
     )
 }
 
@@ -225,14 +234,14 @@ OTHERS = {
     "alignment": ("scipy pdist", _pdist),
     "centered_cosine": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(centered(*a))).mean()),
     "centered_cosine_max": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(centered(*a))).max()),
-    "leakage": ("scipy subspace_angles", _angles),
+    "subspace_overlap": ("scipy subspace_angles", _angles),
     "nc1": ("Han, Papyan & Donoho, tr{Sw Sb^-1}", _tr_sw_inv_sb),
     "norm_spread": ("scipy variation", lambda rows, _: scipy.stats.variation((rows**2).sum(axis=1))),
-    "orthogonality": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).mean()),
-    "orthogonality_max": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).max()),
-    "participation": ("scikit-learn PCA", _pca),
+    "class_cosine": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).mean()),
+    "class_cosine_max": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).max()),
+    "participation_ratio": ("scikit-learn PCA", _pca),
     "simplex_deviation": ("Han, Papyan & Donoho, Avg|Cos + 1/(C-1)|", _coherence),
     "stable_rank": ("numpy norms", lambda rows, _: (np.linalg.norm(rows) / np.linalg.norm(rows, 2)) ** 2),
     "variance_along": ("numpy var of projections", _projected),
-    "within_between": ("scikit-learn calinski_harabasz", _calinski_harabasz),
+    "scatter_ratio": ("scikit-learn calinski_harabasz", _calinski_harabasz),
 }

@@ -36,12 +36,12 @@ def test_values_are_those_of_numpy_and_scikit_learn(tmp_path, stage):
     logged = (run.validate if stage == "val" else run.test)(module, data, verbose=False)[0]
     asked = data.val if stage == "val" else data.train
     cosines = cosine_loop(*embedded(module, asked))
-    assert logged[f"{stage}/orthogonality"] == pytest.approx(np.mean(cosines), rel=1e-5)
-    assert logged[f"{stage}/orthogonality_max"] == pytest.approx(np.max(cosines), rel=1e-5)
+    assert logged[f"{stage}/class_cosine"] == pytest.approx(np.mean(cosines), rel=1e-5)
+    assert logged[f"{stage}/class_cosine_max"] == pytest.approx(np.max(cosines), rel=1e-5)
     assert logged[f"{stage}/knn"] == pytest.approx(neighbours(module, data.train, asked, k=1))
     centroids = NearestCentroid().fit(*embedded(module, data.train))
-    assert logged[f"{stage}/nearest_mean"] == pytest.approx(centroids.score(*embedded(module, asked)))
-    assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn", "nearest_mean"]}
+    assert logged[f"{stage}/nearest_class_mean"] == pytest.approx(centroids.score(*embedded(module, asked)))
+    assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn", "nearest_class_mean"]}
     moments = class_moments(*map(torch.from_numpy, embedded(module, asked)), NUM_CLASSES)
     expected = {f"{stage}/{name}": function(moments).item() for name, function in GEOMETRY.items()}
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -72,9 +72,9 @@ def test_fit_logs_once_an_epoch_and_nothing_of_the_sanity_check(tmp_path):
     trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), history, max_epochs=2).fit(module, data)
     sanity, first, second = history.seen
     assert sanity == {}
-    assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn", "nearest_mean"]}
+    assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn", "nearest_class_mean"]}
     assert second["val/rms_norm"] < first["val/rms_norm"]  # the loss is the square of the embeddings
-    assert second["val/orthogonality"] == pytest.approx(np.mean(cosine_loop(*embedded(module, data.val))), rel=1e-4)
+    assert second["val/class_cosine"] == pytest.approx(np.mean(cosine_loop(*embedded(module, data.val))), rel=1e-4)
     assert second["val/knn"] == pytest.approx(neighbours(module, data.train, data.val, k=1))
 
 

@@ -43,7 +43,7 @@ class Kept(CSVLogger):
     told: list[tuple[int, dict[str, float]]]
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "train/orthogonality" in metrics:
+        if "train/class_cosine" in metrics:
             self.told = [*getattr(self, "told", []), (step, {key: metrics[key] for key in metrics if key != "epoch"})]
         super().log_metrics(metrics, step)
 

@@ -45,7 +45,7 @@ def logged_in_csv(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_same_metrics(found: dict[str, list[tuple[int, float]]], folder: Path) -> None:
     expected = logged_in_csv(folder)
-    assert {"train/loss", "val/knn", "val/orthogonality"} <= expected.keys()
+    assert {"train/loss", "val/knn", "val/class_cosine"} <= expected.keys()
     for name, values in expected.items():
         assert [step for step, _ in found[name]] == [step for step, _ in values], name
         np.testing.assert_allclose([value for _, value in found[name]], [value for _, value in values], rtol=1e-6)

@@ -27,4 +27,4 @@ def test_every_class_is_on_the_page(name):
 def test_the_example_runs(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     exec(compile(block, "metrics.md", "exec"), {})
-    assert "orthogonality_max" in capsys.readouterr().out
+    assert "class_cosine_max" in capsys.readouterr().out

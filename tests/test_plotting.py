@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from simo_lightning.functional.geometry import orthogonality
+from simo_lightning.functional.geometry import class_cosine
 from simo_lightning.functional.moments import class_moments
 from simo_lightning.plotting import class_colors, class_markers, class_similarity_figure, scatter_figure
 
@@ -38,7 +38,7 @@ def test_heat_map_shows_the_cosines_on_a_fixed_scale():
     unit = means / np.linalg.norm(means, axis=1, keepdims=True)
     np.testing.assert_allclose(image.get_array(), unit @ unit.T, atol=1e-12)
     assert image.get_clim() == (-1, 1)
-    assert f"{orthogonality(moments).item():.3f}" in figure.axes[0].get_title()
+    assert f"{class_cosine(moments).item():.3f}" in figure.axes[0].get_title()
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == names()
     assert [float(text) for text in texts(figure)] == [round(value, 2) for value in (unit @ unit.T).flatten().tolist()]
 

@@ -180,7 +180,7 @@ def test_without_names_images_and_a_second_class():
     assert page.after("Images") == "24 of 1 classes"
     assert "Nearest neighbours" not in page.texts
     assert not Path("out/neighbors.png").exists()
-    assert page.value("orthogonality") == "undefined"
+    assert page.value("class_cosine") == "undefined"
     assert float(page.value("rms_norm")) > 0
     assert "nan" not in page.texts
 

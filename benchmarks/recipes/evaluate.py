@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from simo_lightning import OneCycle, PairDataModule, ProbeModule, SimOModule
-from simo_lightning.functional.geometry import effective_rank, orthogonality, orthogonality_max, within_between
+from simo_lightning.functional.geometry import class_cosine, class_cosine_max, effective_rank, scatter_ratio
 from simo_lightning.functional.knn import knn_accuracy
 from simo_lightning.functional.moments import class_moments
 
@@ -110,8 +110,13 @@ def neighbors(bank: Embedded, queries: Embedded, k: int) -> float:
 def geometry(split: Embedded, num_classes: int) -> dict[str, float]:
     """Mean and largest absolute cosine between class means, effective rank, within over between."""
     moments = class_moments(split.embeddings, split.labels, num_classes)
-    functions = (orthogonality, orthogonality_max, effective_rank, within_between)
-    return {function.__name__: float(function(moments)) for function in functions}
+    functions = {
+        "orthogonality": class_cosine,
+        "orthogonality_max": class_cosine_max,
+        "effective_rank": effective_rank,
+        "within_between": scatter_ratio,
+    }
+    return {name: float(function(moments)) for name, function in functions.items()}
 
 
 def linear_probe(bank: Embedded, queries: Embedded) -> float:

@@ -10,8 +10,8 @@ from simo_lightning.functional.moments import ClassMoments
 class GeometryMonitor(MomentsWatcher):
     """Log every function of ``functional.geometry`` at the end of each validation and test epoch.
 
-    The names are ``val/orthogonality``, ``test/effective_rank`` and so on; with ``every_n_steps`` also
-    ``train/orthogonality`` and so on, of all training batches since the last time: embeddings as the loss saw them, of
+    The names are ``val/class_cosine``, ``test/effective_rank`` and so on; with ``every_n_steps`` also
+    ``train/class_cosine`` and so on, of all training batches since the last time: embeddings as the loss saw them, of
     augmented images, in training mode, by the weights of those steps. The class moments of all embeddings that the
     steps return as ``outputs["embeddings"]`` with ``outputs["labels"]`` are summed, over batches, loaders and
     processes, so the numbers are exact; a module whose steps return no embeddings is left alone.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simo_lightning.callbacks.watcher import EmbeddingWatcher
 from simo_lightning.distributed import gather_rows, sum_over_ranks
-from simo_lightning.functional.geometry import nearest_mean_predict
+from simo_lightning.functional.geometry import nearest_class_mean_predict
 from simo_lightning.functional.knn import knn_predict
 from simo_lightning.functional.moments import class_sums
 
@@ -25,8 +25,8 @@ class OnlineKNN(EmbeddingWatcher):
     in the trainer's precision. Every process embeds its share of them and judges its own queries. A module whose steps
     return no embeddings is left alone.
 
-    Of the same embeddings it logs ``val/nearest_mean`` and ``test/nearest_mean``: the accuracy of the class whose mean
-    over the known images is nearest (:func:`~simo_lightning.functional.geometry.nearest_mean_predict`).
+    From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
+    class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
 
     Args:
         k: Neighbours that vote, by cosine similarity.
@@ -87,7 +87,7 @@ class OnlineKNN(EmbeddingWatcher):
 
     @torch.no_grad()
     def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log ``val/knn`` and ``val/nearest_mean``, or those of test.
+        """Log ``val/knn`` and ``val/nearest_class_mean``, or those of test.
 
         Args:
             trainer: Knows device and precision.
@@ -108,15 +108,15 @@ class OnlineKNN(EmbeddingWatcher):
             (predicted == labels).sum()
             for predicted in (
                 knn_predict(queries, bank, bank_labels, self.k),
-                nearest_mean_predict(queries, _class_means(bank, bank_labels)),
+                nearest_class_mean_predict(queries, _class_means(bank, bank_labels)),
             )
         ]
-        knn, nearest_mean, count = sum_over_ranks(
+        knn, nearest_class_mean, count = sum_over_ranks(
             torch.stack([*right, torch.tensor(len(labels), device=labels.device)])
         )
         # the values are those of all processes already; sync_dist tells Lightning that this was thought of
         pl_module.log(f"{stage}/knn", knn.float() / count, prog_bar=True, sync_dist=True)
-        pl_module.log(f"{stage}/nearest_mean", nearest_mean.float() / count, sync_dist=True)
+        pl_module.log(f"{stage}/nearest_class_mean", nearest_class_mean.float() / count, sync_dist=True)
 
     def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
         """Embeddings and labels of the training images, those of all processes, none twice."""

@@ -51,8 +51,8 @@ class Equinorm(ClassMomentsMetric):
     _function = staticmethod(geometry.equinorm)
 
 
-class Leakage(ClassMomentsMetric):
-    """Mean alignment of the leading directions of two classes, by :func:`.geometry.leakage`.
+class SubspaceOverlap(ClassMomentsMetric):
+    """Mean alignment of the leading directions of two classes, by :func:`.geometry.subspace_overlap`.
 
     Args:
         num_classes: C.
@@ -65,7 +65,7 @@ class Leakage(ClassMomentsMetric):
     """
 
     higher_is_better = False
-    _function = staticmethod(geometry.leakage)
+    _function = staticmethod(geometry.subspace_overlap)
 
     def __init__(
         self, num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64, directions: int = 2
@@ -74,7 +74,7 @@ class Leakage(ClassMomentsMetric):
         if directions < 1:
             raise ValueError(f"directions must be at least 1, got {directions}")
         self.directions = directions
-        self._function = partial(geometry.leakage, directions=directions)
+        self._function = partial(geometry.subspace_overlap, directions=directions)
 
 
 class NC1(ClassMomentsMetric):
@@ -91,25 +91,25 @@ class NormSpread(ClassMomentsMetric):
     _function = staticmethod(geometry.norm_spread)
 
 
-class Orthogonality(ClassMomentsMetric):
-    """Mean absolute cosine between class means, by :func:`.geometry.orthogonality`."""
+class ClassCosine(ClassMomentsMetric):
+    """Mean absolute cosine between class means, by :func:`.geometry.class_cosine`."""
 
     higher_is_better = False
-    _function = staticmethod(geometry.orthogonality)
+    _function = staticmethod(geometry.class_cosine)
 
 
-class OrthogonalityMax(ClassMomentsMetric):
-    """Largest absolute cosine between two class means, by :func:`.geometry.orthogonality_max`."""
+class ClassCosineMax(ClassMomentsMetric):
+    """Largest absolute cosine between two class means, by :func:`.geometry.class_cosine_max`."""
 
     higher_is_better = False
-    _function = staticmethod(geometry.orthogonality_max)
+    _function = staticmethod(geometry.class_cosine_max)
 
 
-class Participation(ClassMomentsMetric):
-    """Over how many directions a class spreads about its mean, by :func:`.geometry.participation`."""
+class ParticipationRatio(ClassMomentsMetric):
+    """Over how many directions a class spreads about its mean, by :func:`.geometry.participation_ratio`."""
 
     higher_is_better = None
-    _function = staticmethod(geometry.participation)
+    _function = staticmethod(geometry.participation_ratio)
 
 
 class RMSNorm(ClassMomentsMetric):
@@ -147,11 +147,11 @@ class VarianceAlong(ClassMomentsMetric):
     _function = staticmethod(geometry.variance_along)
 
 
-class WithinBetween(ClassMomentsMetric):
-    """Scatter within classes over scatter between them, by :func:`.geometry.within_between`."""
+class ScatterRatio(ClassMomentsMetric):
+    """Scatter within classes over scatter between them, by :func:`.geometry.scatter_ratio`."""
 
     higher_is_better = False
-    _function = staticmethod(geometry.within_between)
+    _function = staticmethod(geometry.scatter_ratio)
 
 
 def geometry_metrics(num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64) -> MetricCollection:
@@ -171,27 +171,27 @@ def geometry_metrics(num_classes: int, embedding_dim: int, dtype: torch.dtype = 
     Example:
         >>> metrics = geometry_metrics(num_classes=2, embedding_dim=2)
         >>> metrics.update(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1]))
-        >>> {name: round(value.item(), 2) for name, value in metrics.compute().items() if "orth" in name}
-        {'orthogonality': 0.0, 'orthogonality_max': 0.0}
+        >>> {name: round(value.item(), 2) for name, value in metrics.compute().items() if "class" in name}
+        {'class_cosine': 0.0, 'class_cosine_max': 0.0}
     """
     metrics: dict[str, Metric | MetricCollection] = {
         "alignment": Alignment(num_classes, embedding_dim, dtype),
         "centered_cosine": CenteredCosine(num_classes, embedding_dim, dtype),
         "centered_cosine_max": CenteredCosineMax(num_classes, embedding_dim, dtype),
+        "class_cosine": ClassCosine(num_classes, embedding_dim, dtype),
+        "class_cosine_max": ClassCosineMax(num_classes, embedding_dim, dtype),
         "effective_rank": EffectiveRank(num_classes, embedding_dim, dtype),
         "equiangularity": Equiangularity(num_classes, embedding_dim, dtype),
         "equinorm": Equinorm(num_classes, embedding_dim, dtype),
-        "leakage": Leakage(num_classes, embedding_dim, dtype),
         "nc1": NC1(num_classes, embedding_dim, dtype),
         "norm_spread": NormSpread(num_classes, embedding_dim, dtype),
-        "orthogonality": Orthogonality(num_classes, embedding_dim, dtype),
-        "orthogonality_max": OrthogonalityMax(num_classes, embedding_dim, dtype),
-        "participation": Participation(num_classes, embedding_dim, dtype),
+        "participation_ratio": ParticipationRatio(num_classes, embedding_dim, dtype),
         "rms_norm": RMSNorm(num_classes, embedding_dim, dtype),
+        "scatter_ratio": ScatterRatio(num_classes, embedding_dim, dtype),
         "simplex_deviation": SimplexDeviation(num_classes, embedding_dim, dtype),
         "stable_rank": StableRank(num_classes, embedding_dim, dtype),
+        "subspace_overlap": SubspaceOverlap(num_classes, embedding_dim, dtype),
         "variance_across": VarianceAcross(num_classes, embedding_dim, dtype),
         "variance_along": VarianceAlong(num_classes, embedding_dim, dtype),
-        "within_between": WithinBetween(num_classes, embedding_dim, dtype),
     }
     return MetricCollection(metrics, compute_groups=[list(metrics)])

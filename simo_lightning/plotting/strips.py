@@ -113,7 +113,7 @@ def describe_strip(
         first, last = (_mean_cosine(reel.frames[index]) for index in (0, -1))
         head = f"Cosines between the means of {len(class_names)} classes"
         return f"{head}, {span}: mean size from {first:.2f} to {last:.2f}."
-    first, last = (_within_between(reel.frames[index], reel.labels) for index in (0, -1))
+    first, last = (_scatter_ratio(reel.frames[index], reel.labels) for index in (0, -1))
     head = f"Map of {len(reel.labels)} embeddings of {len(reel.labels.unique())} classes"
     return f"{head}, {span}: variance within classes over that between them from {first:.2f} to {last:.2f}."
 
@@ -186,8 +186,8 @@ def _mean_cosine(cosines: Tensor) -> float:
     return float(cosines[first, second].abs().nanmean())
 
 
-def _within_between(points: Tensor, labels: Tensor) -> float:
-    from simo_lightning.functional.geometry import within_between
+def _scatter_ratio(points: Tensor, labels: Tensor) -> float:
+    from simo_lightning.functional.geometry import scatter_ratio
     from simo_lightning.functional.moments import class_moments
 
-    return float(within_between(class_moments(points, labels, int(labels.max()) + 1 if len(labels) else 1)))
+    return float(scatter_ratio(class_moments(points, labels, int(labels.max()) + 1 if len(labels) else 1)))

@@ -47,7 +47,7 @@ def metric_rows(moments: ClassMoments, knn: float = math.nan, k: int = 20) -> li
         >>> import torch
         >>> from simo_lightning.functional.moments import class_moments
         >>> rows = {row.name: row for row in metric_rows(class_moments(torch.eye(2), torch.tensor([0, 1]), 2))}
-        >>> rows["orthogonality"].text, rows["orthogonality"].better, rows["alignment"].text
+        >>> rows["class_cosine"].text, rows["class_cosine"].better, rows["alignment"].text
         ('0', 'lower', 'undefined')
     """
     directions = {name: metric.higher_is_better for name, metric in geometry_metrics(1, 1).items()}

@@ -9,24 +9,24 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from simo_lightning.functional.geometry.heads import nc3, nearest_mean_predict
+from simo_lightning.functional.geometry.heads import nc3, nearest_class_mean_predict
 from simo_lightning.functional.geometry.means import (
     centered_cosine,
     centered_cosine_max,
+    class_cosine,
+    class_cosine_max,
     equiangularity,
     equinorm,
-    orthogonality,
-    orthogonality_max,
     simplex_deviation,
 )
 from simo_lightning.functional.geometry.norms import class_norm_spread, class_rms_norm, norm_spread, rms_norm
 from simo_lightning.functional.geometry.spectrum import (
-    class_participation,
+    class_participation_ratio,
     effective_rank,
-    leakage,
-    participation,
+    participation_ratio,
     singular_values,
     stable_rank,
+    subspace_overlap,
 )
 from simo_lightning.functional.geometry.sphere import uniformity
 from simo_lightning.functional.geometry.spread import (
@@ -34,9 +34,9 @@ from simo_lightning.functional.geometry.spread import (
     class_variance_across,
     class_variance_along,
     nc1,
+    scatter_ratio,
     variance_across,
     variance_along,
-    within_between,
 )
 from simo_lightning.functional.moments import ClassMoments
 
@@ -45,21 +45,21 @@ GEOMETRY: dict[str, Callable[[ClassMoments], Tensor]] = {
     "alignment": alignment,
     "centered_cosine": centered_cosine,
     "centered_cosine_max": centered_cosine_max,
+    "class_cosine": class_cosine,
+    "class_cosine_max": class_cosine_max,
     "effective_rank": effective_rank,
     "equiangularity": equiangularity,
     "equinorm": equinorm,
-    "leakage": leakage,
     "nc1": nc1,
     "norm_spread": norm_spread,
-    "orthogonality": orthogonality,
-    "orthogonality_max": orthogonality_max,
-    "participation": participation,
+    "participation_ratio": participation_ratio,
     "rms_norm": rms_norm,
+    "scatter_ratio": scatter_ratio,
     "simplex_deviation": simplex_deviation,
     "stable_rank": stable_rank,
+    "subspace_overlap": subspace_overlap,
     "variance_across": variance_across,
     "variance_along": variance_along,
-    "within_between": within_between,
 }
 
 __all__ = [
@@ -67,28 +67,28 @@ __all__ = [
     "alignment",
     "centered_cosine",
     "centered_cosine_max",
+    "class_cosine",
+    "class_cosine_max",
     "class_norm_spread",
-    "class_participation",
+    "class_participation_ratio",
     "class_rms_norm",
     "class_variance_across",
     "class_variance_along",
     "effective_rank",
     "equiangularity",
     "equinorm",
-    "leakage",
     "nc1",
     "nc3",
-    "nearest_mean_predict",
+    "nearest_class_mean_predict",
     "norm_spread",
-    "orthogonality",
-    "orthogonality_max",
-    "participation",
+    "participation_ratio",
     "rms_norm",
+    "scatter_ratio",
     "simplex_deviation",
     "singular_values",
     "stable_rank",
+    "subspace_overlap",
     "uniformity",
     "variance_across",
     "variance_along",
-    "within_between",
 ]

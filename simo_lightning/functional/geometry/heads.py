@@ -52,7 +52,7 @@ def nc3(moments: ClassMoments, weight: Tensor) -> Tensor:
     return (rows / rows.norm() - centered / centered.norm()).square().sum()
 
 
-def nearest_mean_predict(
+def nearest_class_mean_predict(
     embeddings: Tensor, means: Tensor, distance: Literal["euclidean", "cosine"] = "euclidean"
 ) -> Tensor:
     """Class whose mean is nearest to each embedding.
@@ -73,8 +73,10 @@ def nearest_mean_predict(
 
     Example:
         >>> means = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
-        >>> nearest_mean_predict(torch.tensor([[0.0, 2.0]]), means), nearest_mean_predict(means, means, "cosine")
-        (tensor([0]), tensor([0, 1]))
+        >>> nearest_class_mean_predict(torch.tensor([[0.0, 2.0]]), means)
+        tensor([0])
+        >>> nearest_class_mean_predict(means, means, "cosine")
+        tensor([0, 1])
 
     Source:
         Mensink et al., IEEE TPAMI 35(11), 2013; with the Euclidean distance NC4's nearest class centre (Papyan, Han &

@@ -11,7 +11,7 @@ from simo_lightning.functional.geometry.rounding import centered_means, undefine
 from simo_lightning.functional.moments import ClassMoments
 
 
-def orthogonality(moments: ClassMoments) -> Tensor:
+def class_cosine(moments: ClassMoments) -> Tensor:
     """Mean absolute cosine between class means: ``mean_{a<b} |cos(m_a, m_b)|``.
 
     Args:
@@ -24,7 +24,7 @@ def orthogonality(moments: ClassMoments) -> Tensor:
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
-        >>> orthogonality(class_moments(embeddings, torch.tensor([0, 0, 1]), num_classes=2)).item()
+        >>> class_cosine(class_moments(embeddings, torch.tensor([0, 0, 1]), num_classes=2)).item()
         0.0
 
     Source:
@@ -33,19 +33,19 @@ def orthogonality(moments: ClassMoments) -> Tensor:
     return pair_cosines(present_means(moments)).abs().mean()
 
 
-def orthogonality_max(moments: ClassMoments) -> Tensor:
+def class_cosine_max(moments: ClassMoments) -> Tensor:
     """Largest absolute cosine between two class means: ``max_{a<b} |cos(m_a, m_b)|``.
 
     Args:
         moments: Class moments; classes without rows do not count.
 
     Returns:
-        Scalar in [0, 1], lower is better (1: two classes share a direction); ``nan`` as for :func:`orthogonality`.
+        Scalar in [0, 1], lower is better (1: two classes share a direction); ``nan`` as for :func:`class_cosine`.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, -1.0]])
-        >>> orthogonality_max(class_moments(embeddings, torch.tensor([0, 1, 2]), num_classes=3)).item()
+        >>> class_cosine_max(class_moments(embeddings, torch.tensor([0, 1, 2]), num_classes=3)).item()
         1.0
 
     Source:

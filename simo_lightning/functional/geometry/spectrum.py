@@ -90,7 +90,7 @@ def stable_rank(moments: ClassMoments) -> Tensor:
     return squares.sum() / squares[0]
 
 
-def class_participation(moments: ClassMoments) -> Tensor:
+def class_participation_ratio(moments: ClassMoments) -> Tensor:
     """Participation ratio of each class's covariance: ``(sum_k l_k)^2 / sum_k l_k^2``, ``l_k`` its eigenvalues.
 
     By traces, ``tr(Cov)^2 / tr(Cov^2)``, so that no eigenvalue is computed.
@@ -106,7 +106,7 @@ def class_participation(moments: ClassMoments) -> Tensor:
         >>> from simo_lightning.functional.moments import class_moments
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
         >>> moments = class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)
-        >>> class_participation(moments).tolist()
+        >>> class_participation_ratio(moments).tolist()
         [2.0, nan]
 
     Source:
@@ -119,8 +119,8 @@ def class_participation(moments: ClassMoments) -> Tensor:
     return torch.where(variances == 0, float("nan"), ratio)
 
 
-def participation(moments: ClassMoments) -> Tensor:
-    """Mean over the classes of :func:`class_participation`: over how many directions a class spreads about its mean.
+def participation_ratio(moments: ClassMoments) -> Tensor:
+    """Mean over the classes of :func:`class_participation_ratio`: number of directions in which a class spreads.
 
     Args:
         moments: Class moments; classes without spread do not count.
@@ -132,17 +132,17 @@ def participation(moments: ClassMoments) -> Tensor:
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
-        >>> participation(class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)).item()
+        >>> participation_ratio(class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)).item()
         2.0
 
     Source:
         Gao et al., bioRxiv 214262, 2017, averaged over classes.
     """
     spreads = (moments.counts > 0) & (class_variances(moments) != 0)  # what is not finite stays, and shows
-    return class_participation(moments)[spreads].mean()
+    return class_participation_ratio(moments)[spreads].mean()
 
 
-def leakage(moments: ClassMoments, directions: int = 2) -> Tensor:
+def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
     """Mean alignment of the leading directions of two classes: ``mean_{a<b} |U_a^T U_b|_F^2 / min(k_a, k_b)``.
 
     ``U_c (D, k_c)`` are the k leading eigenvectors of the class's second moment ``sum e e^T``, fewer where it has a
@@ -166,7 +166,7 @@ def leakage(moments: ClassMoments, directions: int = 2) -> Tensor:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, -1.0], [0.0, 2.0, 1.0], [0.0, 2.0, -1.0]])
         >>> moments = class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)
-        >>> leakage(moments).item()  # the means are orthogonal, the spread is shared
+        >>> subspace_overlap(moments).item()  # the means are orthogonal, the spread is shared
         0.5
 
     Source:

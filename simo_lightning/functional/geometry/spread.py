@@ -15,7 +15,7 @@ from simo_lightning.functional.geometry.rounding import (
 from simo_lightning.functional.moments import ClassMoments
 
 
-def within_between(moments: ClassMoments) -> Tensor:
+def scatter_ratio(moments: ClassMoments) -> Tensor:
     """Scatter within classes over scatter between them: ``tr(S_W) / tr(S_B)``.
 
     ``tr(S_W) = sum_i |e_i - m_{y_i}|^2`` and ``tr(S_B) = sum_c n_c |m_c - m|^2`` with ``m`` the mean of all embeddings.
@@ -30,7 +30,7 @@ def within_between(moments: ClassMoments) -> Tensor:
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
-        >>> within_between(class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)).item()
+        >>> scatter_ratio(class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)).item()
         0.04
 
     Source:
