@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from simo_lightning.callbacks import EmbeddingPlots, GeometryMonitor, OnlineKNN
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.plotting import load_frames
+from simo_lightning.plotting import load_snapshots
 from tests.callback_parts import (
     NUM_CLASSES,
     Encoder,
@@ -157,25 +157,25 @@ def test_pictures_of_every_epoch_and_the_latest(tmp_path):
     assert len(events.Images("val/scatter")) == 2
 
 
-def test_frames_of_training_show_the_same_images_and_the_means_of_all(tmp_path):
+def test_snapshots_of_training_show_the_same_images_and_the_means_of_all(tmp_path):
     class Seen(pl.Callback):
         def on_validation_end(self, run, module):
             self.rows, self.labels = embedded(module, Pictures.val)
 
-    seen, callback = Seen(), EmbeddingPlots(every_n_epochs=2, frame_points=6)
+    seen, callback = Seen(), EmbeddingPlots(every_n_epochs=2, snapshot_points=6)
     run = trainer(tmp_path, callback, seen, max_epochs=4)
     run.fit(Encoder(), Pictures())
-    frames = load_frames(tmp_path / "plots" / "frames")
-    assert [frame.epoch for frame in frames] == [1, 3]
-    assert frames[1].step == run.global_step == 2 * frames[0].step
+    snapshots = load_snapshots(tmp_path / "plots" / "snapshots")
+    assert [snapshot.epoch for snapshot in snapshots] == [1, 3]
+    assert snapshots[1].step == run.global_step == 2 * snapshots[0].step
     first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(seen.labels == label)[:2]]
-    np.testing.assert_allclose(frames[1].points.numpy(), seen.rows[first], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(snapshots[1].points.numpy(), seen.rows[first], rtol=1e-4, atol=1e-6)
     for label in range(NUM_CLASSES):
         of_class = seen.rows[seen.labels == label]
-        np.testing.assert_allclose(frames[1].means[label].numpy(), of_class.mean(axis=0), rtol=1e-4, atol=1e-6)
-        assert frames[1].counts[label] == len(of_class)
-    assert torch.equal(frames[0].labels, frames[1].labels)
-    assert not torch.equal(frames[0].points, frames[1].points)
+        np.testing.assert_allclose(snapshots[1].means[label].numpy(), of_class.mean(axis=0), rtol=1e-4, atol=1e-6)
+        assert snapshots[1].counts[label] == len(of_class)
+    assert torch.equal(snapshots[0].labels, snapshots[1].labels)
+    assert not torch.equal(snapshots[0].points, snapshots[1].points)
 
 
 def test_points_are_the_first_of_each_class_over_batches(tmp_path):
@@ -228,7 +228,7 @@ def test_what_a_callback_misses_is_named(tmp_path):
         (OnlineKNN, {"k": 0}, "k must be at least 1, got 0"),
         (OnlineKNN, {"k": 20, "bank_size": 10}, "k must be at most bank_size=10, got k=20"),
         (EmbeddingPlots, {"max_points": 0}, "max_points must be at least 1, got 0"),
-        (EmbeddingPlots, {"frame_points": 0}, "frame_points must be at least 1, got 0"),
+        (EmbeddingPlots, {"snapshot_points": 0}, "snapshot_points must be at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_named(callback, options, message):

@@ -103,7 +103,7 @@ def test_two_merged_classes_show_in_the_largest_cosine():
     assert (found["class_cosine"], found["subspace_overlap"]) == pytest.approx((1 / 6, 1 / 6))  # one of six pairs
 
 
-def test_merged_classes_with_spread_have_infinite_within_between():
+def test_merged_classes_with_spread_have_infinite_scatter_ratio():
     embeddings = torch.tensor([[1.0, 1.0], [3.0, 5.0]]).repeat(2, 1)
     found = values(embeddings, torch.tensor([0, 0, 1, 1]), 2)
     assert found["scatter_ratio"] == np.inf

@@ -74,16 +74,25 @@ def test_scatter_draws_every_point_in_its_colour_with_the_legend_outside():
     embeddings, labels = data()
     labels[labels == 2] = 3
     figure = scatter_figure(embeddings[:, :2], labels, names(), title="here")
-    drawn = {group.get_label(): group for group in figure.axes[0].collections}
-    assert list(drawn) == ["class 0", "class 1", "class 3"]
-    for name, group in drawn.items():
-        label = int(name[-1])
-        np.testing.assert_array_equal(group.get_offsets(), embeddings[labels == label, :2].numpy())
-        assert tuple(group.get_facecolor()[0][:3]) == to_rgb(class_colors(4)[label])
+    (drawn,) = figure.axes[0].collections
+    np.testing.assert_array_equal(drawn.get_offsets(), embeddings[:, :2].numpy())
+    colors = [to_rgb(class_colors(4)[label]) for label in labels.tolist()]
+    np.testing.assert_array_equal(drawn.get_facecolor()[:, :3], colors)
     figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    assert legend.y1 <= figure.axes[0].get_window_extent().y0
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["class 0", "class 1", "class 3"]
+    shown = [handle.get_markerfacecolor() for handle in legend.legend_handles]
+    assert shown == [class_colors(4)[label] for label in (0, 1, 3)]
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
     assert figure.axes[0].get_title() == "here"
+
+
+def test_classes_beyond_the_tenth_have_another_marker():
+    labels = torch.arange(25)
+    figure = scatter_figure(torch.randn(25, 2, generator=torch.Generator().manual_seed(0)), labels, names(25))
+    assert [len(group.get_offsets()) for group in figure.axes[0].collections] == [10, 10, 5]
+    markers = [handle.get_marker() for handle in figure.legends[0].legend_handles]
+    assert markers == class_markers(25)
 
 
 @pytest.mark.parametrize(("num_classes", "legends"), [(30, 1), (60, 0)])
@@ -155,6 +164,10 @@ def test_drawing_registers_nothing_with_pyplot():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="class_names must name 4 classes, got 3 names"):
         class_similarity_figure(torch.eye(4), names(3))
+    with pytest.raises(ValueError, match=r"means must have shape \(C, D\), got \(4,\)"):
+        class_similarity_figure(torch.ones(4), names())
+    with pytest.raises(ValueError, match="points must be finite, got nan or inf in 1 of them"):
+        scatter_figure(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.arange(2), names())
     with pytest.raises(ValueError, match=r"points must have shape \(N, 2\), got \(5, 3\)"):
         scatter_figure(torch.zeros(5, 3), torch.zeros(5, dtype=torch.long), names())
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.3 for 4 class_names, got 0\.\.4"):

@@ -19,7 +19,7 @@ from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN
 from simo_lightning.data import DigitsPairDataModule
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.plotting import Frame, save_frame
+from simo_lightning.plotting import Snapshot, save_snapshot
 from simo_lightning.report import MetricRow, ReportTrainer, metric_rows, write_page
 from simo_lightning.report.collector import as_pixels
 from simo_lightning.report.pictures import choose_queries, nearest_neighbors
@@ -110,13 +110,13 @@ def pictures(page: Page) -> list[Image.Image]:
     return found
 
 
-def frames(folder: Path, num_classes: int = 3, count: int = 3) -> None:
+def snapshots(folder: Path, num_classes: int = 3, count: int = 3) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12) % num_classes
     for epoch in range(count):
         points = torch.randn(12, 4, generator=generator)
         means = class_moments(points, labels, num_classes).means.float()
-        save_frame(Frame(epoch, 10 * epoch, torch.bincount(labels), means, points, labels), folder)
+        save_snapshot(Snapshot(epoch, 10 * epoch, torch.bincount(labels), means, points, labels), folder)
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +185,10 @@ def test_without_names_images_and_a_second_class():
     assert "nan" not in page.texts
 
 
-def test_training_is_shown_where_the_run_kept_frames():
-    frames(Path("plots/frames"), num_classes=2)  # of another data set: nothing to show beside this one
+def test_training_is_shown_where_the_run_kept_snapshots():
+    snapshots(Path("plots/snapshots"), num_classes=2)  # of another data set: nothing to show beside this one
     assert "Along training" not in plot(Foreign(), Data()).texts
-    frames(Path("plots/frames"))
+    snapshots(Path("plots/snapshots"))
     page = plot(Foreign(), Data())
     assert "Along training" in page.texts
     moving = [picture for picture in pictures(page) if picture.format == "GIF"]

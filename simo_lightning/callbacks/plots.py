@@ -18,12 +18,12 @@ from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.loggers import log_figure
 from simo_lightning.metrics import ClassMomentsMetric
 from simo_lightning.plotting import (
-    Frame,
     Projection,
+    Snapshot,
     class_similarity_figure,
     norms_figure,
     project_2d,
-    save_frame,
+    save_snapshot,
     scatter_figure,
     spectrum_figure,
 )
@@ -35,7 +35,7 @@ class EmbeddingPlots(EmbeddingWatcher):
     Writes ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, always the latest, and in training a
     copy per epoch such as ``scatter_epoch=003.png``; and hands them to TensorBoard, Weights & Biases or MLflow where
     one logs. All but the points are of all embeddings; of the points, each class shows its first few. In training it
-    also keeps a small :class:`~simo_lightning.plotting.Frame` per epoch, ``frames/epoch=003.npz``, from which the
+    also keeps a small :class:`~simo_lightning.plotting.Snapshot` per epoch, ``snapshots/epoch=003.npz``, from which the
     history can be drawn. A module whose steps return no embeddings is left alone.
 
     Args:
@@ -43,7 +43,7 @@ class EmbeddingPlots(EmbeddingWatcher):
         max_points: Points in the scatter plot, over all classes and processes.
         dirname: Folder of the pictures, under ``trainer.default_root_dir``.
         projection: From D dimensions to the plane; see :func:`~simo_lightning.plotting.project_2d`.
-        frame_points: Points in a frame, over all classes, at most `max_points`; the same images in every epoch.
+        snapshot_points: Points in a snapshot, over all classes, at most `max_points`; the same images in every epoch.
 
     Raises:
         ValueError: If a number is below 1.
@@ -57,16 +57,16 @@ class EmbeddingPlots(EmbeddingWatcher):
         max_points: int = 2000,
         dirname: str = "plots",
         projection: Projection = "pca",
-        frame_points: int = 300,
+        snapshot_points: int = 300,
     ) -> None:
         super().__init__(every_n_epochs)
-        for name, value in (("max_points", max_points), ("frame_points", frame_points)):
+        for name, value in (("max_points", max_points), ("snapshot_points", snapshot_points)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_points = max_points
         self.dirname = dirname
         self.projection = projection
-        self.frame_points = frame_points
+        self.snapshot_points = snapshot_points
         self._metric: ClassMomentsMetric | None = None
         self._points: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -146,14 +146,14 @@ class EmbeddingPlots(EmbeddingWatcher):
             title = f"Epoch {trainer.current_epoch}: {title}"
         self._save(trainer, "similarity", class_similarity_figure(moments, names))
         self._save(trainer, "scatter", scatter_figure(project_2d(points, self.projection), labels, names, title))
-        self._save(trainer, "spectrum", spectrum_figure(moments, names))
+        self._save(trainer, "spectrum", spectrum_figure(moments))
         self._save(trainer, "norms", norms_figure(moments, names))
 
     def _keep(self, trainer: Trainer, moments: ClassMoments, points: Tensor, labels: Tensor) -> None:
-        few = _few(points, labels, min(self.frame_points, self.max_points), len(moments.counts))
-        frame = Frame(trainer.current_epoch, trainer.global_step, moments.counts, moments.means, *few)
+        few = _few(points, labels, min(self.snapshot_points, self.max_points), len(moments.counts))
+        snapshot = Snapshot.of_moments(trainer.current_epoch, trainer.global_step, moments, *few)
         try:
-            save_frame(frame, self._folder(trainer) / "frames")
+            save_snapshot(snapshot, self._folder(trainer) / "snapshots")
         except OSError as error:
             raise _named(error, self._folder(trainer)) from error
 

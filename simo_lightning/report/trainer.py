@@ -18,7 +18,7 @@ from simo_lightning.checkpoints import read_checkpoint
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
-from simo_lightning.plotting import Projection, load_frames
+from simo_lightning.plotting import Projection, load_snapshots
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.page import write_page
 from simo_lightning.report.pictures import EmbeddedImages, draw_sections
@@ -78,7 +78,7 @@ class ReportTrainer(pl.Trainer):
         facts = {"Config": config_name or type(model).__name__, "Run": _short(run)}
         facts["Checkpoint"] = "none: the weights as they are" if ckpt_path is None else _describe(Path(ckpt_path))
         folder = _make_folder(run / "plots" / "report" if out is None else Path(out))
-        frames = load_frames(run / _find(self, EmbeddingPlots, EmbeddingPlots()).dirname / "frames")
+        snapshots = load_snapshots(run / _find(self, EmbeddingPlots, EmbeddingPlots()).dirname / "snapshots")
         data, knn, k = _embed(self, model, datamodule, ckpt_path, stage)
         if self.is_global_zero:
             names = _class_names(datamodule, data.labels)
@@ -87,7 +87,7 @@ class ReportTrainer(pl.Trainer):
             facts["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
             facts["Made by"] = f"simo_lightning {__version__}"
             moments = _moments(data, len(names))
-            sections = draw_sections(folder, data, moments, names, frames, projections, queries, max_points)
+            sections = draw_sections(folder, data, moments, names, snapshots, projections, queries, max_points)
             title = f"{facts['Config']}: embeddings of the {_SPLITS[stage]} split"
             write_page(folder, title, facts, metric_rows(moments, knn, k), sections)
         self.strategy.barrier("report")
