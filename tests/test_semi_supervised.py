@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 
 from simo_lightning import SimOLoss
@@ -32,7 +33,8 @@ def test_value_and_gradient_equal_the_loops() -> None:
 def test_the_order_of_the_rows_does_not_matter() -> None:
     rows, labels = draw(), torch.tensor(LABELS)
     order = torch.randperm(14, generator=torch.Generator().manual_seed(1))
-    loss = SemiSupervisedLoss(2, SimOLoss("class", "log"), SimOLoss("pair", "softmax"), 2.0, confidence=0.4)
+    parts = SimOLoss("class", "log"), SimOLoss("pair", "softmax")
+    loss = SemiSupervisedLoss(2, *parts, 2.0, confidence=0.4, pseudo_label_loss=SimOLoss.softmax())
     torch.testing.assert_close(loss(rows, labels), loss(rows[order], labels[order]), rtol=1e-12, atol=0)
 
 
@@ -58,9 +60,9 @@ def test_pseudo_label_equals_the_loops(prototype_weight: float, leaning: float, 
         centers.append((1 - prototype_weight) * own + prototype_weight * torch.eye(3, dtype=torch.float64)[label])
     logits, odds = {}, {}
     for place in range(6, 17):
-        worth = [eps + leaning * (unit[place] @ center) ** 2 + 1 - leaning for center in centers]
-        cost = [eps + (unit[place] - center).square().sum() for center in centers]
-        logits[place] = torch.stack([(up / down).log() for up, down in zip(worth, cost, strict=True)])
+        o = [leaning * (unit[place] @ center) ** 2 + 1 - leaning for center in centers]
+        d = [(unit[place] - center).square().sum() for center in centers]
+        logits[place] = torch.stack([((eps + up) / (eps + down)).log() for up, down in zip(o, d, strict=True)])
         odds[place] = logits[place].detach().exp() / logits[place].detach().exp().sum()
     total, used = rows.sum() * 0, 0
     for place in range(6, 17):
@@ -100,3 +102,20 @@ def test_errors() -> None:
         SemiSupervisedLoss(2, pseudo_label_weight=float("inf"))
     with pytest.raises(ValueError, match=r"confidence must be in 0\.\.1, got 1\.5"):
         SemiSupervisedLoss(2, confidence=1.5)
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        SemiSupervisedLoss(2)(draw(), LABELS)
+
+
+def test_pseudo_labels_never_take_another_loss_unasked() -> None:
+    wanted = r"pseudo_label_loss \(by default labelled\) must be a SimOLoss with level 'centroid' and form 'softmax'"
+    with pytest.raises(ValueError, match=wanted + ".* got level 'pair' and form 'log'"):
+        SemiSupervisedLoss(2, SimOLoss("pair", "log"))
+    with pytest.raises(ValueError, match=wanted + ".* got SupConLoss"):
+        SemiSupervisedLoss(2, SupConLoss())
+    assert SemiSupervisedLoss(2, SupConLoss(), pseudo_label_weight=0.0)(draw(), torch.tensor(LABELS)) > 0
+    given = SemiSupervisedLoss(2, SupConLoss(), pseudo_label_loss=SimOLoss.softmax(), confidence=0.5)
+    known = SemiSupervisedLoss(2, confidence=0.5)
+    labels = torch.tensor(LABELS)
+    value = given.terms(draw(), labels)["pseudo_label"]
+    assert value > 0
+    assert value == known.terms(draw(), labels)["pseudo_label"]
