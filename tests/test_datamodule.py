@@ -158,8 +158,8 @@ def test_the_draws_depend_on_seed_epoch_and_batch_alone():
     loader = data.train_dataloader()
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
-        for _ in loader:
-            generators.add(data._generator(torch.device("cpu")).initial_seed())
+        for batch in loader:
+            generators.add(batch.draw)
     assert len(generators) == 3 * len(loader)
 
 
@@ -258,7 +258,7 @@ def test_the_smallest_class_is_named():
         ({"views": 0}, "views must be at least 1, got 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
         ({"val_fraction": 1.0}, r"val_fraction must lie in \[0, 1\), got 1.0"),
-        ({"seed": -1}, "non-negative, got -1 and 0"),
+        ({"seed": -1}, "seed must be non-negative, got -1"),
         ({"mean": [0.5]}, r"both or neither, got \[0.5\] and None"),
         ({"mean": [0.5], "std": [0.0]}, r"std must be positive, got \[0.0\]"),
     ],
