@@ -31,7 +31,7 @@ def fingerprint(root: Path, names: Iterable[str], decoder: Decoder) -> str:
 
 def cache_paths(root: Path, image_size: int) -> list[Path]:
     """Where the cache may lie: in ``root`` itself (hidden, so that it is no class), then in the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     place = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
     return [
         root / f"{CACHE}{image_size}.pt",
@@ -42,7 +42,7 @@ def cache_paths(root: Path, image_size: int) -> list[Path]:
 def read_cache(root: Path, image_size: int, key: str, count: int) -> tuple[Tensor | None, dict[str, int]]:
     """The ``count`` images stored under ``key`` and their conversions; None without one. Warns of a damaged file."""
     for path in cache_paths(root, image_size):
-        if not path.is_file():
+        if not os.path.isfile(path):  # False also where the folder may not be read
             continue
         try:
             kept = torch.load(path, weights_only=True)

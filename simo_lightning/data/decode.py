@@ -91,13 +91,13 @@ class Decoder:
         """The whole picture upright in RGB; a large JPEG at a half, a quarter or an eighth of its size."""
         if getattr(image, "is_animated", False):
             changes.append("first picture of several")
+        stored = str(image.tile[0][3]) if image.tile else ""  # such as "RGB;16B"; loading, as getexif may, empties it
         turn = None
         try:
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
         except Exception:  # the parser of EXIF raises many kinds of errors on damaged data
             changes.append("damaged EXIF, taken as upright")
         upright_when_loaded = image.format == "TIFF"
-        stored = str(image.tile[0][3]) if image.tile else ""  # such as "RGB;16B"; empty after loading
         image.draft("RGB", (self.image_size, self.image_size))
         image.load()
         if turn is not None:
