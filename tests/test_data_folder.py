@@ -209,7 +209,8 @@ def test_one_line_says_what_was_read_and_converted(tmp_path: Path, lines: list[s
     root = odd_folder(tmp_path / "data")
     expected = (
         f"{str(root)!r}: 12 images of 2 classes (8 png, 2 jpg, 1 gif, 1 tif); converted: 2 grey, "
-        "1 16-bit, upper byte kept, 1 CMYK, 1 first picture of several, 1 transparency on white, 1 turned upright by EXIF"
+        "1 16-bit, upper byte kept, 1 CMYK, 1 first picture of several, 1 transparency on white, "
+        "1 turned upright by EXIF"
     )
     images = load_image_folder(root, 8)
     assert lines == [expected]

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from simo_lightning.data.augment import BatchAugment, normalize
 from simo_lightning.data.labels import Relabelled, coarse_index
@@ -271,8 +270,8 @@ class PairDataModule(LightningDataModule):
         device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
         return loader_arguments(self.num_workers, pin_memory=device == "cuda")
 
-    @override
     def on_after_batch_transfer(self, batch: Batch | TrainingBatch, dataloader_idx: int) -> Batch:
+        """Prepare a batch on its device: augmented in training, else only normalised."""
         return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
 
     def prepare(self, batch: Batch | TrainingBatch, augment: bool) -> Batch:

@@ -303,8 +303,8 @@ def load_image_folder(
 
 
 def _report(listed: FolderImages, left_out: list[str], changes: dict[str, int] | None) -> None:
-    kinds = Counter(os.path.splitext(name)[1].lower().lstrip(".") for name in listed.names)
-    parts = [f"{len(listed):,} images of {len(listed.class_names):,} classes ({_counted(kinds)})"]
+    suffixes = Counter(os.path.splitext(name)[1].lower().lstrip(".") for name in listed.names)
+    parts = [f"{len(listed):,} images of {len(listed.class_names):,} classes ({_counted(suffixes)})"]
     if changes is None:
         parts.append("too many for max_memory_gib: decoded from disk, each file checked and converted when it is read")
     elif changes:
@@ -321,7 +321,7 @@ def _counted(counts: dict[str, int], most: int = 8) -> str:
 
 
 def _decode_all(listed: FolderImages, workers: int | None, chunk: int = 1000) -> tuple[Tensor, dict[str, int]]:
-    """Decode every image, uint8 ``(N, 3, S, S)``; on forked processes where that is possible and worth while.
+    """Decode every image, uint8 ``(N, 3, S, S)``; on forked processes where that is possible and pays.
 
     Threads are slower than one process here: reading a small image is mostly Python. Arrays come back through pipes,
     not shared memory, which containers keep small.

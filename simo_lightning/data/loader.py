@@ -66,7 +66,7 @@ class ResumableLoader(DataLoader):
 
     ``__iter__`` is a generator, so neither sampler nor workers start before the first batch is requested: Lightning
     calls ``iter`` before ``set_epoch`` when it resumes, and other loaders then return the order of epoch 0
-    (Lightning #21938).
+    (Lightning #21938; torchdata's ``StatefulDataLoader`` too, see docs/data.md).
 
     Args:
         dataset: Returns whole batches through ``__getitems__``.
