@@ -131,7 +131,7 @@ def mlp_head(trainer: pl.Trainer, module: SimOModule, data: PairDataModule, seed
 
     nan where the training batches do not carry the classes that are judged: coarse classes, or hidden labels.
     """
-    if data.train_class_names != data.class_names or data.label_fraction < 1:
+    if data.train_class_names != data.class_names or getattr(data, "label_fraction", 1) < 1:
         return float("nan")
     seed_everything(seed, verbose=False)
     probe = ProbeModule(
