@@ -9,9 +9,17 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from simo_lightning.functional.geometry import class_cosine
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.plotting import class_colors, class_markers, class_similarity_figure, scatter_figure
+from simo_lightning.plotting import (
+    class_colors,
+    class_cosines,
+    class_markers,
+    class_similarity_figure,
+    describe_scatter,
+    describe_similarity,
+    norms_figure,
+    scatter_figure,
+)
 
 
 def data(n: int = 80, dim: int = 7, num_classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -36,9 +44,10 @@ def test_heat_map_shows_the_cosines_on_a_fixed_scale():
     image = figure.axes[0].images[0]
     means = moments.means.numpy()
     unit = means / np.linalg.norm(means, axis=1, keepdims=True)
-    np.testing.assert_allclose(image.get_array(), unit @ unit.T, atol=1e-12)
+    np.testing.assert_allclose(image.get_array(), unit @ unit.T, atol=1e-12)  # both in float64
     assert image.get_clim() == (-1, 1)
-    assert f"{class_cosine(moments).item():.3f}" in figure.axes[0].get_title()
+    mean = np.abs(unit @ unit.T)[np.triu_indices(4, 1)].mean()
+    assert figure.axes[0].get_title() == f"Cosine between class means (mean |cos| {mean:.3f})"
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == names()
     assert [float(text) for text in texts(figure)] == [round(value, 2) for value in (unit @ unit.T).flatten().tolist()]
 
@@ -108,6 +117,45 @@ def test_too_many_classes_are_named_at_their_points_where_there_is_room(num_clas
         assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
         for text in figure.axes[0].texts:
             assert text.xy == pytest.approx(points[int(text.get_text().split()[1])].tolist())
+
+
+def test_ten_thousand_classes_are_shown_in_part_and_the_picture_says_so(tmp_path):
+    count = 10_000
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(2 * count, 4, generator=generator), torch.arange(2 * count) % count
+    moments = class_moments(rows, labels, count)
+    similarity = class_similarity_figure(moments, names(count))
+    image = similarity.axes[0].images[0].get_array()
+    assert image.shape == (500, 500)
+    np.testing.assert_allclose(image, class_cosines(moments.means[::20]))
+    assert similarity.axes[0].get_title().endswith("\n500 of 10,000 classes")
+    assert describe_similarity(moments, names(count)).startswith("Cosines between the means of 500 of 10,000 classes:")
+    ticks = [tick.get_text() for tick in similarity.axes[0].get_yticklabels()]
+    assert ticks == [f"class {400 * index}" for index in range(25)]
+    norms = norms_figure(moments, names(count))
+    assert len(norms.axes[0].patches) == 500
+    assert norms.axes[0].get_ylabel() == "500 of 10,000 classes"
+    assert norms.axes[0].patches[7].get_facecolor()[:3] == to_rgb(class_colors(count)[140])
+    scatter = scatter_figure(rows[:, :2], labels, names(count))
+    assert len(scatter.axes[0].collections) == 10  # one for each marker
+    assert len(scatter.axes[0].texts) < 50
+    for name, figure in (("similarity", similarity), ("norms", norms), ("scatter", scatter)):
+        figure.savefig(tmp_path / f"{name}.png")
+
+
+def test_a_million_points_are_drawn_in_part_and_the_picture_says_so():
+    generator = torch.Generator().manual_seed(0)
+    points, labels = torch.randn(1_000_000, 2, generator=generator), torch.arange(1_000_000) % 3
+    drawn = []
+    for title, expected in ((None, "20,000 of 1,000,000 embeddings"), ("here", "here\n20,000 of 1,000,000 points")):
+        figure = scatter_figure(points, labels, names(3), title)
+        assert figure.axes[0].get_title() == expected
+        drawn.append(np.asarray(figure.axes[0].collections[0].get_offsets()))
+    assert drawn[0].shape == (20_000, 2)
+    assert np.array_equal(*drawn)
+    known = {tuple(point) for point in points.numpy().tolist()}
+    assert all(tuple(point) in known for point in drawn[0].tolist())
+    assert describe_scatter(points, labels, names(3)).startswith("Map of 20,000 of 1,000,000 embeddings of 3 classes;")
 
 
 def test_nothing_to_draw_is_an_empty_picture(tmp_path):

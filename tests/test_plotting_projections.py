@@ -41,6 +41,13 @@ def test_pca_in_float32_errs_as_little_as_numpys():
     assert_float32_error(project_2d(rows), plain, exact, factor=10)
 
 
+def test_pca_of_many_dimensions_shows_the_largest_variance():
+    rows, _ = data(n=600, dim=550, num_classes=5)
+    points, rows = project_2d(rows), rows.double()
+    largest = torch.linalg.svdvals(rows - rows.mean(dim=0))[:2].square().sum()
+    assert points.square().sum() == pytest.approx(largest.item(), rel=1e-3)
+
+
 def test_pca_keeps_its_sign_when_rows_change_order():
     rows = data()[0].double()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from simo_lightning.report.pictures import choose_queries, nearest_neighbors
 from simo_lightning.report.rows import meaning
 
 NASTY = '<b>&"'
+NAMES = [NASTY, "$$", "_" + os.fsdecode(b"caf\xe9\0\n")]
 
 
 class Page(HTMLParser):
@@ -58,6 +60,26 @@ class Page(HTMLParser):
         return found[2]
 
 
+class Nesting(HTMLParser):
+    """Raises where an element is not closed in its place, or an attribute occurs twice."""
+
+    VOID = ("meta", "img", "br", "hr", "input", "link")
+
+    def check(self, source: str) -> None:
+        self.open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        assert len({name for name, _ in attrs}) == len(attrs), (tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
 class Foreign(pl.LightningModule):
     """A module that is not ours: no ``embed``, and steps that return a dictionary, or something else."""
 
@@ -81,7 +103,7 @@ class Data(pl.LightningDataModule):
         rows = torch.randn(24, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         self.set = TensorDataset(rows if images else rows.flatten(1), torch.arange(24) % 3)
         if named:
-            self.class_names = [NASTY, "cat", "dog"]
+            self.class_names = NAMES
 
     def val_dataloader(self):
         return DataLoader(self.set, batch_size=10)
@@ -129,7 +151,8 @@ def seeded() -> Foreign:
 def page(seeded: Foreign, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """Of a module, data and class names that are not ours."""
     out = str(tmp_path_factory.mktemp("page"))
-    return Page(trainer().plot(seeded, Data(), None, out, config_name=f"{NASTY}</title><script>"))
+    config_name = f"{NASTY}</title><script>" + os.fsdecode(b"\xff")
+    return Page(trainer().plot(seeded, Data(), None, out, config_name=config_name))
 
 
 def test_a_foreign_module_gets_a_page_with_its_own_numbers(page: Page, seeded: Foreign):
@@ -169,8 +192,18 @@ def test_the_page_can_be_read_by_everyone(page: Page):
 
 def test_names_are_escaped(page: Page):
     assert page.all("b") == page.all("script") == []
-    assert any(NASTY in (image["alt"] or "") for image in page.all("img"))  # as the parser undoes it
-    assert page.after("Config") == f"{NASTY}</title><script>"
+    alts = " ".join(image["alt"] or "" for image in page.all("img"))  # as the parser undoes it
+    for shown in (NASTY, r"_caf\udce9\x00"):
+        assert shown in alts
+    assert page.after("Config") == rf"{NASTY}</title><script>\udcff"
+
+
+def test_the_page_is_valid_html(page: Page):
+    """The rules of HTML that a template can break: elements nest and end, attributes and ids occur once."""
+    assert page.source.startswith("<!DOCTYPE html>\n<html lang=")
+    Nesting().check(page.source)
+    assert not any(character in page.source for character in map(chr, [*range(9), 11, 12, *range(14, 32), 127]))
+    assert page.source.encode("utf-8").decode("utf-8") == page.source
 
 
 def test_without_names_images_and_a_second_class():

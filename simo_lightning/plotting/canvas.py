@@ -74,7 +74,7 @@ def every_nth(count: int, most: int) -> range:
 
 def share(part: int, whole: int) -> str:
     """How much of the data a figure shows, for example ``500 of 10,000``."""
-    return f"{part:,} of {whole:,}" if part < whole else f"{whole}"
+    return f"{part:,} of {whole:,}" if part < whole else f"{whole:,}"
 
 
 def axis_names(class_names: Sequence[str]) -> tuple[range, list[str]]:

@@ -55,8 +55,8 @@ def norms_figure(moments: ClassMoments, class_names: Sequence[str]) -> Figure:
     rows = range(len(shown))
     all_colors = class_colors(len(class_names))
     colors = [all_colors[index] for index in shown]
-    left.barh(rows, norms.nan_to_num(0).numpy(), color=colors, height=0.8, edgecolor="0.2", linewidth=0.4)
-    size = 36 if len(shown) <= canvas.MOST_NAMES else 12
+    size, edge = (36, 0.4) if len(shown) <= canvas.MOST_NAMES else (12, 0)
+    left.barh(rows, norms.nan_to_num(0).numpy(), color=colors, height=0.8, edgecolor="0.2", linewidth=edge)
     right.scatter(along.numpy(), rows, s=size, c=colors, edgecolors="0.2", linewidths=0.5, label="along mean")
     right.scatter(across.numpy(), rows, s=size, c="none", marker="D", edgecolors=colors, linewidths=1.5, label="across")
 
@@ -110,7 +110,7 @@ def describe_norms(moments: ClassMoments, class_names: Sequence[str]) -> str:
     ends = (int(present[choose(norms[present])]) for choose in (torch.argmin, torch.argmax))
     low, high = (f"{float(norms[label]):.3g} ({canvas.printable(class_names[label])})" for label in ends)
     return (
-        f"Norms of {len(present)} class{'es' * (len(present) != 1)} from {low} to {high}; median standard deviation "
+        f"Norms of {len(present):,} class{'es' * (len(present) != 1)} from {low} to {high}; median standard deviation "
         f"{float(along.nanmedian()):.3g} along the class mean, {float(across.nanmedian()):.3g} per direction across it."
     )
 

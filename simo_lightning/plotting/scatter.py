@@ -92,7 +92,7 @@ def draw_points(
     axes: Axes, points: Tensor, labels: Tensor, class_names: Sequence[str], limits: Tensor, scale: float = 1.0
 ) -> None:
     """Points (N, 2) in the colour and marker of their class, within `limits` (x and y, low and high)."""
-    size = scale * float(min(30.0, max(9.0, 6000 / max(len(points), 1))))
+    size = scale * float(np.interp(len(points), (200, 400, 700, 3_000, 20_000), (30, 15, 9, 9, 2)))  # square points
     colors = np.array(class_colors(len(class_names)))[labels]
     markers = np.array(class_markers(len(class_names)))[labels]
     for marker in dict.fromkeys(markers.tolist()):  # one collection each: thousands of classes would take minutes

@@ -54,6 +54,9 @@ class Snapshot(NamedTuple):
             moments: Class moments of all validation embeddings.
             points: A fixed small part of the embeddings, ``(M, D)``.
             labels: Their classes, ``(M,)``.
+
+        Returns:
+            The snapshot.
         """
         shown = list(every_nth(len(moments.counts), MOST_CLASSES))
         return cls(epoch, step, moments.counts, moments.means[shown], points, labels)
