@@ -14,11 +14,11 @@ from simo_lightning.data.labels import Relabelled, coarse_index
 from simo_lightning.data.loader import (
     ResumableLoader,
     TrainingBatch,
-    evaluation_loader,
-    loader_arguments,
+    keep_batch,
+    leave_signals_to_the_trainer,
     silence_inapplicable_warnings,
 )
-from simo_lightning.data.sampler import ClassBalancedSampler
+from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
 from simo_lightning.data.sources import ImageSource, Split, channel_statistics, stratified_split, stratified_subset
 
 Batch = tuple[Tensor, Tensor]
@@ -264,11 +264,21 @@ class PairDataModule(LightningDataModule):
 
     def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
         rank, world = self.rank if rank is None else rank, self.world_size if world is None else world
-        return evaluation_loader(source, rank, world, self.eval_batch_size, **self._loader_arguments())
+        return DataLoader(
+            source,  # type: ignore[arg-type]
+            batch_size=evaluation_batch_size(len(source), world, self.eval_batch_size),
+            sampler=EvaluationSampler(len(source), rank, world),
+            collate_fn=keep_batch,
+            **self._loader_arguments(),
+        )
 
     def _loader_arguments(self) -> dict[str, Any]:
-        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
-        return loader_arguments(self.num_workers, pin_memory=device == "cuda")
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": leave_signals_to_the_trainer,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
 
     def on_after_batch_transfer(self, batch: Batch | TrainingBatch, dataloader_idx: int) -> Batch:
         """Prepare a batch on its device: augmented in training, else only normalised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
-from simo_lightning.data.folder import find_splits, load_image_folder
+from simo_lightning.data.folder import SPLIT_NAMES, find_splits, load_image_folder
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 
@@ -50,6 +51,8 @@ class CIFAR10PairDataModule(PairDataModule):
         **kwargs: Arguments of ``PairDataModule``.
     """
 
+    dataset: Literal["cifar10", "cifar100"] = "cifar10"
+
     def __init__(self, data_dir: str | Path = "data/cifar10", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.data_dir = data_dir
@@ -57,26 +60,21 @@ class CIFAR10PairDataModule(PairDataModule):
 
     def load(self, split: Split) -> ImageSource | None:
         """The training or the test images; validation images only where ``data_dir`` has a folder of them."""
-        return load_cifar(self.data_dir, "cifar10", split, self.download)
+        return load_cifar(self.data_dir, self.dataset, split, self.download)
 
 
-class CIFAR100PairDataModule(PairDataModule):
+class CIFAR100PairDataModule(CIFAR10PairDataModule):
     """CIFAR-100: 50,000 training and 10,000 test images, 32 x 32 RGB, a hundred classes.
 
     Args:
-        data_dir: Folder of torchvision's files, or of class folders of images in folders ``train`` and ``test``.
-        download: Whether to fetch torchvision's archive into ``data_dir`` where no files are found.
-        **kwargs: Arguments of ``PairDataModule``.
+        data_dir: As of ``CIFAR10PairDataModule``.
+        **kwargs: Arguments of ``CIFAR10PairDataModule``.
     """
 
-    def __init__(self, data_dir: str | Path = "data/cifar100", download: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.data_dir = data_dir
-        self.download = download
+    dataset = "cifar100"
 
-    def load(self, split: Split) -> ImageSource | None:
-        """The training or the test images; validation images only where ``data_dir`` has a folder of them."""
-        return load_cifar(self.data_dir, "cifar100", split, self.download)
+    def __init__(self, data_dir: str | Path = "data/cifar100", **kwargs: Any) -> None:
+        super().__init__(data_dir, **kwargs)
 
 
 class DigitsPairDataModule(PairDataModule):
@@ -213,7 +211,8 @@ def load_cifar(
     root = Path(data_dir).expanduser()
     dataset_class = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     archive = root / dataset_class.filename
-    folders = find_splits(root, report=split == "train") if root.is_dir() else {}
+    has_folders = root.is_dir() and any(name.lower() in SPLIT_NAMES["train"] for name in os.listdir(root))
+    folders = find_splits(root, report=split == "train") if has_folders else {}
     if "test" in folders:
         return load_image_folder(folders[split], image_size=32) if split in folders else None
     if split == "val":

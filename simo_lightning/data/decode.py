@@ -123,7 +123,7 @@ class Decoder:
         if "I;32N" in stored:  # unsigned in the file, but Pillow keeps it in int32
             values = values.view(np.uint32)
         bits = 32
-        if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # these formats hold at most 16
+        if image.mode != "F" and ("16" in image.mode or image.format in ("PNG", "PPM")):  # which hold at most 16 bits
             bits = 12 if "I;12" in stored else 16
         if bits < 32 and self.max_value is None:
             grey = values >> (bits - 8)

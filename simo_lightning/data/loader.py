@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.sampler import ClassBalancedSampler
 from simo_lightning.data.sources import ImageSource, LabelledImages
 
 
@@ -158,27 +158,6 @@ class ResumableLoader(DataLoader):
 def mixed_seed(*numbers: int) -> int:
     """One seed below 2^63 from non-negative numbers, independent of that from any other numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def evaluation_loader(source: ImageSource, rank: int, world_size: int, limit: int, **kwargs: Any) -> DataLoader:
-    """A rank's share of a split, in order, in batches of about ``limit`` images; see ``evaluation_batch_size``."""
-    return DataLoader(
-        source,  # type: ignore[arg-type]
-        batch_size=evaluation_batch_size(len(source), world_size, limit),
-        sampler=EvaluationSampler(len(source), rank, world_size),
-        collate_fn=keep_batch,
-        **kwargs,
-    )
-
-
-def loader_arguments(num_workers: int, pin_memory: bool) -> dict[str, Any]:
-    """What all loaders of a data module have in common, as arguments of ``DataLoader``."""
-    return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "worker_init_fn": leave_signals_to_the_trainer,
-        "pin_memory": pin_memory,
-    }
 
 
 def silence_inapplicable_warnings(train: ImageSource | None, val: ImageSource | None, num_workers: int) -> None:
