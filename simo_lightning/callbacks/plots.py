@@ -42,8 +42,9 @@ class EmbeddingPlots(ClassMomentsCallback):
     Writes ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, always the latest, and in training a
     copy per epoch such as ``scatter_epoch=003.png``; and hands them to TensorBoard, Weights & Biases or MLflow where
     one logs. The scatter plot shows the first few embeddings of each class, the others are of all embeddings. In
-    training it also keeps a small :class:`~simo_lightning.plotting.Snapshot` per epoch, ``snapshots/epoch=003.npz``, from
-    which the history can be drawn. A module whose steps return no embeddings is not drawn.
+    training it also keeps a small :class:`~simo_lightning.plotting.Snapshot` per epoch, such as
+    ``snapshots/epoch=003.npz``, from which the history can be drawn. A module whose steps return no embeddings is not
+    drawn.
 
     A picture that cannot be drawn or written does not end the training: a warning names it and the reason, once.
 
@@ -146,7 +147,7 @@ class EmbeddingPlots(ClassMomentsCallback):
         drawings: dict[str, Callable[[], Figure]] = {
             "similarity": partial(class_similarity_figure, moments, names),
             "scatter": lambda: scatter_figure(project_2d(points, self.projection), labels, names, title),
-            "spectrum": partial(spectrum_figure, moments, names),
+            "spectrum": partial(spectrum_figure, moments),
             "norms": partial(norms_figure, moments, names),
         }
         for name, draw in drawings.items():
