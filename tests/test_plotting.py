@@ -214,6 +214,14 @@ def test_errors_name_the_argument():
         class_similarity_figure(torch.eye(4), names(3))
     with pytest.raises(ValueError, match=r"means must have shape \(C, D\), got \(4,\)"):
         class_similarity_figure(torch.ones(4), names())
+    with pytest.raises(ValueError, match="means must be a tensor, got ndarray"):
+        class_similarity_figure(np.eye(4), names())
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        scatter_figure(torch.zeros(2, 2), [0, 1], names())
+    with pytest.raises(ValueError, match=r"class_names must be a sequence of strings, got \[0, 1\]"):
+        class_similarity_figure(torch.eye(2), [0, 1])
+    with pytest.raises(ValueError, match="class_names must be a sequence of strings, got 'ab'"):
+        scatter_figure(torch.zeros(2, 2), torch.arange(2), "ab")
     with pytest.raises(ValueError, match="points must be finite, got nan or inf in 1 of them"):
         scatter_figure(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.arange(2), names())
     with pytest.raises(ValueError, match=r"points must have shape \(N, 2\), got \(5, 3\)"):

@@ -158,6 +158,12 @@ def test_star_coordinates_ignore_length_rotation_and_classes_without_embeddings(
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="method must be 'pca', 'tsne' or 'umap', got 'mds'"):
         project_2d(torch.zeros(5, 3), "mds")
+    with pytest.raises(ValueError, match="embeddings must be a tensor, got list"):
+        project_2d([[0.0, 1.0]])
+    with pytest.raises(
+        ValueError, match=r"embeddings must be floats of shape \(N, D\), got torch.float32 of shape \(\)"
+    ):
+        project_2d(torch.tensor(1.0))
     with pytest.raises(ValueError, match="embeddings must be finite, got nan or inf in 5 rows"):
         project_2d(torch.zeros(5, 3) / 0)
     with pytest.raises(ValueError, match=r"sequence must hold one or more .* got shapes \[\(2, 3\), \(4, 3\)\]"):

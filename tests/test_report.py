@@ -23,7 +23,7 @@ from simo_lightning.functional.moments import class_moments
 from simo_lightning.plotting import Snapshot, save_snapshot
 from simo_lightning.report import MetricRow, ReportTrainer, metric_rows, write_page
 from simo_lightning.report.collector import as_pixels
-from simo_lightning.report.pictures import choose_queries, nearest_neighbors
+from simo_lightning.report.pictures import EmbeddedImages, choose_queries, draw_sections, nearest_neighbors
 
 NASTY = '<b>&"'
 NAMES = [NASTY, "$$", "_" + os.fsdecode(b"caf\xe9\0\n")]
@@ -226,6 +226,21 @@ def test_training_is_shown_where_the_run_kept_snapshots():
     moving = [picture for picture in pictures(page) if picture.format == "GIF"]
     assert [getattr(picture, "n_frames", 1) for picture in moving] == [3]
     assert len(page.all("details")) == 1
+
+
+def test_of_a_thousand_classes_a_map_shows_some_with_ten_points_each(tmp_path: Path):
+    labels = torch.arange(20_000) % 1_000
+    rows = torch.randn(1_000, 8, generator=torch.Generator().manual_seed(0))[labels]
+    rows = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+    class_names = [f"class {index}" for index in range(1_000)]
+    moments = class_moments(rows, labels, 1_000)
+    sections = draw_sections(tmp_path, EmbeddedImages(rows, labels), moments, class_names, max_points=500)
+    assert [section.title for section in sections] == ["Classes", "Maps", "Dimensions"]
+    (pca, tsne) = sections[1].pictures
+    expected = "of 500 of 20,000 embeddings 50 of 1,000 classes: map of 500 embeddings of 50 classes"
+    assert pca.alt.startswith(f"PCA {expected}")
+    assert tsne.alt.startswith(f"t-SNE {expected}")
+    assert int(tsne.alt.split("; ")[1].split(" %")[0]) > 90  # the classes are tight
 
 
 @pytest.mark.parametrize(

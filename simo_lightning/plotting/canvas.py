@@ -89,14 +89,24 @@ def remove_ticks(axes: Axes) -> None:
     axes.set_yticks([])
 
 
-def check_names(class_names: Sequence[str], num_classes: int) -> None:
-    """Raise ValueError unless there is one name per class."""
-    if len(class_names) != num_classes:
+def on_cpu(name: str, value: Tensor) -> Tensor:
+    """The argument of that name, detached, on the CPU; ValueError if it is no tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value.detach().cpu()
+
+
+def check_names(class_names: Sequence[str], num_classes: int | None = None) -> None:
+    """Raise ValueError unless the names are strings and, if `num_classes` is given, one per class."""
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be a sequence of strings, got {class_names!r:.100}")
+    if num_classes is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names must name {num_classes} classes, got {len(class_names)} names")
 
 
 def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
     """Raise ValueError unless every label has a name."""
+    check_names(class_names)
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
         raise ValueError(
             f"labels must be in 0..{len(class_names) - 1} for {len(class_names)} class_names, "

@@ -39,6 +39,7 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['cat', 'cat', '✗ dog']
     """
+    images, labels = canvas.on_cpu("images", images), canvas.on_cpu("labels", labels)
     _check(images, labels, class_names)
     queries, columns = labels.shape
     side = (canvas.WIDTH - 2 * _MARGIN - _QUERY_GAP - (columns - 1) * _GAP) / columns
@@ -55,7 +56,7 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
             left = _MARGIN + column * (side + _GAP) + (_QUERY_GAP if column else 0)
             bottom = height - _TEXT - 0.15 - query * row - tall
             axes = figure.add_axes((left / canvas.WIDTH, bottom / height, side / canvas.WIDTH, tall / height))
-            picture = images[query, column].permute(1, 2, 0).cpu().numpy()  # (height, width, channels)
+            picture = images[query, column].permute(1, 2, 0).numpy()  # (height, width, channels)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
             canvas.remove_ticks(axes)
             wrong = bool(labels[query, column] != labels[query, 0])
@@ -84,6 +85,7 @@ def describe_neighbors(labels: Tensor, class_names: Sequence[str]) -> str:
         >>> describe_neighbors(torch.tensor([[0, 0, 1]]), ["cat", "dog"])
         '1 image with its 2 nearest neighbours each: 1 of 2 neighbours share the class. Most often wrong: dog for cat.'
     """
+    labels = canvas.on_cpu("labels", labels)
     if labels.ndim != 2 or labels.shape[1] < 2:
         raise ValueError(f"labels must have shape (Q, 1 + K) with K at least 1, got {tuple(labels.shape)}")
     canvas.check_labels(labels, class_names)

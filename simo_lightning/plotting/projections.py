@@ -9,6 +9,7 @@ from torch.nn.functional import normalize, pad
 
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.plotting.canvas import on_cpu
 
 Projection = Literal["pca", "tsne", "umap"]
 
@@ -79,10 +80,10 @@ def project_sequence(sequence: Sequence[Tensor]) -> list[Tensor]:
         >>> [points.tolist() for points in project_sequence([2 * still, still])]
         [[[-2.0, 0.0], [6.0, 0.0]], [[-2.0, 0.0], [2.0, 0.0]]]
     """
-    shapes = sorted({tuple(embeddings.shape) for embeddings in sequence})
+    rows = [_finite_rows(embeddings) for embeddings in sequence]
+    shapes = sorted({tuple(embeddings.shape) for embeddings in rows})
     if len(shapes) != 1:
         raise ValueError(f"sequence must hold one or more tensors of the same shape (N, D), got shapes {shapes}")
-    rows = [_finite_rows(embeddings) for embeddings in sequence]
     last = rows[-1]
     if last.shape[1] == 2:
         return rows
@@ -117,19 +118,19 @@ def star_coordinates(embeddings: Tensor, means: Tensor) -> Tensor:
     Source:
         Kandogan, "Star coordinates", IEEE InfoVis 2000; cosines with class means in place of features are ours.
     """
-    rows = _finite_rows(embeddings)
+    rows, means = _finite_rows(embeddings), on_cpu("means", means)
     if means.ndim != 2 or means.shape[1] != rows.shape[1]:
         raise ValueError(f"means must have shape (C, {rows.shape[1]}) to match embeddings, got {tuple(means.shape)}")
     angles = torch.arange(len(means), dtype=torch.float64) * (2 * torch.pi / max(len(means), 1))
     axes = torch.stack([angles.sin(), angles.cos()], dim=1).to(rows.dtype)  # (C, 2)
-    directions = normalize(means.detach().cpu().to(rows.dtype), dim=1).nan_to_num(0)  # (C, D)
+    directions = normalize(means.to(rows.dtype), dim=1).nan_to_num(0)  # (C, D)
     return normalize(rows, dim=1) @ (directions.mT @ axes)  # (N, D) @ (D, 2)
 
 
 def _finite_rows(embeddings: Tensor) -> Tensor:
     """On the CPU in float32 or better (N, D)."""
-    check_embeddings(embeddings, torch.zeros(len(embeddings), dtype=torch.long))
-    rows = embeddings.detach().cpu()
+    rows = on_cpu("embeddings", embeddings)
+    check_embeddings(rows, torch.zeros(rows.shape[:1], dtype=torch.long))
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if not rows.isfinite().all():
         raise ValueError(f"embeddings must be finite, got nan or inf in {int((~rows.isfinite()).any(1).sum())} rows")

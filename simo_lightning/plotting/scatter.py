@@ -43,8 +43,7 @@ def scatter_figure(points: Tensor, labels: Tensor, class_names: Sequence[str], t
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['cat', 'dog']
     """
-    total = len(points)
-    points, labels = _checked(points, labels, class_names)
+    points, labels, total = _checked(points, labels, class_names)
     figure = canvas.new_figure(4.8 + legend_height(labels, class_names))
     axes = figure.add_subplot()
     draw_points(axes, points, labels, class_names, square_around(points))
@@ -78,8 +77,7 @@ def describe_scatter(points: Tensor, labels: Tensor, class_names: Sequence[str],
         >>> describe_scatter(torch.tensor([[0.0, 0], [1, 0], [9, 0]]), torch.tensor([0, 0, 1]), ["cat", "dog"])
         'Map of 3 embeddings of 2 classes; 67 % of the points have a nearest neighbour of their own class.'
     """
-    total = len(points)
-    points, labels = _checked(points, labels, class_names)
+    points, labels, total = _checked(points, labels, class_names)
     head = "Map" if title is None else f"{canvas.printable(title)}: map"
     text = f"{head} of {canvas.share(len(points), total)} embeddings of {len(labels.unique())} classes"
     if len(points) < 2:
@@ -199,14 +197,14 @@ def subset(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_MOST_POINTS].sort().values
 
 
-def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Points and labels that are drawn, on the CPU."""
+def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor, int]:
+    """Points and labels that are drawn, on the CPU, and the number of all points."""
+    points, labels = canvas.on_cpu("points", points), canvas.on_cpu("labels", labels)
     check_embeddings(points, labels)
     if points.shape[1] != 2:
         raise ValueError(f"points must have shape (N, 2), got {tuple(points.shape)}")
     canvas.check_labels(labels, class_names)
     kept = subset(len(points))
-    points, labels = points.detach().cpu(), labels.cpu().long()
     if not points.isfinite().all():
         raise ValueError(f"points must be finite, got nan or inf in {int((~points.isfinite()).any(1).sum())} of them")
-    return points[kept].to(torch.promote_types(points.dtype, torch.float32)), labels[kept]
+    return points[kept].to(torch.promote_types(points.dtype, torch.float32)), labels[kept].long(), len(points)

@@ -192,19 +192,19 @@ class _Checked(NamedTuple):
 def _check(sequence: Sequence[tuple[str, Tensor]], labels: Tensor | None, class_names: Sequence[str]) -> _Checked:
     if len(sequence) == 0:
         raise ValueError("sequence must hold at least one (title, tensor), got none")
-    titles, tensors = [title for title, _ in sequence], [tensor.detach().cpu() for _, tensor in sequence]
+    titles, tensors = [title for title, _ in sequence], [canvas.on_cpu("sequence", tensor) for _, tensor in sequence]
     if labels is None:
         for cosines in tensors:
             if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1]:
                 raise ValueError(f"sequence must hold cosines (C, C) if labels is None, got {tuple(cosines.shape)}")
             canvas.check_names(class_names, len(cosines))
         return _Checked(titles, tensors, None, class_names, 0)
-    labels = labels.cpu().long()
+    labels = canvas.on_cpu("labels", labels)
     check_embeddings(tensors[-1], labels)
     canvas.check_labels(labels, class_names)
     kept, total = subset(len(labels)), len(labels)
     points = project_sequence([tensor if len(tensor) != total else tensor[kept] for tensor in tensors])
-    return _Checked(titles, points, labels[kept], class_names, total)
+    return _Checked(titles, points, labels[kept].long(), class_names, total)
 
 
 def _mean_cosine(cosines: Tensor) -> float:

@@ -113,6 +113,7 @@ def draw_cosines(axes: Axes, cosines: Tensor) -> AxesImage:
 def _means(means: ClassMoments | Tensor) -> Tensor:
     if isinstance(means, ClassMoments):
         return means.means
+    means = canvas.on_cpu("means", means)
     if means.ndim != 2:
         raise ValueError(f"means must have shape (C, D), got {tuple(means.shape)}")
     return means

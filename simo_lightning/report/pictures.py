@@ -14,6 +14,7 @@ from simo_lightning import plotting
 from simo_lightning.data.sources import stratified_subset
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.plotting import Projection, Snapshot
+from simo_lightning.plotting.canvas import every_nth, share
 
 _PROJECTIONS = {
     "pca": ("PCA", "Projection on the two directions of largest variance."),
@@ -21,6 +22,7 @@ _PROJECTIONS = {
     "umap": ("UMAP", "Neighbours stay neighbours; sizes of the groups and distances between them mean little."),
 }
 _NEIGHBORS = 5
+_MOST_IN_LEGEND = 30  # classes that a map always shows
 _PANELS = 6
 _ANIMATED = 20  # snapshots of an animation
 
@@ -100,7 +102,8 @@ def draw_sections(
         snapshots: Of training, in order; fewer than two, or those of other classes, are not drawn.
         projections: Maps to the plane.
         queries: Images whose nearest neighbours are shown, or how many, taken from the classes in turn; 0 for none.
-        max_points: Points of a map, the classes in proportion.
+        max_points: Points of a map, the classes in proportion; of more than 30 classes every n-th, so that each has ten
+            points or more.
 
     Returns:
         The sections that have pictures.
@@ -213,16 +216,21 @@ def _draw_classes(folder: Path, moments: ClassMoments, class_names: Sequence[str
 def _draw_maps(
     folder: Path, data: EmbeddedImages, class_names: Sequence[str], projections: Sequence[Projection], max_points: int
 ) -> list[Picture]:
-    kept = stratified_subset(data.labels, max_points, seed=0)
+    # of thousands of classes some, ten points each: one point of each class would say nothing about the classes
+    shown = every_nth(len(class_names), max(_MOST_IN_LEGEND, max_points // 10))
+    rows = (data.labels % shown.step == 0).nonzero().squeeze(1)
+    kept = rows[stratified_subset(data.labels[rows], max_points, seed=0)]
     embeddings, labels = data.embeddings[kept], data.labels[kept]
+    note = "" if len(shown) == len(class_names) else f"\n{share(len(shown), len(class_names))} classes"
     pictures = []
     for projection in projections:
         name, text = _PROJECTIONS[projection]
         path = folder / f"{projection}.png"
-        shown = (plotting.project_2d(embeddings, projection), labels, class_names)
-        title = f"{name} of {len(kept):,} of {len(data.labels):,} embeddings"
-        plotting.scatter_figure(*shown, title).savefig(path)
-        pictures.append(Picture(path, name, plotting.describe_scatter(*shown, title), text))
+        points = plotting.project_2d(embeddings, projection)
+        title = f"{name} of {len(kept):,} of {len(data.labels):,} embeddings{note}"
+        plotting.scatter_figure(points, labels, class_names, title).savefig(path)
+        alt = plotting.describe_scatter(points, labels, class_names, title)
+        pictures.append(Picture(path, name, alt, text))
     return pictures
 
 
@@ -265,7 +273,7 @@ def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Seq
             paths[1],
             "Cosine between class means",
             plotting.describe_sequence(*cosines),
-            "1 is red, 0 white, -1 blue.",
+            f"1 is red, 0 white, -1 blue; {share(len(few[0].classes), len(class_names))} classes.",
         ),
         Picture(paths[2], "Embeddings, animated", plotting.describe_sequence(moving, *points[1:]), one_map),
     ]
