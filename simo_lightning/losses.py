@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from simo_lightning.class_paths import InitArgumentsMixin
 from simo_lightning.functional.centroids import centroid_terms
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.pairs import pair_terms
@@ -20,7 +21,7 @@ _FRAMES: dict[str, float] = {"log": 0.5, "softmax": 0.5}
 _MEAN_WEIGHTS: dict[str, float] = {"log": 0.3, "softmax": 0.2}
 
 
-class SimOLoss(nn.Module):
+class SimOLoss(InitArgumentsMixin, nn.Module):
     """SimO: similar pairs lose distance per alignment, dissimilar pairs lose alignment per distance.
 
     With d the squared distance and o the squared dot product, at each level the loss is

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from simo_lightning.class_paths import InitArgumentsMixin
 from simo_lightning.functional.agreement import agreement_term
 from simo_lightning.functional.frame import class_axes
 from simo_lightning.functional.simo import Batch, Exchange
 from simo_lightning.losses import SimOLoss
 
 
-class SemiSupervisedLoss(nn.Module):
+class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
     """One loss among the labelled rows, and two for the unlabelled ones: views of an image are alike, and where some
     views are sure of a class the others learn it.
 
