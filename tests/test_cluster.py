@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from simo_lightning.callbacks import RequeueAtTimeLimit
-from simo_lightning.callbacks.requeue import in_slurm_job
+from simo_lightning.callbacks.shutdown import in_slurm_job
 from simo_lightning.cli import main
 from simo_lightning.run_folder import make_writable
 
@@ -138,7 +137,7 @@ def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights() -> 
 def test_outside_a_job_nobody_listens_and_in_an_interactive_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
-    assert not RequeueAtTimeLimit().listening
+    assert not in_slurm_job()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert not in_slurm_job()  # a shell in the job, but no task of it
     monkeypatch.setenv("SLURM_PROCID", "0")

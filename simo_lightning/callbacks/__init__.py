@@ -4,13 +4,13 @@ They know no module class: they read ``embeddings`` and ``labels`` of what a ste
 """
 
 from simo_lightning.callbacks.alarm import CollapseAlarm
-from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, StopSafely
+from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.predictions import EmbeddingWriter
 from simo_lightning.callbacks.probe import OnlineProbe
-from simo_lightning.callbacks.requeue import RequeueAtTimeLimit
+from simo_lightning.callbacks.shutdown import GracefulShutdown
 from simo_lightning.callbacks.speed import ImagesPerSecond
 
 __all__ = [
@@ -19,10 +19,9 @@ __all__ = [
     "EmbeddingPlots",
     "EmbeddingWriter",
     "GeometryMonitor",
+    "GracefulShutdown",
     "ImagesPerSecond",
     "LastCheckpoint",
     "OnlineKNN",
     "OnlineProbe",
-    "RequeueAtTimeLimit",
-    "StopSafely",
 ]
