@@ -1,4 +1,5 @@
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,16 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.delenv("SIMO_RUN_DIR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ``simo fit`` of two epochs, one for the whole session: read it, or copy it to change it."""
+    from tests.digits_run import make_run
+
+    base = tmp_path_factory.getbasetemp()
+    return make_run(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 def pytest_configure(config: pytest.Config) -> None:

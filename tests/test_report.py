@@ -21,7 +21,7 @@ from simo_lightning.data import DigitsPairDataModule
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
 from simo_lightning.plotting import Snapshot, save_snapshot
-from simo_lightning.report import MetricRow, ReportTrainer, metric_rows, write_page
+from simo_lightning.report import MetricRow, metric_rows, write_page, write_report
 from simo_lightning.report.collector import as_pixels
 from simo_lightning.report.pictures import EmbeddedImages, choose_queries, draw_sections, nearest_neighbors
 
@@ -110,13 +110,13 @@ class Data(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-def trainer(**named) -> ReportTrainer:
+def trainer(**named) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return ReportTrainer(accelerator="cpu", **quiet, **named)
+    return pl.Trainer(accelerator="cpu", **quiet, **named)
 
 
 def plot(module: pl.LightningModule, data: pl.LightningDataModule, **named) -> Page:
-    return Page(trainer().plot(module, data, ckpt_path=None, out="out", **{"projections": ["pca"], **named}))
+    return Page(write_report(trainer(), module, data, ckpt_path=None, out="out", **{"projections": ["pca"], **named}))
 
 
 def pictures(page: Page) -> list[Image.Image]:
@@ -151,7 +151,7 @@ def page(seeded: Foreign, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """Of a module, data and class names that are not ours."""
     out = str(tmp_path_factory.mktemp("page"))
     config_name = f"{NASTY}</title><script>" + os.fsdecode(b"\xff")
-    return Page(trainer().plot(seeded, Data(), None, out, config_name=config_name))
+    return Page(write_report(trainer(), seeded, Data(), None, out, config_name=config_name))
 
 
 def test_a_foreign_module_gets_a_page_with_its_own_numbers(page: Page, seeded: Foreign):
@@ -267,7 +267,7 @@ def test_steps_without_embeddings_are_told():
 def test_a_checkpoint_of_another_module_is_told():
     torch.save({"state_dict": {"other": torch.zeros(1)}, "pytorch-lightning_version": pl.__version__}, "other.ckpt")
     with pytest.raises(ValueError, match=r"checkpoint other.ckpt does not fit the model"):
-        trainer().plot(Foreign(), Data(), ckpt_path="other.ckpt")
+        write_report(trainer(), Foreign(), Data(), ckpt_path="other.ckpt")
 
 
 def test_the_trainers_callbacks_are_there_again():
@@ -275,7 +275,7 @@ def test_the_trainers_callbacks_are_there_again():
     mine = trainer(enable_checkpointing=False, callbacks=callbacks)
     before = list(mine.callbacks)
     with pytest.raises(ValueError, match="queries must be"):
-        mine.plot(Foreign(), Data(), ckpt_path=None, queries=-1)
+        write_report(mine, Foreign(), Data(), ckpt_path=None, queries=-1)
     assert mine.callbacks == before
     assert set(callbacks) <= set(before)
 

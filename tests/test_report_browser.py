@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from simo_lightning.report import write_report
 from tests.test_report import Data, Foreign, snapshots, trainer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -66,9 +67,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     snapshots(folder / "plots" / "snapshots")
     data = Data()
     data.class_names = ["a_very_long_name_of_a_class_without_any_space_in_it", "cat", "dog"]
-    of_run = trainer()
-    of_run._default_root_dir = str(folder)
-    return of_run.plot(Foreign(), data, None, config_name="a_config_with_a_name_as_long_as_this_one_without_a_space")
+    name = "a_config_with_a_name_as_long_as_this_one_without_a_space"
+    return write_report(trainer(default_root_dir=folder), Foreign(), data, None, config_name=name)
 
 
 def see(page: Path, width: int, dark: bool = False) -> dict[str, Any]:
