@@ -85,12 +85,21 @@ def axis(label: int, dim: int) -> Tensor:
 
 
 def centroid(
-    embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float, smoothing: float, frame: float
+    embeddings: Tensor,
+    labels: list[int],
+    form: str,
+    eps: float,
+    leaning: float,
+    smoothing: float,
+    prototype_weight: float,
 ) -> dict[str, Tensor]:
     f, pulls, pushes, entropies = shape(form), [], [], []
     classes = sorted(set(labels))
     means = {label: class_mean(embeddings, labels, label) for label in classes}
-    means = {label: (1 - frame) * mean + frame * axis(label, len(mean)) for label, mean in means.items()}
+    means = {
+        label: (1 - prototype_weight) * mean + prototype_weight * axis(label, len(mean))
+        for label, mean in means.items()
+    }
     for row, own in zip(embeddings, labels, strict=True):
         logits = {}
         for label in classes:
@@ -98,9 +107,9 @@ def centroid(
             logits[label] = torch.log((eps + o) / (eps + d))
             if label != own:
                 pushes.append(f(o / (eps + d)))
-            elif labels.count(own) > 1 or frame > 0:
+            elif labels.count(own) > 1 or prototype_weight > 0:
                 pulls.append(f(d / (eps + o)))
-        if labels.count(own) > 1 or frame > 0:
+        if labels.count(own) > 1 or prototype_weight > 0:
             normaliser = torch.log(sum(torch.exp(logit) for logit in logits.values()))
             every = sum(normaliser - logit for logit in logits.values()) / len(classes)
             entropies.append((1 - smoothing) * (normaliser - logits[own]) + smoothing * every)
@@ -152,13 +161,13 @@ def simo(
     eps: float = 0.01,
     leaning: float = 1.0,
     smoothing: float = 0.0,
-    frame: float = 0.0,
+    prototype_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """Terms of the loss, unweighted, with the class-means term."""
     if level in ("group", "class"):
         terms = (group if level == "group" else class_)(embeddings, labels, form, eps, leaning)
     elif level == "centroid":
-        terms = centroid(embeddings, labels, form, eps, leaning, smoothing, frame)
+        terms = centroid(embeddings, labels, form, eps, leaning, smoothing, prototype_weight)
     else:
         terms = pair(embeddings, labels, form, eps, leaning, smoothing)
     classes = sorted(set(labels))

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simo_lightning import SimOLoss, SimOModule
 from simo_lightning.distributed import gather_rows, largest_over_ranks, sum_over_ranks
+from tests.bounds import UNIT
 from tests.rank_processes import saved, start_ranks
 
 SHARES = [3, 8, 1, 4]  # rows of each rank: unequal
@@ -24,11 +25,12 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def data() -> Tensor:
-    return torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Numbers that float32 holds, so that both dtypes compute the same thing."""
+    return torch.randn(16, 5, generator=torch.Generator().manual_seed(0)).double()
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # weights that float32 holds
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
@@ -41,7 +43,7 @@ FORMS += [(level, form) for level in ("centroid", "pair") for form in ("ratio", 
 LOSSES = {
     f"{level} {form}": SimOLoss(level, form, eps=0.1, dissimilar_weight=1.0, mean_weight=0.5) for level, form in FORMS
 } | {"default": SimOLoss(), "SupCon": SupConLoss()}
-DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
+DTYPES = [torch.float64, torch.float32]
 History = list[tuple[Tensor, list[Tensor]]]
 
 
@@ -126,7 +128,7 @@ def train_in_parts(size: int | None, rank: int = 0, world: int = 1) -> History:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """Relative to the size of the whole tensor."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def apart(history: History, wanted: History) -> float:
@@ -169,9 +171,12 @@ def test_gradients_of_half_precision_keep_their_dtype(results: list[Any]) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_are_those_of_one_process(results: list[Any], name: str, dtype: torch.dtype) -> None:
-    largest = max(apart(histories[name, dtype], train(name, dtype)) for _, histories in results)
+    """Float64 to 1e-10; float32 errs against float64 at most four times as much as one process in float32 does."""
+    exact = train(name, torch.float64)
+    largest = max(apart(histories[name, dtype], exact) for _, histories in results)
+    allowed = 1e-10 if dtype == torch.float64 else 4 * max(apart(train(name, dtype), exact), UNIT)
     print(f"largest relative error, {len(results)} processes, {name}, {dtype}: {largest:.1e}")  # pytest -rP shows it
-    assert largest <= DTYPES[dtype]
+    assert largest <= allowed
 
 
 def test_sharded_weights_have_the_gradients_of_one_process(results: list[Any]) -> None:

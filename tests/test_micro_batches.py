@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from simo_lightning import ImageEncoder, SimOLoss, SimOModule
 from simo_lightning.data import LabelledImages, TensorPairDataModule
+from tests.bounds import UNIT
 
 LABELS = torch.arange(22) % 4
-TOLERANCE = {torch.float64: (1e-10, 1e-14), torch.float32: (1e-5, 1e-7)}
 
 
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(22, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return torch.randn(22, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def encoder(norm: Any = "group") -> ImageEncoder:
@@ -36,15 +36,20 @@ def gradients(module: SimOModule, batch: Tensor, scale: float = 1.0) -> tuple[Te
     return loss.detach(), [parameter.grad / scale for parameter in module.parameters() if parameter.grad is not None]
 
 
+def error(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> float:
+    """Largest error of the loss and of any gradient, relative to the norm of each."""
+    pairs = zip([found[0], *found[1]], [wanted[0], *wanted[1]], strict=True)
+    return max(float((one.double() - other.double()).norm() / other.double().norm()) for one, other in pairs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1, 5, 8, 21])
 def test_the_gradient_is_that_of_the_whole_batch(size: int, dtype: torch.dtype) -> None:
-    loss, expected = gradients(module_of(encoder(), None, dtype), images(dtype))
-    value, found = gradients(module_of(encoder(), size, dtype), images(dtype))
-    rtol, _ = TOLERANCE[dtype]
-    torch.testing.assert_close(value, loss, rtol=rtol, atol=0)
-    for wanted, gradient in zip(expected, found, strict=True):
-        assert (gradient - wanted).norm() <= rtol * wanted.norm()
+    """Float64 to 1e-10; float32 errs against float64 at most four times as much as the whole batch in float32 does."""
+    exact = gradients(module_of(encoder(), None), images())
+    found = gradients(module_of(encoder(), size, dtype), images(dtype))
+    plain = gradients(module_of(encoder(), None, dtype), images(dtype))
+    assert error(found, exact) <= (1e-10 if dtype == torch.float64 else 4 * max(error(plain, exact), UNIT))
 
 
 class Counting(nn.Module):
@@ -113,13 +118,14 @@ def test_evaluation_embeds_whole_batches() -> None:
 
 
 def test_bf16_autocast_and_a_gradient_scaler_see_one_backward() -> None:
-    found = []
+    """Parts err against float64 at most four times as much as the whole batch in bf16 does."""
+    exact, errors = gradients(module_of(encoder(), None), images()), []
     for size in (None, 8):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found.append(gradients(module_of(encoder(), size, torch.float32), images(torch.float32), scale=2.0**12)[1])
-    for wanted, gradient in zip(*found, strict=True):
-        assert gradient.isfinite().all()
-        assert (gradient - wanted).norm() <= 0.02 * wanted.norm()  # sums over parts round differently in bf16
+            found = gradients(module_of(encoder(), size, torch.float32), images(torch.float32), scale=2.0**12)
+        assert all(gradient.isfinite().all() for gradient in found[1])
+        errors.append(error(found, exact))
+    assert errors[1] <= 4 * errors[0]
 
 
 def fit(folder: Path, size: int | None, **arguments: Any) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def class_moments(
 
 
 def check_embeddings(embeddings: Tensor, labels: Tensor) -> None:
-    """Raise unless embeddings are floats ``(N, D)`` and labels are integers ``(N,)``.
+    """Raise unless embeddings are floats ``(N, D)`` and labels are integers ``(N,)`` on the same device.
 
     Args:
         embeddings: What should be ``(N, D)``.
@@ -113,6 +113,9 @@ def check_embeddings(embeddings: Tensor, labels: Tensor) -> None:
     Raises:
         ValueError: Naming the argument, what it must be and what it is.
     """
+    for name, value in (("embeddings", embeddings), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(
             f"embeddings must be floats of shape (N, D), got {embeddings.dtype} of shape {tuple(embeddings.shape)}"
@@ -121,6 +124,8 @@ def check_embeddings(embeddings: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must have shape ({len(embeddings)},) to match embeddings, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"labels must be on {embeddings.device}, where embeddings are, got {labels.device}")
 
 
 def compact_labels(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,94 +1,139 @@
-"""SimO on one group of embeddings (Eq. 1) and on labelled batches, at the levels group and class.
+"""SimO loss: Eq. 1 of the paper on one group of embeddings, and its terms on labelled batches at four levels.
 
-Shapes: N rows, D dimensions, C classes. d is a squared distance, o a squared dot product ("orthogonality": 0 means
-orthogonal). Here d and o are means over pairs where the paper sums, so that eps means the same at every batch size.
+Shapes: N embeddings, D dimensions, C classes, R embeddings of a chunk. Throughout, d is a squared distance and o a
+squared dot product ("orthogonality": 0 means orthogonal). Where the paper sums d and o over pairs, they are means here,
+so that eps means the same at every batch size.
+
+Every function is plain PyTorch and differentiable any number of times. What depends on the values of the labels is
+computed first, by :func:`number_classes`; the rest depends on shapes alone and compiles without a graph break.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.functional.moments import (
-    class_scatter,
-    class_second_moments,
-    class_sums,
-    compact_labels,
-    squared_gram_norms,
-)
-from simo_lightning.functional.rows import unit_rows
+from simo_lightning.functional.moments import class_scatter, class_sums, compact_labels
 
 Form = Literal["ratio", "log", "softmax"]
 
+# Entries of the largest matrix that is kept for the backward pass. Larger ones are computed in chunks of rows, each
+# once more in the backward pass, so that memory is linear in N.
+_CHUNK_ENTRIES = 2**21
 
-class Exchange(NamedTuple):
-    """What one unit of alignment is worth in distance: the scalar functions of (d, o) that every level shares.
+
+class Similarity(NamedTuple):
+    """The elementwise functions of d and o that all levels share.
 
     Attributes:
-        form: "ratio", or "log" = log(1 + ratio).
+        form: "ratio", or log(1 + ratio) for "log" and for the terms of "softmax" that are not a cross-entropy.
         eps: Added to every denominator, in units of d and o; > 0.
-        leaning: Orthogonality leaning in 0..1: o becomes ``leaning * o + (1 - leaning)``.
+        leaning: Orthogonality leaning in 0..1: o is ``leaning * (squared dot product) + (1 - leaning)``.
     """
 
     form: Form
     eps: float
-    leaning: float
+    leaning: float = 1.0
 
-    def pull(self, distance: Tensor, alignment: Tensor) -> Tensor:
-        """Loss of similar pairs, elementwise >= 0: distance per alignment."""
-        ratio = distance / (self.eps + self._lean(alignment))
+    def o(self, squared_dots: Tensor) -> Tensor:
+        """The o of squared dot products, or of means of them: leaned."""
+        return squared_dots if self.leaning == 1 else self.leaning * squared_dots + (1 - self.leaning)
+
+    def similar(self, d: Tensor, o: Tensor) -> Tensor:
+        """Loss of similar pairs, >= 0."""
+        ratio = d / (self.eps + o)
         return ratio if self.form == "ratio" else ratio.log1p()
 
-    def push(self, distance: Tensor, alignment: Tensor) -> Tensor:
-        """Loss of dissimilar pairs, elementwise >= 0: alignment per distance."""
-        ratio = self._lean(alignment) / (self.eps + distance)
+    def dissimilar(self, d: Tensor, o: Tensor) -> Tensor:
+        """Loss of dissimilar pairs, >= 0."""
+        ratio = o / (self.eps + d)
         return ratio if self.form == "ratio" else ratio.log1p()
 
-    def logit(self, distance: Tensor, alignment: Tensor) -> Tensor:
-        """Log-odds of "same class", elementwise: log(eps + o) - log(eps + d)."""
-        return (self.eps + self._lean(alignment)).log() - (self.eps + distance).log()
-
-    def _lean(self, alignment: Tensor) -> Tensor:
-        return alignment if self.leaning == 1 else self.leaning * alignment + (1 - self.leaning)
+    def logit(self, d: Tensor, o: Tensor) -> Tensor:
+        """Log-odds of "similar" against "dissimilar"."""
+        return (self.eps + o).log() - (self.eps + d).log()
 
 
-class Batch(NamedTuple):
-    """A labelled batch with its classes numbered 0..C-1.
+class Classes(NamedTuple):
+    """The classes of a batch, numbered 0..C-1.
 
     Attributes:
-        embeddings: ``(N, D)``, of length 1 where that was asked for.
-        labels: Class of each row, ``(N,)``, in 0..C-1.
-        counts: Rows of each class, ``(C,)`` int64, all >= 1.
-        means: Class means, ``(C, D)``, with gradient.
+        labels: Class of each embedding, ``(N,)`` int64.
+        counts: Embeddings of each class, ``(C,)`` int64, all >= 1.
+        blocks: Classes of similar size together: pairs of class numbers ``(G,)`` and the indices of their embeddings
+            ``(G, n)``, padded with -1. Sizes within a block differ by less than a factor of 2, so that all blocks hold
+            fewer than 2 N indices. Empty unless asked for.
     """
 
-    embeddings: Tensor
     labels: Tensor
     counts: Tensor
-    means: Tensor
+    blocks: tuple[tuple[Tensor, Tensor], ...] = ()
 
-    @classmethod
-    def of(cls, embeddings: Tensor, labels: Tensor, normalize: bool = False) -> "Batch":
-        """Number the classes and take their means.
 
-        Args:
-            embeddings: Float tensor ``(N, D)``.
-            labels: Integers ``(N,)``, any values.
-            normalize: Divide each embedding by its length first.
+def number_classes(labels: Tensor, blocks: bool = False) -> Classes:
+    """Number the classes of a batch in the order of their labels.
 
-        Returns:
-            The batch.
-        """
-        index, counts = compact_labels(labels)
-        if normalize:
-            embeddings, means = unit_rows(embeddings, index, counts)
-        else:
-            means = class_sums(embeddings, index, len(counts)) / counts.unsqueeze(1)
-        return cls(embeddings, index, counts, means)
+    Args:
+        labels: Integers ``(N,)``, any values.
+        blocks: Whether to list the embeddings of each class too, which the levels group and class need.
 
-    def nothing(self) -> Tensor:
-        """A zero that has a gradient: the value of a mean over no pairs."""
-        return self.embeddings.sum() * 0.0
+    Returns:
+        The classes.
+
+    Example:
+        >>> classes = number_classes(torch.tensor([7, -1, 7]), blocks=True)
+        >>> classes.labels.tolist(), classes.counts.tolist()
+        ([1, 0, 1], [1, 2])
+        >>> [indices.tolist() for _, indices in classes.blocks]
+        [[[1]], [[0, 2]]]
+    """
+    index, counts = compact_labels(labels)
+    if not blocks:
+        return Classes(index, counts)
+    order, starts = index.argsort(stable=True), counts.cumsum(0) - counts
+    powers, found = counts.float().log2().floor(), []
+    for power in powers.unique():
+        members = (powers == power).nonzero().squeeze(1)
+        sizes = counts[members].unsqueeze(1)
+        offsets = torch.arange(int(sizes.max()), device=index.device)
+        places = (starts[members].unsqueeze(1) + offsets).clamp(max=len(index) - 1)
+        found.append((members, order[places].masked_fill(offsets >= sizes, -1)))
+    return Classes(index, counts, tuple(found))
+
+
+def class_means(embeddings: Tensor, classes: Classes) -> Tensor:
+    """Mean embedding of each class, ``(C, D)``."""
+    return class_sums(embeddings, classes.labels, len(classes.counts)) / classes.counts.unsqueeze(1)
+
+
+def class_centers(means: Tensor, prototypes: Tensor | None, prototype_weight: float) -> Tensor:
+    """Class centers ``(1 - prototype_weight) * means + prototype_weight * prototypes``.
+
+    Args:
+        means: Class means, ``(C, D)``.
+        prototypes: ``(C, D)``; None where ``prototype_weight`` is 0.
+        prototype_weight: In 0..1.
+
+    Returns:
+        ``(C, D)``.
+    """
+    return means if prototypes is None else torch.lerp(means, prototypes, prototype_weight)
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances by one matrix product. It cancels badly far from the origin, so callers center both.
+
+    Args:
+        a: ``(R, D)``.
+        b: ``(N, D)``.
+
+    Returns:
+        ``(R, N)``, >= 0.
+    """
+    return (a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1) - 2 * a @ b.T).clamp(min=0)
 
 
 def simo_loss(embeddings: Tensor, similar: bool, eps: float = 1e-2, orthogonality_leaning: float = 1.0) -> Tensor:
@@ -96,11 +141,11 @@ def simo_loss(embeddings: Tensor, similar: bool, eps: float = 1e-2, orthogonalit
 
         similar:     mean d_ij / (eps + mean o_ij)        dissimilar:  mean o_ij / (eps + mean d_ij)
 
-    with d_ij = |e_i - e_j|^2, o_ij = (e_i . e_j)^2 over the pairs i < j, in O(N) by moments.
+    with d_ij = |e_i - e_j|^2, o_ij = (e_i . e_j)^2 over the pairs i < j, in time linear in N.
 
     Args:
         embeddings: Float tensor ``(..., N, D)``, N >= 2, used as given.
-        similar: Whether the rows of a group are all similar (True) or all dissimilar.
+        similar: Whether the embeddings of a group are all similar (True) or all dissimilar.
         eps: Added to the denominator.
         orthogonality_leaning: In 0..1; o becomes ``leaning * o + (1 - leaning)``.
 
@@ -108,7 +153,7 @@ def simo_loss(embeddings: Tensor, similar: bool, eps: float = 1e-2, orthogonalit
         ``(...)``, >= 0.
 
     Raises:
-        ValueError: If there is no pair or the shape is not ``(..., N, D)``.
+        ValueError: If there is no pair, or embeddings are no float tensor ``(..., N, D)``.
 
     Example:
         >>> simo_loss(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), similar=False)
@@ -120,126 +165,250 @@ def simo_loss(embeddings: Tensor, similar: bool, eps: float = 1e-2, orthogonalit
         SimO loss, arXiv 2410.05233, Eq. 1. Deviations: means over pairs where the paper sums (equal up to eps), and
         our reading of the orthogonality leaning factor, whose place in the formula is not public.
     """
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        kind = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise ValueError(f"embeddings must be a float tensor of shape (..., N, D), got {kind}")
     if embeddings.ndim < 2 or embeddings.shape[-2] < 2:
         raise ValueError(f"embeddings must have shape (..., N, D) with N >= 2, got {tuple(embeddings.shape)}")
-    rows, dim = embeddings.shape[-2:]
-    pairs = rows * (rows - 1) / 2
-    centred = embeddings - embeddings.mean(dim=-2, keepdim=True)
-    distance = rows * centred.square().sum(dim=(-2, -1)) / pairs
-    small = embeddings @ embeddings.mT if rows < dim else embeddings.mT @ embeddings
-    fourth = embeddings.square().sum(dim=-1).square().sum(dim=-1)
-    alignment = (small.square().sum(dim=(-2, -1)) - fourth).clamp(min=0) / (2 * pairs)
-    exchange = Exchange("ratio", eps, orthogonality_leaning)
-    return (exchange.pull if similar else exchange.push)(distance, alignment)
+    similarity = Similarity("ratio", eps, orthogonality_leaning)
+    d, o = _pair_means(embeddings, similarity)
+    return similarity.similar(d, o) if similar else similarity.dissimilar(d, o)
 
 
-def group_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
+def group_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity: Similarity) -> dict[str, Tensor]:
     """The paper's level: one similar ratio per class, one dissimilar ratio over all pairs of different classes.
 
     Args:
-        batch: The labelled batch.
-        exchange: Form, eps and leaning.
+        embeddings: ``(N, D)``.
+        classes: With blocks.
+        means: Class means, ``(C, D)``.
+        similarity: Form, eps and leaning.
 
     Returns:
-        ``similar`` (mean over the classes of two rows or more) and ``dissimilar``, scalars >= 0.
+        ``similar`` (mean over the classes of two embeddings or more) and ``dissimilar``, scalars >= 0.
 
     Source:
-        arXiv 2410.05233, Alg. 2, steps 1 and 2. Cost O(N D min(n, D)) for n rows a class.
+        arXiv 2410.05233, Alg. 2, steps 1 and 2. Time O(N D min(n, D)) for n embeddings a class, memory O(N D).
     """
-    embeddings, labels, counts, means = batch
-    rows = len(embeddings)
-    scatter = class_scatter(embeddings, means, labels)  # (C,)
-    norms, whole = _squared_norms(embeddings, labels, counts)
-    terms = {"similar": _similar_classes(batch, scatter, norms, exchange)}
-    pairs = (rows**2 - int(counts.square().sum())) / 2
-    if pairs == 0:
-        return {**terms, "dissimilar": batch.nothing()}
-    weights = counts.to(embeddings.dtype)  # (C,)
-    between = rows * (weights * (means - weights @ means / rows).square().sum(dim=1)).sum()
-    distance = ((scatter * (rows - weights)).sum() + between) / pairs
-    alignment = (whole - norms.sum()).clamp(min=0) / (2 * pairs)
-    return {**terms, "dissimilar": exchange.push(distance, alignment)}
+    n, sizes = len(embeddings), classes.counts.to(embeddings.dtype)
+    scatter = class_scatter(embeddings, means, classes.labels)  # (C,)
+    within = embeddings.new_zeros(len(sizes))  # (C,) sums of o over the ordered pairs of each class
+    for members, block in _blocks(embeddings, classes):
+        within = within.index_copy(0, members, _gram(block).square().sum(dim=(1, 2)))
+    terms = {"similar": _similar_classes(embeddings, classes, scatter, within, similarity)}
+    if len(sizes) < 2:
+        return {**terms, "dissimilar": embeddings.sum() * 0.0}
+    pairs = n**2 - classes.counts.square().sum()  # ordered pairs of different classes
+    between = (sizes * (means - embeddings.mean(dim=0)).square().sum(dim=1)).sum()
+    d = 2 * ((scatter * (n - sizes)).sum() + n * between) / pairs
+    o = similarity.o((_gram(embeddings).square().sum() - within.sum()).clamp(min=0) / pairs)
+    return {**terms, "dissimilar": similarity.dissimilar(d, o)}
 
 
-def class_terms(batch: Batch, exchange: Exchange) -> dict[str, Tensor]:
+def class_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity: Similarity) -> dict[str, Tensor]:
     """One similar ratio per class, one dissimilar ratio per pair of classes.
 
     Args:
-        batch: The labelled batch.
-        exchange: Form, eps and leaning.
+        embeddings: ``(N, D)``.
+        classes: With blocks.
+        means: Class means, ``(C, D)``.
+        similarity: Form, eps and leaning.
 
     Returns:
-        ``similar`` (mean over the classes of two rows or more) and ``dissimilar`` (mean over the pairs of classes),
-        scalars >= 0. Cost O(N D^2 + C^2 D^2), memory O(C D^2).
+        ``similar`` (mean over the classes of two embeddings or more) and ``dissimilar`` (mean over the pairs of
+        classes), scalars >= 0. Time O(N D^2) where C D <= N and O(N^2 D) elsewhere, memory O(N D + C^2).
     """
-    embeddings, labels, counts, means = batch
-    scatter = class_scatter(embeddings, means, labels)
-    second = class_second_moments(embeddings, labels, counts)  # (C, D, D)
-    terms = {"similar": _similar_classes(batch, scatter, second.square().sum(dim=(1, 2)), exchange)}
-    if len(counts) < 2:
-        return {**terms, "dissimilar": batch.nothing()}
-    spread = scatter / counts  # (C,) mean squared distance to the mean
-    second = (second / counts[:, None, None]).flatten(1)  # (C, D*D)
-    first, other = torch.triu_indices(len(counts), len(counts), offset=1, device=counts.device)
-    distance = spread[first] + spread[other] + mean_distances(means, means)[first, other]
-    return {**terms, "dissimilar": exchange.push(distance, (second @ second.mT)[first, other]).mean()}
+    number, sizes = len(classes.counts), classes.counts.to(embeddings.dtype)
+    scatter = class_scatter(embeddings, means, classes.labels)  # (C,)
+    sums = _class_pair_sums(embeddings, classes)  # (C, C) of o over all pairs
+    terms = {"similar": _similar_classes(embeddings, classes, scatter, sums.diagonal(), similarity)}
+    if number < 2:
+        return {**terms, "dissimilar": embeddings.sum() * 0.0}
+    spread, centered = scatter / sizes, means - means.mean(dim=0)
+    d = spread.unsqueeze(1) + spread + squared_distances(centered, centered)  # (C, C)
+    o = similarity.o(sums / (sizes.unsqueeze(1) * sizes))
+    return {**terms, "dissimilar": similarity.dissimilar(d, o).triu(1).sum() / (number * (number - 1) / 2)}
 
 
-def means_term(means: Tensor, exchange: Exchange) -> dict[str, Tensor]:
-    """The dissimilar side of Eq. 1 among the class means.
+def centroid_terms(
+    embeddings: Tensor,
+    classes: Classes,
+    centers: Tensor,
+    similarity: Similarity,
+    label_smoothing: float = 0.0,
+    singles: bool = False,
+) -> dict[str, Tensor]:
+    """One ratio per embedding and class center: its own class similar, every other class dissimilar.
 
     Args:
-        means: ``(C, D)``.
-        exchange: Form ("softmax" counts as "log" here), eps and leaning.
+        embeddings: ``(N, D)``.
+        classes: Without blocks.
+        centers: Of :func:`class_centers`, ``(C, D)``.
+        similarity: Form, eps and leaning.
+        label_smoothing: For the softmax form, share of the target spread evenly over all classes, in 0..1.
+        singles: Whether the only embedding of a class is similar to its center. It is so where the center has a
+            prototype in it; a mean of one embedding is that embedding.
 
     Returns:
-        ``mean``, a scalar >= 0.
+        ratio and log: ``similar`` (mean over embeddings) and ``dissimilar`` (mean over embeddings and other classes).
+        softmax: ``softmax``, the cross-entropy over all classes with logits log(eps + o) - log(eps + d). Scalars >= 0.
+        Time O(N C D), memory O(N D + C D).
+
+    Source:
+        Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
+    """
+    origin = centers.mean(dim=0).detach()  # of the distances, so that they keep their digits far from 0
+    counted = torch.ones_like(classes.counts) if singles else (classes.counts > 1).long()  # (C,)
+
+    def sums(x: Tensor, index: Tensor) -> Tensor:  # (R, D), (R,)
+        own = index.unsqueeze(1)
+        # Exact where classes are tight. F.embedding is deterministic on CUDA, where indexing is not.
+        own_d = (x - F.embedding(index, centers)).square().sum(dim=1, keepdim=True)
+        d = squared_distances(x - origin, centers - origin).scatter(1, own, own_d)  # (R, C)
+        o = similarity.o((x @ centers.T).square())
+        if similarity.form == "softmax":
+            losses = F.cross_entropy(similarity.logit(d, o), index, reduction="none", label_smoothing=label_smoothing)
+            return (losses * counted[index]).sum().unsqueeze(0)
+        similar = similarity.similar(own_d, o.gather(1, own)) * counted[own]
+        dissimilar = similarity.dissimilar(d, o).scatter(1, own, 0.0)
+        return torch.stack([similar.sum(), dissimilar.sum()])
+
+    n, width = len(embeddings), max(centers.shape)
+    total = _sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // width), embeddings, classes.labels)
+    mean = total[0] / (classes.counts * counted).sum().clamp(min=1)
+    if similarity.form == "softmax":
+        return {"softmax": mean}
+    return {"similar": mean, "dissimilar": total[1] / max(n * (len(centers) - 1), 1)}
+
+
+def pair_terms(
+    embeddings: Tensor, classes: Classes, means: Tensor, similarity: Similarity, label_smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """One ratio per pair of embeddings.
+
+    Args:
+        embeddings: ``(N, D)``.
+        classes: Without blocks.
+        means: Class means, ``(C, D)``.
+        similarity: Form, eps and leaning.
+        label_smoothing: For the softmax form, share of the target spread evenly over all other embeddings, in 0..1.
+
+    Returns:
+        ratio and log: ``similar`` (mean over the pairs of one class) and ``dissimilar`` (mean over the pairs of two
+        classes). softmax: ``softmax``, the mean over the embeddings with a positive of the mean over its positives of
+        the cross-entropy over all others, with logits log(eps + o) - log(eps + d). Scalars >= 0. Time O(N^2 D), memory
+        O(N D).
+
+    Source:
+        Ours; the softmax form is SupCon (arXiv 2004.11362, L_out) with SimO's similarity.
+    """
+    n, numbers = len(embeddings), torch.arange(len(embeddings), device=embeddings.device)
+    means = means.detach()
+    # Any origin gives the same distance. The own class mean keeps the digits within tight classes.
+    near, far = embeddings - F.embedding(classes.labels, means), embeddings - means.mean(dim=0)
+    positives = classes.counts[classes.labels] - 1  # (N,)
+
+    def sums(x: Tensor, x_near: Tensor, x_far: Tensor, index: Tensor, number: Tensor) -> Tensor:  # R of each
+        itself = number.unsqueeze(1) == numbers  # (R, N)
+        same = index.unsqueeze(1) == classes.labels
+        d = torch.where(same, squared_distances(x_near, near), squared_distances(x_far, far))
+        o = similarity.o((x @ embeddings.T).square())
+        if similarity.form == "softmax":
+            logits = similarity.logit(d, o).masked_fill(itself, -torch.inf)
+            log_p = logits.log_softmax(dim=1).masked_fill(itself, 0)
+            own = (log_p * same).sum(dim=1) / positives[number].clamp(min=1)
+            every = log_p.sum(dim=1) / (n - 1)
+            losses = -((1 - label_smoothing) * own + label_smoothing * every)
+            return (losses * (positives[number] > 0)).sum().unsqueeze(0)
+        # d / (eps + o) of similar pairs, o / (eps + d) of dissimilar ones
+        losses = similarity.similar(torch.where(same, d, o), torch.where(same, o, d)).masked_fill(itself, 0)
+        return torch.stack([(losses * same).sum(), losses.masked_fill(same, 0).sum()])
+
+    if n < 2:
+        nothing = embeddings.sum() * 0.0
+        return {"softmax": nothing} if similarity.form == "softmax" else {"similar": nothing, "dissimilar": nothing}
+    parts = (embeddings, near, far, classes.labels, numbers)
+    total = _sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // n), *parts)
+    if similarity.form == "softmax":
+        return {"softmax": total[0] / (positives > 0).sum().clamp(min=1)}
+    within = positives.sum()  # ordered pairs of one class
+    across = n * (n - 1) - within
+    return {"similar": total[0] / within.clamp(min=1), "dissimilar": total[1] / across.clamp(min=1)}
+
+
+def mean_term(means: Tensor, similarity: Similarity) -> Tensor:
+    """The dissimilar side of Eq. 1 among the class means ``(C, D)``: a scalar >= 0, and 0 for one class.
 
     Source:
         arXiv 2410.05233, Alg. 2, step 3.
     """
     if len(means) < 2:
-        return {"mean": means.sum() * 0.0}  # a zero that has a gradient
-    ratio = simo_loss(means, similar=False, eps=exchange.eps, orthogonality_leaning=exchange.leaning)
-    return {"mean": ratio if exchange.form == "ratio" else ratio.log1p()}
+        return means.sum() * 0.0
+    return similarity.dissimilar(*_pair_means(means, similarity))
 
 
-def _squared_norms(embeddings: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of o over the ordered pairs of each class (C,) and of the whole batch, each row with itself included."""
-    rows, dim = embeddings.shape
-    if int(counts.min()) >= dim:  # every class has more rows than dimensions: S per class, and their sum is the whole's
-        second = class_second_moments(embeddings, labels, counts)
-        return second.square().sum(dim=(1, 2)), second.sum(dim=0).square().sum()
-    whole = embeddings @ embeddings.mT if rows < dim else embeddings.mT @ embeddings
-    return squared_gram_norms(embeddings, labels, counts), whole.square().sum()
+def _pair_means(x: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
+    """Means of d and of o over the pairs of ``x (..., N, D)``, both ``(...)``.
 
-
-def _similar_classes(batch: Batch, scatter: Tensor, norms: Tensor, exchange: Exchange) -> Tensor:
-    """Mean of the similar ratio over the classes of two rows or more.
-
-    `scatter` is the sum of squared distances to the mean, `norms` the squared Frobenius norm of S, both (C,).
+    With the mean m and the second moment S = sum e e^T: sum_{i<j} d_ij = N sum_i |e_i - m|^2 and
+    sum_{i<j} o_ij = (|S|^2 - sum_i |e_i|^4) / 2, and the Gram matrix has the same norm as S.
     """
-    paired = batch.counts > 1
-    if not paired.any():
-        return batch.nothing()
-    count = batch.counts[paired].to(scatter.dtype)
-    fourth = class_sums(torch.linalg.vector_norm(batch.embeddings, dim=1) ** 4, batch.labels, len(batch.counts))
-    distance = 2 * scatter[paired] / (count - 1)
-    alignment = (norms[paired] - fourth[paired]).clamp(min=0) / (count * (count - 1))
-    return exchange.pull(distance, alignment).mean()
+    n = x.shape[-2]
+    d = 2 * (x - x.mean(dim=-2, keepdim=True)).square().sum(dim=(-2, -1)) / (n - 1)
+    fourth = x.square().sum(dim=-1).square().sum(dim=-1)
+    dots = (_gram(x).square().sum(dim=(-2, -1)) - fourth).clamp(min=0) / (n * (n - 1))
+    return d, similarity.o(dots)
 
 
-def mean_distances(rows: Tensor, means: Tensor) -> Tensor:
-    """Squared distances by one matrix product, centred first so that a far origin costs no digits.
+def _gram(x: Tensor) -> Tensor:
+    """The smaller of ``x x^T (..., N, N)`` and ``x^T x (..., D, D)``, which have the same Frobenius norm."""
+    return x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
 
-    Args:
-        rows: ``(N, D)``.
-        means: ``(C, D)``.
 
-    Returns:
-        ``(N, C)``, >= 0.
+def _blocks(embeddings: Tensor, classes: Classes) -> list[tuple[Tensor, Tensor]]:
+    """Class numbers ``(G,)`` and embeddings ``(G, n, D)``, padded with zeros, of each block."""
+    blocks = []
+    for members, indices in classes.blocks:
+        block = F.embedding(indices.clamp(min=0), embeddings)
+        blocks.append((members, block * (indices >= 0).unsqueeze(2)))
+    return blocks
+
+
+def _similar_classes(
+    embeddings: Tensor, classes: Classes, scatter: Tensor, sums: Tensor, similarity: Similarity
+) -> Tensor:
+    """Mean of the similar ratio over the classes of two embeddings or more.
+
+    ``scatter (C,)`` is the sum of squared distances to the mean, ``sums (C,)`` that of o over the ordered pairs of a
+    class, each embedding with itself included.
     """
-    origin = means.mean(dim=0)
-    rows, means = rows - origin, means - origin
-    squares = rows.square().sum(dim=1, keepdim=True) + means.square().sum(dim=1)
-    return (squares - 2 * rows @ means.T).clamp(min=0)
+    sizes, paired = classes.counts, classes.counts > 1
+    itself = class_sums(embeddings.square().sum(dim=1).square(), classes.labels, len(sizes))
+    pairs = (sizes * (sizes - 1)).clamp(min=1)
+    d, o = 2 * sizes * scatter / pairs, similarity.o((sums - itself).clamp(min=0) / pairs)
+    return similarity.similar(d, o).masked_fill(~paired, 0).sum() / paired.sum().clamp(min=1)
+
+
+def _class_pair_sums(embeddings: Tensor, classes: Classes) -> Tensor:
+    """Sum of o over all pairs of an embedding of one class and one of another, or the same: ``(C, C)``."""
+    (n, dim), number = embeddings.shape, len(classes.counts)
+    if number * dim <= n:  # second moments S_c, which are no larger than the embeddings: sum of o = S_a . S_b
+        second = embeddings.new_zeros(number, dim, dim)
+        for members, block in _blocks(embeddings, classes):
+            second = second.index_copy(0, members, block.mT @ block)
+        return (second.flatten(1) @ second.flatten(1).T).clamp(min=0)
+
+    def sums(x: Tensor, index: Tensor) -> Tensor:
+        o = (embeddings @ x.T).square()  # (N, R)
+        return class_sums(class_sums(o, classes.labels, number).T, index, number)
+
+    return _sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // n), embeddings, classes.labels)
+
+
+def _sum_of_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+    """Sum of ``function`` over chunks of that many rows; several chunks are recomputed in the backward pass."""
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    chunks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    first, *others = (checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+    return sum(others, first)

@@ -7,7 +7,7 @@ from torch import Tensor
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
-def class_axes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def class_prototypes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Unit vectors, one for each label, the same in every process and run.
 
     Labels ``0..D - 1`` have the coordinate axes, which are orthogonal. Any other label has a vector of signs
@@ -22,7 +22,7 @@ def class_axes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> 
         ``(C, D)`` of length 1.
 
     Example:
-        >>> class_axes(torch.tensor([0, 2, 7]), dim=4)
+        >>> class_prototypes(torch.tensor([0, 2, 7]), dim=4)
         tensor([[ 1.0000,  0.0000,  0.0000,  0.0000],
                 [ 0.0000,  0.0000,  1.0000,  0.0000],
                 [ 0.5000,  0.5000, -0.5000, -0.5000]])
