@@ -1,7 +1,7 @@
 """Geometry once more: NumPy float64 loops over the embeddings themselves, and what others' code makes of them.
 
-Every function takes ``rows (N, D)`` and ``labels (N,)``; those of LOOPS are the definitions, those of OTHERS come from
-another library or transcribe a published one.
+Every function takes ``rows (N, D)`` and ``labels (N,)``. Those of LOOPS, one for each declared metric and with its
+name, are the definitions; those of OTHERS come from another library or transcribe a published one.
 """
 
 from itertools import combinations
@@ -15,6 +15,8 @@ from scipy.sparse.linalg import svds
 from sklearn.decomposition import PCA
 from sklearn.metrics import calinski_harabasz_score
 from sklearn.metrics.pairwise import cosine_similarity
+
+from simo_lightning.functional.geometry import GEOMETRY
 
 Floats = NDArray[np.float64]
 
@@ -159,23 +161,7 @@ def norm_spread(rows, labels):
     return np.sqrt(np.mean([(square - np.mean(squares)) ** 2 for square in squares])) / np.mean(squares)
 
 
-LOOPS = {
-    function.__name__: function
-    for function in (
-        *(
-            alignment,
-            centered_cosine,
-            centered_cosine_max,
-            effective_rank,
-            equiangularity,
-            equinorm,
-            subspace_overlap,
-            nc1,
-        ),
-        *(norm_spread, class_cosine, class_cosine_max, participation_ratio, rms_norm, simplex_deviation, stable_rank),
-        *(variance_across, variance_along, scatter_ratio),
-    )
-}
+LOOPS = {name: value for name, value in globals().items() if name in GEOMETRY}
 
 
 def _off_diagonal(vectors):

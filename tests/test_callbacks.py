@@ -1,8 +1,13 @@
 """Callbacks in real, tiny Trainer runs, with a module and a data module that the package does not know."""
 
 import os
+import re
+import shutil
+import warnings
+from itertools import permutations
 
 import lightning.pytorch as pl
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -12,10 +17,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from simo_lightning.callbacks import EmbeddingPlots, GeometryMonitor, OnlineKNN
+from simo_lightning.callbacks import (
+    ClassMomentsCallback,
+    CollapseAlarm,
+    EmbeddingPlots,
+    GeometryMonitor,
+    ImagesPerSecond,
+    OnlineKNN,
+    OnlineProbe,
+)
 from simo_lightning.functional.geometry import GEOMETRY
-from simo_lightning.functional.moments import class_moments
+from simo_lightning.functional.moments import ClassMoments, class_moments
 from simo_lightning.plotting import load_frames
+from tests.bounds import assert_float32_error
 from tests.callback_parts import (
     NUM_CLASSES,
     Encoder,
@@ -130,7 +144,7 @@ def test_the_bank_is_embedded_in_the_trainers_precision(tmp_path, precision):
     assert 0 < logged["val/knn"] <= 1
 
 
-def test_a_module_without_embeddings_is_left_alone(tmp_path):
+def test_a_module_without_embeddings_is_not_evaluated(tmp_path):
     class Silent(Encoder):
         def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
             return None
@@ -192,17 +206,156 @@ def test_points_are_the_first_of_each_class_over_batches(tmp_path):
     assert callback.moments.counts.sum() == len(labels)
 
 
-def test_a_plot_folder_that_cannot_be_written_is_named_before_the_run(tmp_path):
+def of_plots(caught: list[warnings.WarningMessage]) -> list[str]:
+    """The warnings of EmbeddingPlots, sorted; Lightning has some of its own."""
+    return sorted(str(warning.message) for warning in caught if "EmbeddingPlots" in str(warning.message))
+
+
+def test_a_plot_folder_that_cannot_be_written_is_named_at_start_and_the_run_goes_on(tmp_path):
     (tmp_path / "plots").touch()
-    with pytest.raises(NotADirectoryError, match=r"cannot write to its folder .*plots is a file.*default_root_dir"):
-        trainer(tmp_path, EmbeddingPlots(), max_epochs=1).fit(Encoder(), Pictures())
+    run = trainer(tmp_path, EmbeddingPlots(), GeometryMonitor(), max_epochs=2)
+    with pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
+        run.fit(Encoder(), Pictures())
+    (message,) = of_plots(caught)
+    assert re.search(r"cannot write to its folder .*: .*plots is a file; change default_root_dir", message)
+    assert run.current_epoch == 2
+    assert run.callback_metrics.keys() == {f"val/{name}" for name in GEOMETRY}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_plot_folder_without_permission_is_named_before_the_run(tmp_path):
+def test_a_plot_folder_without_permission_is_named_at_start_and_the_run_goes_on(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match="cannot write to its folder"):
+    with pytest.warns(UserWarning, match="cannot write to its folder .*: no permission in"):
         trainer(tmp_path, EmbeddingPlots(), max_epochs=1).fit(Encoder(), Pictures())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_picture_that_cannot_be_written_is_named_once_and_the_run_goes_on(tmp_path):
+    folder = tmp_path / "plots"
+    (folder / "scatter.png").mkdir(parents=True)
+    (folder / "similarity.png").symlink_to("/dev/full")
+    run = trainer(tmp_path, EmbeddingPlots(), max_epochs=2)
+    with pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
+        run.fit(Encoder(), Pictures())
+    taken, full = of_plots(caught)
+    assert re.search(r"cannot draw similarity: OSError: .*No space left on device; the training goes on", full)
+    assert re.search(r"cannot draw scatter: IsADirectoryError: .*scatter\.png'; the training goes on", taken)
+    assert run.current_epoch == 2
+    assert (folder / "norms_epoch=001.png").is_file()
+    assert (folder / "frames" / "epoch=001.npz").is_file()
+
+
+@pytest.mark.skipif(shutil.which("latex") is not None, reason="needs a machine without LaTeX")
+def test_a_picture_that_cannot_be_drawn_is_named_once_and_the_run_goes_on(tmp_path):
+    run = trainer(tmp_path, EmbeddingPlots(), max_epochs=2)
+    with matplotlib.rc_context({"text.usetex": True}), pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
+        run.fit(Encoder(), Pictures())
+    messages = of_plots(caught)
+    assert len(messages) == 4
+    for picture in ("similarity", "scatter", "spectrum", "norms"):
+        assert any(f"cannot draw {picture}: " in message and "latex" in message for message in messages)
+    assert run.current_epoch == 2
+
+
+class KeptMoments(ClassMomentsCallback):
+    """Keeps the moments of each evaluation by stage."""
+
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.kept: list[tuple[str, ClassMoments]] = []
+
+    def evaluate(self, run, stage, moments):
+        self.kept.append((stage, moments))
+        return {}
+
+
+class TwoLoaders(Pictures):
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self.loader(self.val), self.loader(self.train)]
+
+
+class Plain(Encoder):
+    """Returns embeddings in training too, and takes the number of the loader."""
+
+    def training_step(self, batch, batch_idx):
+        embeddings = self.embed(batch[0])
+        return {"loss": embeddings.square().mean(), "embeddings": embeddings, "labels": batch[1]}
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"embeddings": self.embed(batch[0]), "labels": batch[1]}
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_moments_are_summed_once_for_all_callbacks_in_any_order(tmp_path, order):
+    first, second, plots = KeptMoments(), KeptMoments(num_classes=NUM_CLASSES), EmbeddingPlots()
+    callbacks = (first, second, plots)
+    run = trainer(tmp_path, *(callbacks[place] for place in order))
+    module, data = Plain(), TwoLoaders()
+    run.validate(module, data, verbose=False)
+    ((stage, moments),), ((_, same),) = first.kept, second.kept
+    assert stage == "val"
+    assert same is moments
+    rows, labels = (
+        np.concatenate(parts) for parts in zip(embedded(module, data.val), embedded(module, data.train), strict=True)
+    )
+    assert moments.counts.tolist() == np.bincount(labels).tolist()
+    # float64 sums of float32 embeddings, which other batch sizes change by float32's rounding
+    exact = class_moments(torch.from_numpy(rows), torch.from_numpy(labels), NUM_CLASSES).sums
+    assert_float32_error(moments.sums, exact.float(), exact, factor=16)
+
+
+def test_callbacks_evaluate_in_their_own_epochs_and_share_those_in_common(tmp_path):
+    every, second, third = KeptMoments(), KeptMoments(every_n_epochs=2), KeptMoments(every_n_epochs=3)
+    trainer(tmp_path, second, every, third, max_epochs=6).fit(Plain(), Pictures())
+    assert [len(callback.kept) for callback in (every, second, third)] == [6, 3, 2]
+    for epoch, (_, moments) in enumerate(every.kept):
+        assert moments.counts.sum() == 40
+        if epoch % 2 == 1:
+            assert second.kept[epoch // 2][1] is moments
+        if epoch % 3 == 2:
+            assert third.kept[epoch // 3][1] is moments
+
+
+def test_windows_of_training_are_shared_where_they_are_equally_long(tmp_path):
+    one, same, other = KeptMoments(every_n_steps=3), KeptMoments(every_n_steps=3), KeptMoments(every_n_steps=2)
+    trainer(tmp_path, one, other, same, max_epochs=3, limit_val_batches=0).fit(Plain(), Pictures())  # 4 steps an epoch
+    assert [len(callback.kept) for callback in (one, same, other)] == [4, 4, 6]
+    assert all(mine[1] is theirs[1] for mine, theirs in zip(one.kept, same.kept, strict=True))
+    assert {stage for stage, _ in one.kept + other.kept} == {"train"}
+    sizes = [16, 16, 16, 12] * 3
+    assert [int(moments.counts.sum()) for _, moments in one.kept] == [sum(sizes[i : i + 3]) for i in range(0, 12, 3)]
+    assert [int(moments.counts.sum()) for _, moments in other.kept] == [sum(sizes[i : i + 2]) for i in range(0, 12, 2)]
+
+
+def test_classes_of_another_number_are_summed_apart(tmp_path):
+    three, five = KeptMoments(), KeptMoments(num_classes=5)
+    trainer(tmp_path, three, five).validate(Plain(), Pictures(), verbose=False)
+    assert [len(moments.counts) for callback in (three, five) for _, moments in callback.kept] == [3, 5]
+    assert three.kept[0][1].counts.sum() == five.kept[0][1].counts.sum() == 40
+
+
+def plain(value: object) -> bool:
+    """Whether a checkpoint holds it as plain data: no NumPy number, no object."""
+    if isinstance(value, dict):
+        return all(plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return all(map(plain, value))
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)
+
+
+def test_the_states_of_callbacks_are_plain_data(tmp_path):
+    probe = OnlineProbe(lr=np.float64(0.01), every_n_epochs=np.int64(1))
+    alarm = CollapseAlarm(after_epochs=np.int64(0), min_separation=np.float32(50))
+    callbacks = [probe, alarm, GeometryMonitor(), OnlineKNN(k=np.int64(1)), EmbeddingPlots(), ImagesPerSecond()]
+    run = trainer(tmp_path, *callbacks, max_epochs=3)
+    with pytest.warns(UserWarning, match="all 3 classes merged"):
+        run.fit(Plain(), Pictures())
+    states = [callback.state_dict() for callback in callbacks]
+    assert states[0]["head"]
+    assert states[1]["reported"]["val"]
+    assert all(plain(dict(state)) for state in ({**states[0], "head": dict(states[0]["head"])}, *states[1:]))
+    torch.save(states, tmp_path / "states.pt")
+    assert len(torch.load(tmp_path / "states.pt", weights_only=True)) == len(callbacks)
 
 
 def test_what_a_callback_misses_is_named(tmp_path):
@@ -229,6 +382,7 @@ def test_what_a_callback_misses_is_named(tmp_path):
         (OnlineKNN, {"k": 20, "bank_size": 10}, "k must be at most bank_size=10, got k=20"),
         (EmbeddingPlots, {"max_points": 0}, "max_points must be at least 1, got 0"),
         (EmbeddingPlots, {"frame_points": 0}, "frame_points must be at least 1, got 0"),
+        (EmbeddingPlots, {"projection": "lda"}, "projection must be one of pca, tsne, umap, got 'lda'"),
     ],
 )
 def test_numbers_out_of_range_are_named(callback, options, message):

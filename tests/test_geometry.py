@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simo_lightning.functional import geometry
-from simo_lightning.functional.geometry import GEOMETRY
+from simo_lightning.functional.geometry import GEOMETRY, geometry_metric
 from simo_lightning.functional.moments import class_moments
 from tests import reference_geometry
 from tests.reference_geometry import LOOPS, OTHERS
@@ -64,9 +64,36 @@ def test_agreement():
         assert error < 1e-9
 
 
-def test_names_are_those_of_the_functions_in_order():
-    assert list(GEOMETRY) == sorted(GEOMETRY)
-    assert all(getattr(geometry, name) is function for name, function in GEOMETRY.items())
+def test_a_declaration_holds_everything_about_a_metric():
+    metric = GEOMETRY["class_cosine"]
+    assert metric.function is geometry.class_cosine
+    assert (metric.class_name, metric.better) == ("ClassCosine", "lower")
+    assert metric.best == "0: all class means are orthogonal"
+    assert metric.meaning == "Mean absolute cosine between class means"
+    assert metric.formula == "mean_{a<b} |cos(m_a, m_b)|"
+    docstring = geometry.class_cosine.__doc__
+    assert "    Scalar, [0, 1]; lower is better (0: all class means are orthogonal). ``nan`` for" in docstring
+    assert docstring.index("Args:") < docstring.index("Returns:") < docstring.index("Example:")
+
+
+def test_every_metric_has_a_loop():
+    assert LOOPS.keys() == GEOMETRY.keys()
+
+
+def test_a_declaration_is_checked():
+    declare = geometry_metric(interval="[0, 1]", better="lower", undefined="nothing")
+
+    def wordless(moments):
+        """No formula."""
+
+    def class_cosine(moments):
+        """Cosine once more: ``cos``."""
+
+    with pytest.raises(ValueError, match=r"docstring of wordless must begin with 'Meaning: .*got 'No form"):
+        declare(wordless)
+    with pytest.raises(ValueError, match="name of a metric must be new, got 'class_cosine' again"):
+        declare(class_cosine)
+    assert "wordless" not in GEOMETRY
 
 
 def test_orthogonal_points_are_the_best_there_is():
@@ -103,7 +130,7 @@ def test_two_merged_classes_show_in_the_largest_cosine():
     assert (found["class_cosine"], found["subspace_overlap"]) == pytest.approx((1 / 6, 1 / 6))  # one of six pairs
 
 
-def test_merged_classes_with_spread_have_infinite_within_between():
+def test_merged_classes_with_spread_have_an_infinite_scatter_ratio():
     embeddings = torch.tensor([[1.0, 1.0], [3.0, 5.0]]).repeat(2, 1)
     found = values(embeddings, torch.tensor([0, 0, 1, 1]), 2)
     assert found["scatter_ratio"] == np.inf

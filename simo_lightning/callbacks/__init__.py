@@ -1,12 +1,15 @@
-"""Callbacks: what the steps saw in numbers and pictures, an alarm, checkpoints, speed and written embeddings.
+"""Callbacks: evaluation of the embeddings in numbers and pictures, an alarm, checkpoints, speed, written embeddings.
 
-They know no module class: they read ``embeddings`` and ``labels`` of what a step returns, and ``trainer.datamodule``.
+They work with any LightningModule whose steps return a dictionary with ``embeddings`` and ``labels``, and read
+``trainer.datamodule``.
 """
 
 from simo_lightning.callbacks.alarm import CollapseAlarm
 from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, StopSafely
+from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
+from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.predictions import EmbeddingWriter
 from simo_lightning.callbacks.probe import OnlineProbe
@@ -15,9 +18,11 @@ from simo_lightning.callbacks.speed import ImagesPerSecond
 
 __all__ = [
     "BestCheckpoint",
+    "ClassMomentsCallback",
     "CollapseAlarm",
     "EmbeddingPlots",
     "EmbeddingWriter",
+    "EvaluationCallback",
     "GeometryMonitor",
     "ImagesPerSecond",
     "LastCheckpoint",

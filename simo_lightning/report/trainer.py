@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN
-from simo_lightning.callbacks.watcher import EmbeddingWatcher
+from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import read_checkpoint
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
@@ -112,7 +112,7 @@ def _embed(
     """The split's embeddings, the accuracy of kNN on it, and its k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN, OnlineKNN())
     has_bank = all(callable(getattr(datamodule, name, None)) for name in ("bank_dataloader", "prepare"))
-    judges: list[EmbeddingWatcher] = (
+    judges: list[EvaluationCallback] = (
         [collector, knn] if has_bank and callable(getattr(model, "embed", None)) else [collector]
     )
     run = trainer.validate if stage == "val" else trainer.test
@@ -132,10 +132,10 @@ def _embed(
 
 
 @contextmanager
-def _judged_by(trainer: Any, judges: list[EmbeddingWatcher]) -> Iterator[None]:
+def _judged_by(trainer: Any, judges: list[EvaluationCallback]) -> Iterator[None]:
     """The trainer with these callbacks in place of its own that judge embeddings or write checkpoints."""
     callbacks = trainer.callbacks
-    trainer.callbacks = [each for each in callbacks if not isinstance(each, EmbeddingWatcher | Checkpoint)] + judges
+    trainer.callbacks = [each for each in callbacks if not isinstance(each, EvaluationCallback | Checkpoint)] + judges
     try:
         with warnings.catch_warnings():
             # those left out may have a state in the checkpoint, and Lightning would ask for them
