@@ -1,82 +1,99 @@
-"""What the benchmarks share: on which machine and versions a number was measured, and images when there are none."""
+"""What all benchmarks share: machine and versions beside each number, fresh processes, time and memory."""
 
 import json
 import os
 import platform
+import resource
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
-from benchmarks.recipes.run import PACKAGES, commit, hardware
-from simo_lightning import PairDataModule
-from simo_lightning.data import LabelledImages
+from benchmarks.experiments import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU_CONFIG = ROOT / "configs" / "cifar10_cpu.yaml"
-
-
-class SyntheticPairDataModule(PairDataModule):
-    """Noise of CIFAR-10's shape: speed does not depend on what is in the pictures.
-
-    Args:
-        images: Of the training split; the test split has a fifth of it.
-        **kwargs: Arguments of ``PairDataModule``.
-    """
-
-    def __init__(self, images: int = 50_000, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.images = images
-
-    def load(self, split: str) -> LabelledImages | None:
-        """Uniform noise, the same for every run."""
-        if split == "val":
-            return None
-        count = self.images if split == "train" else self.images // 5
-        generator = torch.Generator().manual_seed(count)
-        pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        return LabelledImages(pixels, torch.arange(count) % 10, [str(label) for label in range(10)])
+Row = dict[str, Any]
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "scikit-learn", "pytorch-metric-learning")
+_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
 
 
-def data_words(folder: Path | None, images: int = 50_000) -> list[str]:
-    """Words of the simo command that choose the images.
-
-    Args:
-        folder: CIFAR-10's; None: noise of its shape.
-        images: Of the noise.
-
-    Returns:
-        To be appended to ``simo fit --config ...``.
-    """
-    if folder is not None:
-        return ["--data.data_dir", str(folder)]
-    return ["--data", "benchmarks.machine.SyntheticPairDataModule", "--data.images", str(images)]
-
-
-def about() -> dict[str, Any]:
-    """Processor, cores, GPU, threads, load of the last minute, versions, commit and the command's words."""
-    words = [word for word in sys.argv[1:] if not word.startswith("/")]  # where data lies is the machine's affair
+def about() -> Row:
+    """Columns of every CSV: processor, cores, GPU, threads, load of the last minute, versions, commit and date."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return {
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
-        "hardware": hardware(),
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write the numbers, where a file was asked for.
+def now() -> float:
+    """Seconds, once the GPU, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    Args:
-        path: File; None writes nothing.
-        result: What the file holds.
-    """
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+
+def peak_mib() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 2**20
+
+
+def resident_mib() -> float:
+    """Resident set of this process now, in MiB (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def milliseconds(step: Callable[[], Any], seconds: float = 1.0) -> tuple[float, int]:
+    """Median time of a step on this process's threads, and the number of steps that it is of."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    measured = timer.blocked_autorange(min_run_time=seconds)
+    return 1e3 * measured.median, measured.number_per_run * len(measured.times)
+
+
+class Fresh(NamedTuple):
+    """What a process cost: wall and CPU seconds, its peak memory; and what it printed."""
+
+    wall: float
+    cpu: float
+    mib: float
+    out: str
+
+
+def fresh(words: list[str], **environment: str) -> Callable[[], Fresh]:
+    """Start ``python words`` in a process of its own; gives a function that waits for its end."""
+    out, start = tempfile.TemporaryFile("w+"), time.perf_counter()  # noqa: SIM115
+    process = subprocess.Popen([sys.executable, *words], stdout=out, cwd=ROOT, env={**os.environ, **environment})
+
+    def wait() -> Fresh:
+        _, status, usage = os.wait4(process.pid, 0)
+        wall, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"python {' '.join(words)} ended with {process.returncode}")
+        out.seek(0)
+        return Fresh(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _UNIT / 2**20, out.read())
+
+    return wait
+
+
+def case(function: str, **arguments: Any) -> Row:
+    """Call ``module.function`` in a fresh process; arguments and result travel as JSON."""
+    module, name = function.rsplit(".", 1)
+    code = f"import json, sys; from {module} import {name}; print(json.dumps({name}(**json.loads(sys.argv[1]))))"
+    found: Row = json.loads(fresh(["-c", code, json.dumps(arguments)])().out.splitlines()[-1])
+    return found

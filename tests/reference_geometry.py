@@ -1,7 +1,7 @@
 """Geometry once more: NumPy float64 loops over the embeddings themselves, and what others' code makes of them.
 
-Every function takes ``rows (N, D)`` and ``labels (N,)``; those of LOOPS are the definitions, those of OTHERS come from
-another library or transcribe a published one.
+Every function takes ``rows (N, D)`` and ``labels (N,)``. Those of LOOPS, one for each declared metric and with its
+name, are the definitions; those of OTHERS come from another library or transcribe a published one.
 """
 
 from itertools import combinations
@@ -15,6 +15,8 @@ from scipy.sparse.linalg import svds
 from sklearn.decomposition import PCA
 from sklearn.metrics import calinski_harabasz_score
 from sklearn.metrics.pairwise import cosine_similarity
+
+from simo_lightning.functional.geometry import GEOMETRY
 
 Floats = NDArray[np.float64]
 
@@ -41,11 +43,11 @@ def cosines(vectors) -> list[float]:
     return [cosine(a, b) for a, b in combinations(vectors, 2)]
 
 
-def orthogonality(rows, labels):
+def class_cosine(rows, labels):
     return np.mean(np.abs(cosines(class_means(rows, labels))))
 
 
-def orthogonality_max(rows, labels):
+def class_cosine_max(rows, labels):
     return max(np.abs(cosines(class_means(rows, labels))))
 
 
@@ -89,7 +91,7 @@ def covariances(rows, labels) -> list[Floats]:
     return found
 
 
-def participation(rows, labels):
+def participation_ratio(rows, labels):
     spectra = [np.linalg.eigvalsh(covariance) for covariance in covariances(rows, labels)]
     return np.mean([spectrum.sum() ** 2 / (spectrum**2).sum() for spectrum in spectra])
 
@@ -114,7 +116,7 @@ def variance_across(rows, labels):
     return np.mean([(np.trace(covariance) - part) / (rows.shape[1] - 1) for covariance, part in pairs])
 
 
-def leakage(rows, labels):
+def subspace_overlap(rows, labels):
     bases = []
     for own in members(rows, labels):
         _, singular, directions = np.linalg.svd(own, full_matrices=False)
@@ -126,7 +128,7 @@ def leakage(rows, labels):
     return np.mean(shared)
 
 
-def within_between(rows, labels):
+def scatter_ratio(rows, labels):
     center = np.mean(rows, axis=0)
     classes = list(zip(members(rows, labels), class_means(rows, labels), strict=True))
     within = sum(((row - mean) ** 2).sum() for own, mean in classes for row in own)
@@ -159,14 +161,7 @@ def norm_spread(rows, labels):
     return np.sqrt(np.mean([(square - np.mean(squares)) ** 2 for square in squares])) / np.mean(squares)
 
 
-LOOPS = {
-    function.__name__: function
-    for function in (
-        *(alignment, centered_cosine, centered_cosine_max, effective_rank, equiangularity, equinorm, leakage, nc1),
-        *(norm_spread, orthogonality, orthogonality_max, participation, rms_norm, simplex_deviation, stable_rank),
-        *(variance_across, variance_along, within_between),
-    )
-}
+LOOPS = {name: value for name, value in globals().items() if name in GEOMETRY}
 
 
 def _off_diagonal(vectors):
@@ -225,14 +220,14 @@ OTHERS = {
     "alignment": ("scipy pdist", _pdist),
     "centered_cosine": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(centered(*a))).mean()),
     "centered_cosine_max": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(centered(*a))).max()),
-    "leakage": ("scipy subspace_angles", _angles),
+    "subspace_overlap": ("scipy subspace_angles", _angles),
     "nc1": ("Han, Papyan & Donoho, tr{Sw Sb^-1}", _tr_sw_inv_sb),
     "norm_spread": ("scipy variation", lambda rows, _: scipy.stats.variation((rows**2).sum(axis=1))),
-    "orthogonality": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).mean()),
-    "orthogonality_max": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).max()),
-    "participation": ("scikit-learn PCA", _pca),
+    "class_cosine": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).mean()),
+    "class_cosine_max": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(class_means(*a))).max()),
+    "participation_ratio": ("scikit-learn PCA", _pca),
     "simplex_deviation": ("Han, Papyan & Donoho, Avg|Cos + 1/(C-1)|", _coherence),
     "stable_rank": ("numpy norms", lambda rows, _: (np.linalg.norm(rows) / np.linalg.norm(rows, 2)) ** 2),
     "variance_along": ("numpy var of projections", _projected),
-    "within_between": ("scikit-learn calinski_harabasz", _calinski_harabasz),
+    "scatter_ratio": ("scikit-learn calinski_harabasz", _calinski_harabasz),
 }

@@ -1,111 +1,448 @@
+import copy
 import json
+import os
+import re
+import signal
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import matplotlib.image
+import pandas as pd
 import pytest
 import torch
+import yaml
 
-from benchmarks import machine, memory, profile_loss, scaling, scaling_model, startup, throughput, time_to_accuracy
-from benchmarks.turns import TakeTurns
-from tests.recipe_parts import DIGITS, write_yaml
+from benchmarks import experiments as table_of
+from benchmarks import run, tables, timing, timing_fit
+from benchmarks.apart import classes_apart
+from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
+from benchmarks.machine import case, fresh
+from benchmarks.scaling_model import gather_cost, moments_cost
+from benchmarks.train import make_parts
+from simo_lightning.data.labels import coarse_index
 
-# Lightning's, of a run that is cut short or of words given twice.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key"),
-]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, module: object, *words: str) -> dict:
-    """What a benchmark writes, called with these words in this process."""
-    monkeypatch.setattr(sys, "argv", [str(module.__file__), *words, "--json", "out.json"])
-    module.main()
-    result = json.loads(Path("out.json").read_text())
-    assert {"command", "hardware", "threads", "versions", "commit"} <= set(result)
-    return result
-
-
-def test_throughput_writes_a_ratio_for_each_way(monkeypatch):
-    words = ("--images", "600", "--steps", "1", "--repeats", "2", "--workers", "0", "--trainer.precision", "32")
-    result = run(monkeypatch, throughput, *words, "--model.encoder.width", "0.125")
-    for name in ("ratio_to_bare_loop", "ratio_to_ordinary_way", "images_per_second", "images_per_second_bare"):
-        assert result[name] > 0
-    assert len(result["ratios"]) == 2
-    assert result["batch_size"] == 120
-
-
-def test_a_ratio_compares_a_block_with_its_two_neighbours():
-    turns = TakeTurns(steps=1, repeats=2)
-    turns.bare = [torch.tensor([wall, wall / 2]) for wall in (1.0, 3.0, 5.0)]
-    turns.fit = [torch.tensor([4.0, 2.0]), torch.tensor([2.0, 4.0])]
-    torch.testing.assert_close(turns.ratios, torch.tensor([[0.5, 0.5], [2.0, 0.5]]))
-
-
-def test_a_fit_leaves_after_its_first_step(tmp_path):
-    code, words = startup.commands(None, str(tmp_path / "run"))["digits, first step"]
-    wall, cpu = startup.run(code, words)
-    assert wall > 0
-    assert cpu > 0
-    assert not (tmp_path / "run" / "checkpoints").exists()  # which the first epoch would have written
+# Digits with an encoder small enough for a test: 12 batches of 10 x 10 an epoch.
+DIGITS: dict[str, Any] = {
+    "trainer": {"log_every_n_steps": 1},
+    "model": {
+        "class_path": "simo_lightning.SimOModule",
+        "init_args": {
+            "encoder": {
+                "class_path": "simo_lightning.ImageEncoder",
+                "init_args": {"backbone": "resnet10", "width": 0.125, "in_channels": 1, "embedding_dim": 16},
+            },
+            "optimizer": {"class_path": "torch.optim.AdamW"},
+            "lr_scheduler": {"class_path": "simo_lightning.OneCycle"},
+        },
+    },
+    "data": {"class_path": "simo_lightning.DigitsPairDataModule", "init_args": {"samples_per_class": 10}},
+}
+EVEN_ODD = {"even": ["0", "2", "4", "6", "8"], "odd": ["1", "3", "5", "7", "9"]}
+HEAD = {"class_path": "benchmarks.adapters.LinearCrossEntropy", "init_args": {"num_classes": 10, "embedding_dim": 16}}
+COLUMNS = {
+    "kNN 1": ["test_knn1", 4],
+    "kNN 20": ["test_knn20", 4],
+    "groups": [["test_groups", "test_alone"], 1],
+    "s to 0.80": ["seconds_to_0.80", 0],
+    "peak MiB": ["peak_mib_train", 0],
+}
+STUDIES = {name: read_table()[name]["rows"] for name in read_table()}
 
 
-def test_a_command_that_fails_is_no_time():
-    with pytest.raises(RuntimeError, match="ended with 3: why"):
-        startup.run("import sys; print('why', file=sys.stderr); sys.exit(3)", [])
+@pytest.fixture(autouse=True)
+def _no_words_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])  # LightningCLI warns of two sources of words
 
 
-@pytest.mark.slow
-def test_memory_follows_the_epochs():
-    result = memory.growth(4)
-    assert len(result["mib"]) == len(result["tensors"]) == 4
+def write_table(folder: Path, **defaults: Any) -> Path:
+    """A study of two rows on digits: SimO on coarse classes with snapshots, and cross-entropy."""
+    (folder / "digits.yaml").write_text(yaml.safe_dump(DIGITS))
+    coarse = {"classes_per_batch": 2, "samples_per_class": 50, "coarse": EVEN_ODD}
+    rows = {
+        "simo": {"title": "SimO", "data": coarse, "snapshots": 3},
+        "head": {"title": "cross-entropy", "loss": HEAD, "mlp": True},
+    }
+    given = {"epochs": 1, "seeds": [0], "rates": [0.008], **defaults}
+    study = {"about": "Digits", "columns": COLUMNS, "sweep": True, "defaults": given, "rows": rows}
+    path = folder / "table.yaml"
+    path.write_text(yaml.safe_dump({"base": "digits.yaml", "studies": {"small": study}}))
+    return path
 
 
-@pytest.mark.slow
-def test_only_knn_keeps_the_validation_split():
-    kept = memory.kept(24_000)
-    assert kept["rows_with_knn"] >= 12_000
-    assert kept["rows_without"] <= 2 * 4096 + 2000 + 512  # two sums over classes, the plot's points, a batch
+def drive(folder: Path, *more: str) -> int:
+    return run.main(["small", "--table", str(folder / "table.yaml"), "--out", str(folder / "out"), *more])
 
 
-def test_a_slope_is_that_of_the_second_half():
-    assert memory.slope([100.0, 50.0, 10.0, 12.0, 14.0, 16.0][1:]) == pytest.approx(2.0)
+def cells(text: str, first: str) -> list[str]:
+    """Cells of a table's row after its first."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_gather_and_loss_run_in_real_processes():
-    cases = scaling.start(2, ["--part", "gather", "2", "1"])
-    assert [(case["world"], case["rows"], case["dim"]) for case in cases] == [(2, 240, 16), (2, 240, 128)]
-    assert all(case["step_ms"] > 0 for case in cases)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both rows trained by the command, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("study")
+    write_table(folder)
+    assert drive(folder) == 0
+    return folder
 
 
-def test_the_model_counts_each_byte_and_operation():
-    case = scaling_model.Case(rows=3, dim=5, classes=2)
+# ---- the table of experiments
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_row_makes_its_parts_and_a_loss_with_a_gradient(study: str) -> None:
+    for row in experiments(study):
+        job = row.job(1e-3, 3)
+        parts = make_parts(job["config"], job["words"])
+        data, loss = parts.datamodule, parts.model.loss
+        given = job["config"]["data"]["init_args"]
+        if given.get("coarse"):
+            assert len(set(coarse_index(CIFAR, given["coarse"]).tolist())) == data.classes_per_batch
+        assert job["config"]["seed_everything"] == given["seed"] == 3
+        if given.get("views", 1) > 1:
+            continue  # its loss takes views
+        embeddings = torch.randn(40, parts.model.encoder.embedding_dim, requires_grad=True)
+        (gradient,) = torch.autograd.grad(
+            loss(embeddings, torch.arange(40) % (data.classes_per_batch or 10)), embeddings
+        )
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
+
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def test_the_rows_of_few_labels_see_as_many_labelled_images_a_step_and_as_many_in_all() -> None:
+    rows = {row.name: row.job(1e-3, 0) for row in experiments("semi")}
+    for name, job in rows.items():
+        given = job["config"]["data"]["init_args"]
+        assert given["samples_per_class"] * given["views"] == 12
+        assert (given["unlabelled_per_batch"] > 0) == name.startswith("unlabelled")
+    for fraction in ("001", "010"):  # with the unlabelled images a step embeds twice as many
+        assert rows[f"alone_longer_{fraction}"]["row"]["steps"] == 2 * rows[f"unlabelled_{fraction}"]["row"]["steps"]
+
+
+def test_a_digest_tells_configs_apart_but_not_folders_rates_or_seeds(tmp_path: Path) -> None:
+    path = write_table(tmp_path)
+
+    def digest(rate: float = 1e-3, seed: int = 0, **given: Any) -> str:
+        return str(experiments("small", ["head"], path, **given)[0].job(rate, seed)["row"]["config"])
+
+    assert digest() == digest(2e-3, 1) == digest(words=("--data.data_dir=x",)) == digest(rates=(1.0,), seeds=(5,))
+    others = [digest(epochs=2), digest(words=("--model.encoder.width=1",)), digest(mlp=False), digest(snapshots=2)]
+    assert len({digest(), *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none"], "study must be one of small, got none"),
+        (["small", "--names", "none"], "names of small must be among simo, head, got none"),
+        (["small", "--epochs", "0"], "small/simo must have epochs or steps of at least 1, got 0 and None"),
+        (["small", "--rates", "0"], "must have seeds and positive rates"),
+        (["small", "--epoch", "3"], "unknown: --epoch"),
+        (["small", "--table", "none.yaml"], "no table of experiments at none.yaml"),
+        ([], "STUDY and --out FOLDER are needed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_argument_is_one_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    table = [] if "--table" in words else ["--table", "table.yaml"]
+    with pytest.raises(SystemExit, match="2"):
+        run.main([*words, *table, "--out", "out"] if words else table)
+    assert message in capsys.readouterr().err
+    write_table(tmp_path, snapshot=3)
+    with pytest.raises(ValueError, match="small/simo has unknown keys snapshot"):
+        experiments("small", path=tmp_path / "table.yaml")
+
+
+def test_the_list_names_every_study_and_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STUDIES)
+    assert run.main(["ablation", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(STUDIES["ablation"])
+
+
+# ---- the driver
+
+
+def test_a_run_is_one_row_with_all_numbers_of_the_true_classes(made: Path) -> None:
+    frame = read(made / "out" / "small.csv").set_index("name")
+    assert list(frame.index) == ["simo", "head"]
+    assert frame["error"].isna().all()
+    assert frame["test_knn20"].between(0.15, 1).all()  # 12 steps; chance is 0.1
+    assert frame.loc["head", "test_mlp"] > 0.15
+    assert pd.isna(frame.loc["simo", "test_mlp"])
+    assert (frame[["train_images", "val_images", "test_images"]] == [1295, 143, 359]).all(axis=None)
+    assert (frame["images_per_step"] == 100).all()
+    assert (frame["peak_mib_start"] > 100).all()
+    assert (frame["peak_mib_start"] <= frame["peak_mib_train"]).all()
+    assert {"cpu", "torch", "commit", "threads"} <= set(frame)
+    taken = read(made / "out" / "small_snapshots.csv")
+    assert set(taken["name"]) == {"simo"}
+    val = taken[taken["split"] == "val"]
+    assert sorted(set(val["step"])) == [0, 6, 12]
+    assert set(val["class"]) == {"all", *"0123456789"}
+    assert (val[val["class"] != "all"].filter(like="mean_").notna()).all(axis=None)
+    each = val[val["class"] != "all"].groupby("step")["knn20"].mean()
+    together = val[val["class"] == "all"].set_index("step")["knn20"]
+    assert (each - together).abs().max() < 0.05  # classes of nearly equal size
+
+
+def test_the_table_holds_the_numbers_of_the_csv(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert drive(made) == 0
+    said = capsys.readouterr().out
+    assert said.count("made before") == 2
+    frame = read(made / "out" / "small.csv").set_index("name")
+    for name, title in (("simo", "SimO"), ("head", "cross-entropy")):
+        row = frame.loc[name]
+        numbers = [f"{row['test_knn1']:.4f}", f"{row['test_knn20']:.4f}"]
+        numbers.append(f"{row['test_groups']:.1f} ({row['test_alone']:.1f})")
+        assert cells(said, title) == ["0.008", "1", *numbers, "not reached", f"{row['peak_mib_train']:.0f}"]
+        assert cells(said, name) == [f"{row['val_knn20']:.4f}"]
+
+
+def test_the_best_rate_of_the_sweep_is_run_on_the_other_seeds(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(tmp_path)
+    first = read(made / "out" / "small.csv").query("name == 'head'").to_dict("records")[0]
+    runs = {(2e-3, 0): 0.5, (4e-3, 0): 0.75, (8e-3, 0): 0.75, (1.6e-2, 0): None, (4e-3, 1): 0.25, (4e-3, 2): 0.5}
+    rows = [
+        {**first, "rate": rate, "seed": seed, "val_knn20": knn, "test_knn20": knn} for (rate, seed), knn in runs.items()
+    ]
+    rows[3]["error"] = "diverged"
+    append(tmp_path / "out" / "small.csv", rows)  # all that the command asks for is there, so that it trains nothing
+    rates = ["0.002", "0.004", "0.008", "0.016"]
+    assert drive(tmp_path, "--names", "head", "--rates", *rates, "--seeds", "0", "1", "2") == 0
+    said = capsys.readouterr().out
+    asked = re.findall(r"head, lr ([\d.]+), seed (\d): made before", said)
+    assert asked == [("0.002", "0"), ("0.004", "0"), ("0.008", "0"), ("0.016", "0"), ("0.004", "1"), ("0.004", "2")]
+    mean, std = statistics.fmean([0.75, 0.25, 0.5]), statistics.stdev([0.75, 0.25, 0.5])
+    row = cells(said, "cross-entropy")
+    assert (row[0], row[1], row[3]) == ("0.004", "3", f"{mean:.4f} ± {std:.4f}")
+    assert cells(said, "head") == ["0.5000", "0.7500", "0.7500", "diverged"]
+
+
+def test_a_changed_row_is_made_again_alone_also_after_a_kill(made: Path, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    kept = (made / "out" / "small.csv").read_text()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "small.csv").write_text(kept)
+    table.write_text(table.read_text().replace("embedding_dim: 16, num_classes", "label_smoothing: 0.2, num_classes"))
+    content = yaml.safe_load(table.read_text())
+    content["studies"]["small"]["rows"]["head"]["loss"]["init_args"]["label_smoothing"] = 0.2
+    table.write_text(yaml.safe_dump(content))
+    words = [sys.executable, "-m", "benchmarks.run", "small", "--table", str(table), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as command:
+        assert command.stdout is not None
+        line = next(line for line in command.stdout if "running" in line)
+        found = re.search(r"process (\d+), log (\S+)", line)
+        assert found
+        os.kill(int(found[1]), signal.SIGKILL)
+        said = command.stdout.read()
+    assert command.returncode == 1
+    assert "killed by SIGKILL" in said
+    assert (tmp_path / "out" / "small.csv").read_text() == kept  # nothing is lost, nothing half a run is added
+
+    command = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert command.stdout is not None
+    line = next(line for line in command.stdout if "running" in line)
+    command.send_signal(signal.SIGINT)
+    said = command.communicate()[0]
+    assert command.returncode == 130
+    assert "the same command continues" in said
+    process = int(re.search(r"process (\d+)", line)[1])  # type: ignore[index]
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{process}").exists()  # the run does not outlive the command
+
+    assert drive(tmp_path) == 0
+    frame = read(tmp_path / "out" / "small.csv")
+    assert list(frame["name"]) == ["simo", "head", "head"]
+    assert frame["config"].nunique() == 3
+    (_, simo), (_, head) = tables.lines_of(frame, ("simo", "head"))
+    assert (len(simo), len(head)) == (1, 1)  # the table judges the latest config
+
+
+def test_a_run_that_diverges_is_a_result_and_one_that_cannot_be_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(tmp_path)
+    assert drive(tmp_path, "--names", "head", "--rates", "1e30") == 1
+    said = capsys.readouterr()
+    assert "diverged at every learning rate of its sweep" in said.err
+    assert cells(said.out, "cross-entropy")[0] == "diverged at every rate"
+    assert drive(tmp_path, "--names", "head", "--data.val_fraction", "0") == 1
+    assert "the data must have a validation split" in capsys.readouterr().err
+
+
+# ---- tables and pictures of the CSV files
+
+
+def test_every_table_of_the_page_is_printed_from_the_shipped_files(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = (ROOT / "benchmarks" / "RECIPES.md").read_text() + (ROOT / "benchmarks" / "SPEED.md").read_text()
+    commands = re.findall(r"^    python -m benchmarks\.tables ((?:\w+ ?)+)$", pages, flags=re.M)
+    assert {name for words in commands for name in words.split()} >= {
+        path.stem for path in SHIPPED.glob("[!_]*.csv") if "snapshots" not in path.stem
+    }
+    printed = []
+    for words in commands:
+        tables.main(words.split())
+        printed.append(capsys.readouterr().out)
+    lines = {line for text in printed for line in text.splitlines() if line.startswith("|")}
+    shown = [line for line in pages.splitlines() if line.startswith("|")]
+    assert len(shown) > 100
+    assert [line for line in shown if line not in lines] == []
+
+
+def test_the_page_of_scaling_holds_the_table_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.main(["scaling_model"])
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_a_spread_over_seeds_leaves_diverged_runs_out_and_undefined_numbers_are_told() -> None:
+    frame = read(SHIPPED / "recipes.csv").query("name == 'cross_entropy'").copy()
+    content = read_table()["recipes"]
+    frame.loc[frame["seed"] == 2, "error"] = "diverged"
+    row = tables._cells("cross_entropy", frame, content, several=False)
+    good = frame[(frame["rate"] == 0.008) & frame["error"].isna()]["test_knn20"]
+    assert row[2] == "2 of 3, others diverged"
+    assert row[4] == f"{good.mean():.4f} ± {statistics.stdev(good):.4f}"
+    frame.loc[frame["seed"] == 0, "test_knn1"] = None
+    assert tables._cells("cross_entropy", frame, content, several=False)[3] == "undefined"
+    with pytest.raises(ValueError, match="of the same images"):
+        tables.lines_of(frame.assign(checksum=[str(place) for place in range(len(frame))]), ())
+
+
+def test_pictures_show_the_numbers_of_the_csv(made: Path, tmp_path: Path) -> None:
+    knn, cosine, *_ = tables.comparison_figure(["recipes", "recipes_15"]).axes
+    frame = read(SHIPPED / "recipes.csv")
+    for axes, column in ((knn, "test_knn20"), (cosine, "test_class_cosine")):
+        drawn = dict(
+            zip(
+                [tick.get_text() for tick in axes.get_yticklabels()],
+                axes.collections[-1].get_offsets()[:, 0],
+                strict=True,
+            )
+        )
+        own = frame[(frame["name"] == "supcon") & (frame["rate"] == 0.008)]
+        assert drawn["supcon"] == pytest.approx(own[column].mean())
+    words = ["small", "--table", str(made / "table.yaml"), "--out", str(made / "out"), "--rows", "simo"]
+    tables.main([*words, "--figures", str(tmp_path), "--plot", str(tmp_path / "small.png")])
+    names = {"simo_per_class_knn", "simo_similarity", "small", *(f"simo_scatter_{step:06d}" for step in (0, 6, 12))}
+    assert {path.stem for path in tmp_path.glob("*.png")} == names
+    assert all(matplotlib.image.imread(path).std() > 0.01 for path in tmp_path.glob("*.png"))
+    taken = read(SHIPPED / "paper_longer_snapshots.csv")
+    course = taken[(taken["name"] == "paper_olean_100") & (taken["rate"] == 0.002) & (taken["split"] == "val")]
+    shown = tables.per_class_figure(course).axes[1]
+    names = [tick.get_text() for tick in shown.get_yticklabels()]
+    truck = course[course["class"] == "truck"].sort_values("epoch")["knn20"]
+    assert shown.images[0].get_array()[names.index("truck")].tolist() == pytest.approx(truck.tolist())
+
+
+# ---- classes apart
+
+
+def test_classes_apart_against_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0] * 7 + [1] * 9 + [2] * 4 + [3] * 6 + [4] * 8)
+    rows = means[labels] + torch.randn(34, 3, generator=generator, dtype=torch.float64)
+    apart = classes_apart(means, rows, labels)
+    near = [[float(((row - mean) ** 2).sum()) for mean in means] for row in rows]
+    for a in range(5):
+        mine = [distances for distances, label in zip(near, labels, strict=True) if label == a]
+        assert float(apart.accuracy[a]) == pytest.approx(sum(d[a] == min(d) for d in mine) / len(mine))
+        for b in set(range(5)) - {a}:
+            its = [distances for distances, label in zip(near, labels, strict=True) if label == b]
+            expected = (sum(d[a] < d[b] for d in mine) / len(mine) + sum(d[b] < d[a] for d in its) / len(its)) / 2
+            assert float(apart.pairwise[a, b]) == pytest.approx(expected)
+
+
+def test_merging_connects_and_all_in_one_point_is_one_group() -> None:
+    places = torch.tensor([0.0, 1.0, 2.0, 50.0, 60.0, 61.0])[:, None]  # a chain of three, one alone, a pair
+    labels = torch.arange(6).repeat_interleave(200)
+    rows = places[labels] + torch.randn(1200, 1, generator=torch.Generator().manual_seed(0))
+    apart = classes_apart(places, rows, labels)
+    assert apart.groups.tolist() == [0, 0, 0, 1, 2, 2]
+    assert apart.pairwise[0, 2] > 0.75  # separated from each other, but both merged with the one between
+    assert classes_apart(places, places[labels], labels).groups.tolist() == [0, 1, 2, 3, 4, 5]
+    collapsed = classes_apart(torch.zeros(6, 1), torch.zeros(1200, 1), labels)
+    assert collapsed.groups.tolist() == [0] * 6
+    with pytest.raises(ValueError, match=r"every class of 0..5, got counts \[200, 0"):
+        classes_apart(places, rows[:200], labels[:200])
+
+
+# ---- timings
+
+
+def test_the_loss_is_timed_in_fresh_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = timing.losses(["floor", "default", "pml"], [(120, 16, 10)])
+    assert [row["loss"] for row in rows] == ["floor", "default", "pml"]
+    assert all(row["milliseconds"] > 0 and row["peak_mib"] >= 0 for row in rows)
+    append(tmp_path / "loss.csv", [{**row, "cpu": "x"} for row in rows])
+    tables.main(["loss", "--out", str(tmp_path)])
+    ratio = rows[2]["milliseconds"] / rows[1]["milliseconds"]
+    assert cells(capsys.readouterr().out, "default")[-1] == (f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}")
+    assert timing.losses(["pair", "pml"], [(10**6, 16, 10), (20, 16, 10)]) == []  # too large; fewer than 4 a class
+
+
+def test_a_profile_names_the_operations_of_the_loss() -> None:
+    rows = timing.profile_case(rows=60, dim=4, classes=3, repeats=1)["rows"]
+    assert 0 < sum(row["self_percent"] for row in rows) <= 100.01
+    assert any("mm" in row["operation"] for row in rows)
+
+
+def test_a_fit_is_watched_in_its_own_process(tmp_path: Path) -> None:
+    found, cost = timing_fit.simo_fit("--config", timing_fit.DIGITS, "--model.encoder.width", "0.125", steps=3)
+    assert found["ms"] > 0
+    assert cost.mib > 100
+    assert cost.wall > 0
+    assert len(found["mib"]) == len(found["tensors"])
+
+
+def test_gather_and_loss_run_in_real_processes() -> None:
+    done = timing_fit.ranks(["-c", "from benchmarks.timing_fit import gather_case; gather_case(2, 1)"], 2)
+    rows = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    assert [(row["processes"], row["rows"], row["dim"]) for row in rows] == [(2, 240, 16), (2, 240, 128)]
+    assert all(row["step_ms"] > 0 for row in rows)
+
+
+def test_a_command_that_fails_is_no_time() -> None:
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        fresh(["-c", "import sys; sys.exit(3)"])()
+    assert case("benchmarks.experiments.merge", base={"a": 1}, over={"b": 2}) == {"a": 1, "b": 2}
+
+
+def test_the_model_counts_each_byte_and_operation() -> None:
     # of 4 ranks each sends 3 of the 4 parts of the embeddings, of the labels, and of the gradient twice
     sent = sum(3 * (5 * 4 + 8) + 2 * 3 * 5 * 4 for _ in range(3))
     products = 3 + 6  # of (N, 5) with (5, 2): forward and backward; a multiplication and an addition each
-    assert scaling_model.gather_cost(4, case) == (sent, products * 2 * 12 * 5 * 2)
-    assert scaling_model.moments_cost(4, case) == (0.75 * 4 * (4 * 2 * 5 + 2 * 2), products * 2 * 3 * 5 * 2)
+    assert gather_cost(4, rows=3, dim=5, classes=2) == (sent, products * 2 * 12 * 5 * 2)
+    assert moments_cost(4, rows=3, dim=5, classes=2) == (0.75 * 4 * (4 * 2 * 5 + 2 * 2), products * 2 * 3 * 5 * 2)
 
 
-def test_the_page_holds_the_table_of_the_command():
-    assert scaling_model.markdown() in (machine.ROOT / "docs" / "scaling.md").read_text()
-
-
-def test_time_to_accuracy_gives_seconds_or_none(monkeypatch, tmp_path):
-    base = write_yaml(tmp_path / "base.yaml", DIGITS)
-    words = ("--base", str(base), "--runs", "simo_centroid_softmax:2:4e-3", "--marks", "0.05", "1.1")
-    (course,) = run(monkeypatch, time_to_accuracy, *words)["runs"]
-    first, last = course["course"]
-    assert course["seconds_to"] == {"0.05": first[0], "1.10": None}
-    assert 0 < first[0] < last[0]
-    assert 0.05 < course["test_knn20"] <= 1
-
-
-def test_a_run_is_told_by_three_words():
-    assert time_to_accuracy.Run.of("my/own.yaml:3:1e-2") == ("my/own.yaml", 3, 0.01)
-
-
-def test_a_profile_names_the_operations_of_a_loss():
-    text = profile_loss.measure("centroid", rows=60, dim=4, classes=3)
-    assert text.startswith("centroid, N = 60, D = 4, C = 3: median ")
-    assert "_CentroidsBackward" in text
+def test_a_config_over_another_replaces_parts_with_a_class_path_whole() -> None:
+    base = {"loss": {"class_path": "X", "init_args": {"a": 1}}, "data": {"init_args": {"b": 1}}}
+    before = copy.deepcopy(base)
+    assert merge(base, {"loss": {"class_path": "Y"}, "data": {"init_args": {"c": 2}}}) == {
+        "loss": {"class_path": "Y"},
+        "data": {"init_args": {"b": 1, "c": 2}},
+    }
+    assert base == before
+    assert table_of.PROTOCOL == 3

@@ -1,8 +1,16 @@
-"""Callbacks in real, tiny Trainer runs, with a module and a data module that the package does not know."""
+"""Callbacks in real, tiny Trainer runs, with a module and a data module that the package does not know.
+
+Logged values are float64 numbers that Lightning rounds to float32: they are right to one unit of float32's rounding.
+"""
 
 import os
+import re
+import shutil
+import warnings
+from itertools import permutations
 
 import lightning.pytorch as pl
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -12,15 +20,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from simo_lightning.callbacks import EmbeddingPlots, GeometryMonitor, OnlineKNN
+from simo_lightning.callbacks import (
+    ClassMomentsCallback,
+    CollapseAlarm,
+    EmbeddingPlots,
+    GeometryMonitor,
+    ImagesPerSecond,
+    OnlineKNN,
+    OnlineProbe,
+)
 from simo_lightning.functional.geometry import GEOMETRY
-from simo_lightning.functional.moments import class_moments
-from simo_lightning.plotting import load_frames
+from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.plotting import load_snapshots
+from tests.bounds import UNIT
 from tests.callback_parts import (
     NUM_CLASSES,
     Encoder,
     History,
     Pictures,
+    Returned,
     cosine_loop,
     embedded,
     neighbours,
@@ -31,21 +49,20 @@ from tests.callback_parts import (
 
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_values_are_those_of_numpy_and_scikit_learn(tmp_path, stage):
-    module, data, monitor = Encoder(), Pictures(), GeometryMonitor()
-    run = trainer(tmp_path, monitor, OnlineKNN(k=1))
+    module, data, monitor, returned = Encoder(), Pictures(), GeometryMonitor(), Returned()
+    run = trainer(tmp_path, monitor, OnlineKNN(k=1), returned)
     logged = (run.validate if stage == "val" else run.test)(module, data, verbose=False)[0]
     asked = data.val if stage == "val" else data.train
-    cosines = cosine_loop(*embedded(module, asked))
-    assert logged[f"{stage}/orthogonality"] == pytest.approx(np.mean(cosines), rel=1e-5)
-    assert logged[f"{stage}/orthogonality_max"] == pytest.approx(np.max(cosines), rel=1e-5)
+    cosines = cosine_loop(returned.rows, returned.labels)
+    assert logged[f"{stage}/class_cosine"] == pytest.approx(np.mean(cosines), rel=UNIT)
+    assert logged[f"{stage}/class_cosine_max"] == pytest.approx(np.max(cosines), rel=UNIT)
     assert logged[f"{stage}/knn"] == pytest.approx(neighbours(module, data.train, asked, k=1))
     centroids = NearestCentroid().fit(*embedded(module, data.train))
-    assert logged[f"{stage}/nearest_mean"] == pytest.approx(centroids.score(*embedded(module, asked)))
-    assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn", "nearest_mean"]}
-    moments = class_moments(*map(torch.from_numpy, embedded(module, asked)), NUM_CLASSES)
-    expected = {f"{stage}/{name}": function(moments).item() for name, function in GEOMETRY.items()}
-    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(monitor.moments.sums, moments.sums, rtol=1e-5, atol=1e-5)
+    assert logged[f"{stage}/nearest_class_mean"] == pytest.approx(centroids.score(*embedded(module, asked)))
+    assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn", "nearest_class_mean"]}
+    expected = {f"{stage}/{name}": metric(returned.moments()).item() for name, metric in GEOMETRY.items()}
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=UNIT)
+    torch.testing.assert_close(monitor.moments.sums, returned.moments().sums, rtol=1e-12, atol=1e-12)
 
 
 # of a bank of one image the first process has no share
@@ -55,7 +72,7 @@ def test_two_processes_log_what_one_logs(tmp_path, k, bank_size):
     for options in ({}, {"strategy": "ddp_spawn", "devices": 2}):
         folder = tmp_path / str(len(options))
         callbacks = (GeometryMonitor(), OnlineKNN(k=k, bank_size=bank_size), EmbeddingPlots(max_points=12))
-        run = trainer(folder, *callbacks, **options)
+        run = trainer(folder, *callbacks, precision="64-true", **options)  # so that batches of other sizes agree
         values.append(run.validate(Encoder(), Pictures(), verbose=False)[0])
         assert sorted(path.name for path in (folder / "plots").iterdir()) == [
             "norms.png",
@@ -63,18 +80,19 @@ def test_two_processes_log_what_one_logs(tmp_path, k, bank_size):
             "similarity.png",
             "spectrum.png",
         ]
-    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    assert values[1] == pytest.approx(values[0], rel=UNIT)
     assert len(values[0]) == len(GEOMETRY) + 2
 
 
 def test_fit_logs_once_an_epoch_and_nothing_of_the_sanity_check(tmp_path):
-    module, data, history = Encoder(), Pictures(), History()
-    trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), history, max_epochs=2).fit(module, data)
+    module, data, history, returned = Encoder(), Pictures(), History(), Returned()
+    trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), history, returned, max_epochs=2).fit(module, data)
     sanity, first, second = history.seen
     assert sanity == {}
-    assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn", "nearest_mean"]}
+    assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn", "nearest_class_mean"]}
     assert second["val/rms_norm"] < first["val/rms_norm"]  # the loss is the square of the embeddings
-    assert second["val/orthogonality"] == pytest.approx(np.mean(cosine_loop(*embedded(module, data.val))), rel=1e-4)
+    cosines = cosine_loop(returned.rows, returned.labels)
+    assert second["val/class_cosine"] == pytest.approx(np.mean(cosines), rel=UNIT)
     assert second["val/knn"] == pytest.approx(neighbours(module, data.train, data.val, k=1))
 
 
@@ -130,7 +148,7 @@ def test_the_bank_is_embedded_in_the_trainers_precision(tmp_path, precision):
     assert 0 < logged["val/knn"] <= 1
 
 
-def test_a_module_without_embeddings_is_left_alone(tmp_path):
+def test_a_module_without_embeddings_is_not_evaluated(tmp_path):
     class Silent(Encoder):
         def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
             return None
@@ -158,24 +176,19 @@ def test_pictures_of_every_epoch_and_the_latest(tmp_path):
 
 
 def test_frames_of_training_show_the_same_images_and_the_means_of_all(tmp_path):
-    class Seen(pl.Callback):
-        def on_validation_end(self, run, module):
-            self.rows, self.labels = embedded(module, Pictures.val)
-
-    seen, callback = Seen(), EmbeddingPlots(every_n_epochs=2, frame_points=6)
-    run = trainer(tmp_path, callback, seen, max_epochs=4)
+    returned, callback = Returned(), EmbeddingPlots(every_n_epochs=2, snapshot_points=6)
+    run = trainer(tmp_path, callback, returned, max_epochs=4)
     run.fit(Encoder(), Pictures())
-    frames = load_frames(tmp_path / "plots" / "frames")
-    assert [frame.epoch for frame in frames] == [1, 3]
-    assert frames[1].step == run.global_step == 2 * frames[0].step
-    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(seen.labels == label)[:2]]
-    np.testing.assert_allclose(frames[1].points.numpy(), seen.rows[first], rtol=1e-4, atol=1e-6)
-    for label in range(NUM_CLASSES):
-        of_class = seen.rows[seen.labels == label]
-        np.testing.assert_allclose(frames[1].means[label].numpy(), of_class.mean(axis=0), rtol=1e-4, atol=1e-6)
-        assert frames[1].counts[label] == len(of_class)
-    assert torch.equal(frames[0].labels, frames[1].labels)
-    assert not torch.equal(frames[0].points, frames[1].points)
+    snapshots = load_snapshots(tmp_path / "plots" / "snapshots")
+    assert [snapshot.epoch for snapshot in snapshots] == [1, 3]
+    assert snapshots[1].step == run.global_step == 2 * snapshots[0].step
+    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(returned.labels == label)[:2]]
+    assert snapshots[1].points.double().numpy().tolist() == returned.rows[first].tolist()
+    # means are kept in float32: half a unit of rounding
+    torch.testing.assert_close(snapshots[1].means.double(), returned.moments().means, rtol=UNIT, atol=0)
+    assert snapshots[1].counts.tolist() == np.bincount(returned.labels).tolist()
+    assert torch.equal(snapshots[0].labels, snapshots[1].labels)
+    assert not torch.equal(snapshots[0].points, snapshots[1].points)
 
 
 def test_points_are_the_first_of_each_class_over_batches(tmp_path):
@@ -183,26 +196,159 @@ def test_points_are_the_first_of_each_class_over_batches(tmp_path):
         def _draw(self, run, moments, points, labels):
             self.points, self.labels, self.moments = points, labels, moments
 
-    module, data, callback = Encoder(), Pictures(), Kept(max_points=6)
-    trainer(tmp_path, callback).validate(module, data, verbose=False)
-    rows, labels = embedded(module, data.val)
-    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(labels == label)[:2]]
-    np.testing.assert_allclose(callback.points.numpy(), rows[first], rtol=1e-5)
-    assert callback.labels.tolist() == labels[first].tolist()
-    assert callback.moments.counts.sum() == len(labels)
+    returned, callback = Returned(), Kept(max_points=6)
+    trainer(tmp_path, callback, returned).validate(Encoder(), Pictures(), verbose=False)
+    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(returned.labels == label)[:2]]
+    assert callback.points.double().numpy().tolist() == returned.rows[first].tolist()
+    assert callback.labels.tolist() == returned.labels[first].tolist()
+    assert callback.moments.counts.sum() == len(returned.labels)
 
 
-def test_a_plot_folder_that_cannot_be_written_is_named_before_the_run(tmp_path):
+def of_plots(caught: list[warnings.WarningMessage]) -> list[str]:
+    """The warnings of EmbeddingPlots, sorted; Lightning has some of its own."""
+    return sorted(str(warning.message) for warning in caught if "EmbeddingPlots" in str(warning.message))
+
+
+def test_a_plot_folder_that_cannot_be_written_is_named_at_start_and_the_run_goes_on(tmp_path):
     (tmp_path / "plots").touch()
-    with pytest.raises(NotADirectoryError, match=r"cannot write to its folder .*plots is a file.*default_root_dir"):
-        trainer(tmp_path, EmbeddingPlots(), max_epochs=1).fit(Encoder(), Pictures())
+    run = trainer(tmp_path, EmbeddingPlots(), GeometryMonitor(), max_epochs=2)
+    with pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
+        run.fit(Encoder(), Pictures())
+    (message,) = of_plots(caught)
+    assert re.search(r"cannot write to its folder .*: .*plots is a file; change default_root_dir", message)
+    assert run.current_epoch == 2
+    assert run.callback_metrics.keys() == {f"val/{name}" for name in GEOMETRY}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_plot_folder_without_permission_is_named_before_the_run(tmp_path):
+def test_a_plot_folder_without_permission_is_named_at_start_and_the_run_goes_on(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match="cannot write to its folder"):
+    with pytest.warns(UserWarning, match="cannot write to its folder .*: no permission in"):
         trainer(tmp_path, EmbeddingPlots(), max_epochs=1).fit(Encoder(), Pictures())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_picture_that_cannot_be_written_is_named_once_and_the_run_goes_on(tmp_path):
+    folder = tmp_path / "plots"
+    (folder / "scatter.png").mkdir(parents=True)
+    (folder / "similarity.png").symlink_to("/dev/full")
+    run = trainer(tmp_path, EmbeddingPlots(), max_epochs=2)
+    with pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
+        run.fit(Encoder(), Pictures())
+    taken, full = of_plots(caught)
+    assert re.search(r"cannot draw similarity: OSError: .*No space left on device; the training goes on", full)
+    assert re.search(r"cannot draw scatter: IsADirectoryError: .*scatter\.png'; the training goes on", taken)
+    assert run.current_epoch == 2
+    assert (folder / "norms_epoch=001.png").is_file()
+    assert (folder / "snapshots" / "epoch=001.npz").is_file()
+
+
+@pytest.mark.skipif(shutil.which("latex") is not None, reason="needs a machine without LaTeX")
+def test_a_picture_that_cannot_be_drawn_is_named_once_and_the_run_goes_on(tmp_path):
+    run = trainer(tmp_path, EmbeddingPlots(), max_epochs=2)
+    with matplotlib.rc_context({"text.usetex": True}), pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
+        run.fit(Encoder(), Pictures())
+    messages = of_plots(caught)
+    assert len(messages) == 4
+    for picture in ("similarity", "scatter", "spectrum", "norms"):
+        assert any(f"cannot draw {picture}: " in message and "latex" in message for message in messages)
+    assert run.current_epoch == 2
+
+
+class KeptMoments(ClassMomentsCallback):
+    """Keeps the moments of each evaluation by stage."""
+
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.kept: list[tuple[str, ClassMoments]] = []
+
+    def evaluate(self, run, stage, moments):
+        self.kept.append((stage, moments))
+        return {}
+
+
+class TwoLoaders(Pictures):
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self.loader(self.val), self.loader(self.train)]
+
+
+class Plain(Encoder):
+    """Returns embeddings in training too, and takes the number of the loader."""
+
+    def training_step(self, batch, batch_idx):
+        embeddings = self.embed(batch[0])
+        return {"loss": embeddings.square().mean(), "embeddings": embeddings, "labels": batch[1]}
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"embeddings": self.embed(batch[0]), "labels": batch[1]}
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_moments_are_summed_once_for_all_callbacks_in_any_order(tmp_path, order):
+    first, second, plots, returned = KeptMoments(), KeptMoments(num_classes=NUM_CLASSES), EmbeddingPlots(), Returned()
+    callbacks = (first, second, plots)
+    run = trainer(tmp_path, *(callbacks[place] for place in order), returned)
+    run.validate(Plain(), TwoLoaders(), verbose=False)
+    ((stage, moments),), ((_, same),) = first.kept, second.kept
+    assert stage == "val"
+    assert same is moments
+    assert moments.counts.sum() == 100
+    for value, expected in zip(moments, returned.moments(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_callbacks_evaluate_in_their_own_epochs_and_share_those_in_common(tmp_path):
+    every, second, third = KeptMoments(), KeptMoments(every_n_epochs=2), KeptMoments(every_n_epochs=3)
+    trainer(tmp_path, second, every, third, max_epochs=6).fit(Plain(), Pictures())
+    assert [len(callback.kept) for callback in (every, second, third)] == [6, 3, 2]
+    for epoch, (_, moments) in enumerate(every.kept):
+        assert moments.counts.sum() == 40
+        if epoch % 2 == 1:
+            assert second.kept[epoch // 2][1] is moments
+        if epoch % 3 == 2:
+            assert third.kept[epoch // 3][1] is moments
+
+
+def test_windows_of_training_are_shared_where_they_are_equally_long(tmp_path):
+    one, same, other = KeptMoments(every_n_steps=3), KeptMoments(every_n_steps=3), KeptMoments(every_n_steps=2)
+    trainer(tmp_path, one, other, same, max_epochs=3, limit_val_batches=0).fit(Plain(), Pictures())  # 4 steps an epoch
+    assert [len(callback.kept) for callback in (one, same, other)] == [4, 4, 6]
+    assert all(mine[1] is theirs[1] for mine, theirs in zip(one.kept, same.kept, strict=True))
+    assert {stage for stage, _ in one.kept + other.kept} == {"train"}
+    sizes = [16, 16, 16, 12] * 3
+    assert [int(moments.counts.sum()) for _, moments in one.kept] == [sum(sizes[i : i + 3]) for i in range(0, 12, 3)]
+    assert [int(moments.counts.sum()) for _, moments in other.kept] == [sum(sizes[i : i + 2]) for i in range(0, 12, 2)]
+
+
+def test_classes_of_another_number_are_summed_apart(tmp_path):
+    three, five = KeptMoments(), KeptMoments(num_classes=5)
+    trainer(tmp_path, three, five).validate(Plain(), Pictures(), verbose=False)
+    assert [len(moments.counts) for callback in (three, five) for _, moments in callback.kept] == [3, 5]
+    assert three.kept[0][1].counts.sum() == five.kept[0][1].counts.sum() == 40
+
+
+def plain(value: object) -> bool:
+    """Whether a checkpoint holds it as plain data: no NumPy number, no object."""
+    if isinstance(value, dict):
+        return all(plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return all(map(plain, value))
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)
+
+
+def test_the_states_of_callbacks_are_plain_data(tmp_path):
+    probe = OnlineProbe(lr=np.float64(0.01), every_n_epochs=np.int64(1))
+    alarm = CollapseAlarm(after_epochs=np.int64(0), min_separation=np.float32(50))
+    callbacks = [probe, alarm, GeometryMonitor(), OnlineKNN(k=np.int64(1)), EmbeddingPlots(), ImagesPerSecond()]
+    run = trainer(tmp_path, *callbacks, max_epochs=3)
+    with pytest.warns(UserWarning, match="all 3 classes merged"):
+        run.fit(Plain(), Pictures())
+    states = [callback.state_dict() for callback in callbacks]
+    assert states[0]["head"]
+    assert states[1]["reported"]["val"]
+    assert all(plain(dict(state)) for state in ({**states[0], "head": dict(states[0]["head"])}, *states[1:]))
+    torch.save(states, tmp_path / "states.pt")
+    assert len(torch.load(tmp_path / "states.pt", weights_only=True)) == len(callbacks)
 
 
 def test_what_a_callback_misses_is_named(tmp_path):
@@ -228,7 +374,8 @@ def test_what_a_callback_misses_is_named(tmp_path):
         (OnlineKNN, {"k": 0}, "k must be at least 1, got 0"),
         (OnlineKNN, {"k": 20, "bank_size": 10}, "k must be at most bank_size=10, got k=20"),
         (EmbeddingPlots, {"max_points": 0}, "max_points must be at least 1, got 0"),
-        (EmbeddingPlots, {"frame_points": 0}, "frame_points must be at least 1, got 0"),
+        (EmbeddingPlots, {"snapshot_points": 0}, "snapshot_points must be at least 1, got 0"),
+        (EmbeddingPlots, {"projection": "lda"}, "projection must be one of pca, tsne, umap, got 'lda'"),
     ],
 )
 def test_numbers_out_of_range_are_named(callback, options, message):

@@ -1,4 +1,4 @@
-"""CollapseAlarm: its rules against loops, and what it says, when and how often."""
+"""CollapseAlarm: its rules against loops, and what it reports, when and how often."""
 
 import logging
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
 from simo_lightning.callbacks import CollapseAlarm
-from simo_lightning.callbacks.collapse import class_separation, rank_share, spread_share
+from simo_lightning.functional.geometry import class_separation, rank_share, spread_share
 from simo_lightning.functional.moments import class_moments
 from simo_lightning.testing.trainers import small_trainer
 from tests.callback_parts import NUM_CLASSES, Encoder, History, Pictures, trainer
@@ -82,17 +82,17 @@ def test_shares_in_closed_cases():
     assert spread_share(class_moments(torch.zeros(4, 2), labels, 4)).isnan()
 
 
-Picture = Callable[[Tensor], Tensor]  # from labels (N,) to embeddings (N, 4)
+Embed = Callable[[Tensor], Tensor]  # from labels (N,) to embeddings (N, 4)
 
 
-def of_means(*rows: list[float], scale: float = 1.0) -> Picture:
+def of_means(*rows: list[float], scale: float = 1.0) -> Embed:
     """Embeddings around a mean of each class; a class spreads 0.1 in each direction."""
 
-    def embed(labels: Tensor) -> Tensor:
+    def embedded(labels: Tensor) -> Tensor:
         noise = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(len(labels)))
         return scale * (torch.tensor(rows)[labels] + 0.1 * noise)
 
-    return embed
+    return embedded
 
 
 X, Y, Z = [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]
@@ -107,9 +107,9 @@ def nan(labels: Tensor) -> Tensor:
 
 
 class Scripted(Encoder):
-    """Validation sees one picture per epoch."""
+    """Validation returns the embeddings of one entry of the script per epoch."""
 
-    def __init__(self, *script: Picture) -> None:
+    def __init__(self, *script: Embed) -> None:
         super().__init__()
         self.script = script
 
@@ -117,33 +117,33 @@ class Scripted(Encoder):
         return {"embeddings": self.script[self.current_epoch](batch[1]), "labels": batch[1]}
 
 
-def listen(folder: Path, caplog: pytest.LogCaptureFixture, alarm: CollapseAlarm, *script: Picture) -> list[str]:
-    """What is said in a run, warnings marked; and the history of the run is kept in the alarm's place."""
+def messages(folder: Path, caplog: pytest.LogCaptureFixture, alarm: CollapseAlarm, *script: Embed) -> list[str]:
+    """The messages of a run, warnings marked; the history of the run is kept in ``alarm.history``."""
     alarm.history = History()
     caplog.clear()
     run = trainer(folder, alarm, alarm.history, max_epochs=len(script))
-    said = []
+    reported = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            reported.append(record.getMessage())
 
     logger, handler = logging.getLogger("lightning.pytorch.utilities.rank_zero"), Handler()
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: said.append(f"warning: {message}")
+            warnings.showwarning = lambda message, *_, **__: reported.append(f"warning: {message}")
             warnings.simplefilter("always")
             run.fit(Scripted(*script), Pictures())
     finally:
         logger.removeHandler(handler)
-    return [line for line in said if line.startswith(("warning: epoch", "epoch")) or "collapse" in line]
+    return [line for line in reported if line.startswith(("warning: epoch", "epoch")) or "collapse" in line]
 
 
 def test_merged_classes_are_named_once_and_so_is_their_recovery(tmp_path, caplog):
     script = [CAT_IS_DOG, CAT_IS_DOG, CAT_IS_DOG, WELL, CAT_IS_DOG, WELL, WELL, WELL]
     alarm = CollapseAlarm(after_epochs=0)
-    assert listen(tmp_path, caplog, alarm, *script) == [
+    assert messages(tmp_path, caplog, alarm, *script) == [
         "warning: epoch 1, step 8: val embeddings collapsed: classes merged: cat = dog",
         "epoch 6, step 28: recovered from collapse: classes cat, dog",
     ]
@@ -152,18 +152,18 @@ def test_merged_classes_are_named_once_and_so_is_their_recovery(tmp_path, caplog
     assert not alarm.collapsed
 
 
-def test_one_bad_look_is_no_news_and_the_first_epochs_are_grace(tmp_path, caplog):
-    assert listen(tmp_path, caplog, CollapseAlarm(after_epochs=0), WELL, ALL_ONE, WELL, CAT_IS_DOG) == []
+def test_one_bad_evaluation_is_not_reported_nor_are_the_first_epochs(tmp_path, caplog):
+    assert messages(tmp_path, caplog, CollapseAlarm(after_epochs=0), WELL, ALL_ONE, WELL, CAT_IS_DOG) == []
     script = [ALL_ONE] * 4
-    said = listen(tmp_path, caplog, CollapseAlarm(after_epochs=3), *script)
-    assert [line.partition(":")[2][:16] for line in said] == [" epoch 3, step 1"]
-    assert said[0].endswith("all 3 classes merged")
-    assert listen(tmp_path, caplog, CollapseAlarm(after_epochs=4), *script) == []
+    reported = messages(tmp_path, caplog, CollapseAlarm(after_epochs=3), *script)
+    assert [line.partition(":")[2][:16] for line in reported] == [" epoch 3, step 1"]
+    assert reported[0].endswith("all 3 classes merged")
+    assert messages(tmp_path, caplog, CollapseAlarm(after_epochs=4), *script) == []
 
 
-def test_a_group_that_grows_is_news_and_one_that_loses_a_class_frees_it(tmp_path, caplog):
+def test_a_group_that_grows_is_reported_and_so_is_a_class_that_leaves_it(tmp_path, caplog):
     script = [CAT_IS_DOG, CAT_IS_DOG, ALL_ONE, ALL_ONE, CAT_IS_DOG, CAT_IS_DOG]
-    assert listen(tmp_path, caplog, CollapseAlarm(after_epochs=0), *script) == [
+    assert messages(tmp_path, caplog, CollapseAlarm(after_epochs=0), *script) == [
         "warning: epoch 1, step 8: val embeddings collapsed: classes merged: cat = dog",
         "warning: epoch 3, step 16: val embeddings collapsed: all 3 classes merged",
         "epoch 5, step 24: recovered from collapse: classes ship",
@@ -171,23 +171,23 @@ def test_a_group_that_grows_is_news_and_one_that_loses_a_class_frees_it(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("picture", "text"),
+    ("embed", "text"),
     [
         (SMALL, "RMS norm 1.04e-06"),
         (LINE, "effective rank 1.02 for 3 classes in 4 dimensions"),
         (POINT, "all at one point (variance is 3.4e-06 of the mean square)"),
     ],
 )
-def test_what_collapsed_is_named(tmp_path, caplog, picture, text):
-    said = listen(tmp_path, caplog, CollapseAlarm(after_epochs=0), picture, picture, picture, WELL, WELL)
-    assert said[0] == f"warning: epoch 1, step 8: val embeddings collapsed: {text}"
-    assert said[1].startswith("epoch 4, step 20: recovered from collapse: ")
-    assert len(said) == 2
+def test_what_collapsed_is_named(tmp_path, caplog, embed, text):
+    reported = messages(tmp_path, caplog, CollapseAlarm(after_epochs=0), embed, embed, embed, WELL, WELL)
+    assert reported[0] == f"warning: epoch 1, step 8: val embeddings collapsed: {text}"
+    assert reported[1].startswith("epoch 4, step 20: recovered from collapse: ")
+    assert len(reported) == 2
 
 
-def test_nan_is_told_at_once_and_forgets_nothing(tmp_path, caplog):
+def test_nan_is_reported_at_once_and_the_rest_is_kept(tmp_path, caplog):
     alarm = CollapseAlarm(after_epochs=0)
-    assert listen(tmp_path, caplog, alarm, CAT_IS_DOG, CAT_IS_DOG, nan, CAT_IS_DOG, CAT_IS_DOG) == [
+    assert messages(tmp_path, caplog, alarm, CAT_IS_DOG, CAT_IS_DOG, nan, CAT_IS_DOG, CAT_IS_DOG) == [
         "warning: epoch 1, step 8: val embeddings collapsed: classes merged: cat = dog",
         "warning: epoch 2, step 12: val embeddings collapsed: nan or infinite values",
         "epoch 4, step 20: recovered from collapse: nan",
@@ -198,21 +198,23 @@ def test_nan_is_told_at_once_and_forgets_nothing(tmp_path, caplog):
 
 def test_it_can_stop_the_run(tmp_path, caplog):
     alarm = CollapseAlarm(after_epochs=0, action="stop")
-    said = listen(tmp_path, caplog, alarm, WELL, CAT_IS_DOG, CAT_IS_DOG, WELL, WELL)
-    assert said == ["warning: epoch 2, step 12: val embeddings collapsed: classes merged: cat = dog; training stops"]
+    reported = messages(tmp_path, caplog, alarm, WELL, CAT_IS_DOG, CAT_IS_DOG, WELL, WELL)
+    assert reported == [
+        "warning: epoch 2, step 12: val embeddings collapsed: classes merged: cat = dog; training stops"
+    ]
     assert len(alarm.history.seen) == 1 + 3
 
 
-def test_what_was_said_is_in_the_checkpoint(tmp_path, caplog):
+def test_what_was_reported_is_in_the_checkpoint(tmp_path, caplog):
     alarm, second = CollapseAlarm(after_epochs=0), CollapseAlarm(after_epochs=0)
-    listen(tmp_path, caplog, alarm, CAT_IS_DOG, CAT_IS_DOG)
+    messages(tmp_path, caplog, alarm, CAT_IS_DOG, CAT_IS_DOG)
     torch.save(alarm.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert second.collapsed == alarm.collapsed == {("merged", 0, 1)}
-    assert listen(tmp_path, caplog, second, CAT_IS_DOG, CAT_IS_DOG) == []
+    assert messages(tmp_path, caplog, second, CAT_IS_DOG, CAT_IS_DOG) == []
 
 
-def test_validation_by_itself_says_it_without_a_warning(tmp_path, caplog):
+def test_validation_by_itself_reports_without_a_warning(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     logged = trainer(tmp_path, CollapseAlarm()).validate(Scripted(CAT_IS_DOG), Pictures(), verbose=False)
     assert logged == [{"val/collapsed_classes": 2}]
@@ -227,14 +229,14 @@ class Small(nn.Sequential):
 
 @pytest.mark.parametrize("leaning", [1.0, 0.0])
 def test_a_run_without_orthogonality_collapses_and_one_with_it_does_not(tmp_path, leaning):
-    """The paper's form on digits; training batches are looked at too."""
+    """The paper's form on digits; training batches are evaluated too."""
     loss = SimOLoss("group", "log", eps=0.01, normalize=False, orthogonality_leaning=leaning)
     alarm = CollapseAlarm(after_epochs=2, every_n_steps=12)
     run = small_trainer(tmp_path, callbacks=[alarm], max_epochs=6, log_every_n_steps=5)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         run.fit(SimOModule(Small(), loss, partial(torch.optim.AdamW, lr=1e-2)), DigitsPairDataModule())
-    told = [str(warning.message) for warning in said if "embeddings collapsed" in str(warning.message)]
+    told = [str(warning.message) for warning in reported if "embeddings collapsed" in str(warning.message)]
     print(*told, sep="\n")  # pytest -rP shows it
     assert bool(told) == (leaning == 0)
     assert {"val/collapsed_classes", "train/collapsed_classes"} <= run.callback_metrics.keys()

@@ -38,13 +38,14 @@ def geometry(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 class Kept(CSVLogger):
-    """Remembers what it was told of training's geometry."""
+    """Keeps the geometry of training that it was given."""
 
-    told: list[tuple[int, dict[str, float]]]
+    logged: list[tuple[int, dict[str, float]]]
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "train/orthogonality" in metrics:
-            self.told = [*getattr(self, "told", []), (step, {key: metrics[key] for key in metrics if key != "epoch"})]
+        if "train/class_cosine" in metrics:
+            values = {key: value for key, value in metrics.items() if key != "epoch"}
+            self.logged = [*getattr(self, "logged", []), (step, values)]
         super().log_metrics(metrics, step)
 
 
@@ -55,9 +56,9 @@ def test_the_window_holds_the_batches_since_the_last_time(tmp_path, monkeypatch,
     module, logger = Recording(layer(), micro_batch_size=micro_batch_size), Kept(tmp_path)
     options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 4}
     small_trainer(tmp_path, callbacks=[GeometryMonitor(every_n_steps=3)], **options).fit(module, Shares())
-    assert [step for step, _ in logger.told] == [2, 5]  # counted from 0, as Lightning does
+    assert [step for step, _ in logger.logged] == [2, 5]  # counted from 0, as Lightning does
     assert not module.outputs[0]["embeddings"].requires_grad
-    for number, (_, values) in enumerate(logger.told):
+    for number, (_, values) in enumerate(logger.logged):
         assert values == pytest.approx(geometry(module.outputs[3 * number : 3 * number + 3]), rel=1e-9, nan_ok=True)
 
 
@@ -71,12 +72,12 @@ def test_rows_of_no_class_are_left_out_and_accumulated_steps_count_once(tmp_path
     module, logger = Recording(layer()), Kept(tmp_path)
     options = {"max_epochs": 1, "logger": logger, "log_every_n_steps": 1, "accumulate_grad_batches": 2}
     small_trainer(tmp_path, callbacks=[GeometryMonitor(every_n_steps=1)], **options).fit(module, Hidden())
-    assert [step for step, _ in logger.told] == [0, 1]
-    for number, (_, values) in enumerate(logger.told):
+    assert [step for step, _ in logger.logged] == [0, 1]
+    for number, (_, values) in enumerate(logger.logged):
         assert values == pytest.approx(geometry(module.outputs[2 * number : 2 * number + 2]), rel=1e-9, nan_ok=True)
 
 
-def test_nothing_is_kept_when_nobody_asks(tmp_path):
+def test_without_every_n_steps_nothing_is_kept(tmp_path):
     monitor = GeometryMonitor()
     run = small_trainer(tmp_path, callbacks=[monitor], max_epochs=1)
     run.fit(SimOModule(layer()), Shares())

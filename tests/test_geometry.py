@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from simo_lightning.functional import geometry
-from simo_lightning.functional.geometry import GEOMETRY
-from simo_lightning.functional.moments import class_moments
+from simo_lightning.functional.geometry import GEOMETRY, geometry_metric
+from simo_lightning.functional.moments import ClassMoments, class_moments
 from tests import reference_geometry
+from tests.bounds import assert_float32_error
 from tests.reference_geometry import LOOPS, OTHERS
 
 
@@ -64,22 +65,49 @@ def test_agreement():
         assert error < 1e-9
 
 
-def test_names_are_those_of_the_functions_in_order():
-    assert list(GEOMETRY) == sorted(GEOMETRY)
-    assert all(getattr(geometry, name) is function for name, function in GEOMETRY.items())
+def test_a_declaration_holds_everything_about_a_metric():
+    metric = GEOMETRY["class_cosine"]
+    assert metric.function is geometry.class_cosine
+    assert (metric.class_name, metric.better) == ("ClassCosine", "lower")
+    assert metric.best == "0: all class means are orthogonal"
+    assert metric.meaning == "Mean absolute cosine between class means"
+    assert metric.formula == "mean_{a<b} |cos(m_a, m_b)|"
+    docstring = geometry.class_cosine.__doc__
+    assert "    Scalar, [0, 1]; lower is better (0: all class means are orthogonal). ``nan`` for" in docstring
+    assert docstring.index("Args:") < docstring.index("Returns:") < docstring.index("Example:")
+
+
+def test_every_metric_has_a_loop():
+    assert LOOPS.keys() == GEOMETRY.keys()
+
+
+def test_a_declaration_is_checked():
+    declare = geometry_metric(interval="[0, 1]", better="lower", undefined="nothing")
+
+    def wordless(moments):
+        """No formula."""
+
+    def class_cosine(moments):
+        """Cosine once more: ``cos``."""
+
+    with pytest.raises(ValueError, match=r"docstring of wordless must begin with 'Meaning: .*got 'No form"):
+        declare(wordless)
+    with pytest.raises(ValueError, match="name of a metric must be new, got 'class_cosine' again"):
+        declare(class_cosine)
+    assert "wordless" not in GEOMETRY
 
 
 def test_orthogonal_points_are_the_best_there_is():
     embeddings, labels = 3 * torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
     expected = dict.fromkeys(GEOMETRY, 0.0) | {"effective_rank": 4, "stable_rank": 4, "rms_norm": 3}
-    expected |= {"centered_cosine": 1 / 3, "centered_cosine_max": 1 / 3, "participation": np.nan}
+    expected |= {"centered_cosine": 1 / 3, "centered_cosine_max": 1 / 3, "participation_ratio": np.nan}
     assert values(embeddings, labels, 4) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 def test_a_simplex_has_the_cosines_of_a_simplex():
     corners = (torch.eye(5, dtype=torch.float64) - 1 / 5).repeat(2, 1)
     found = values(corners, torch.arange(5).repeat(2))
-    names = ("centered_cosine", "centered_cosine_max", "orthogonality", "orthogonality_max")
+    names = ("centered_cosine", "centered_cosine_max", "class_cosine", "class_cosine_max")
     assert [found[name] for name in names] == pytest.approx([1 / 4] * 4)
     for name in ("simplex_deviation", "equinorm", "equiangularity"):
         assert found[name] == pytest.approx(0, abs=1e-12)
@@ -89,7 +117,7 @@ def test_full_collapse_is_told_and_never_flattered():
     embeddings, labels = torch.tensor([0.1, 0.7, -0.3]).repeat(1000, 1), torch.arange(1000) % 7 % 5
     found = values(embeddings, labels)
     assert found.pop("rms_norm") == pytest.approx(0.59**0.5)
-    ones = {"effective_rank", "stable_rank", "orthogonality", "orthogonality_max", "leakage"}
+    ones = {"effective_rank", "stable_rank", "class_cosine", "class_cosine_max", "subspace_overlap"}
     zeros = {"alignment", "norm_spread", "variance_across", "variance_along"}
     exact = {name: found.pop(name) for name in ones | zeros}
     assert exact == pytest.approx({name: float(name in ones) for name in exact}, abs=1e-12)
@@ -99,21 +127,21 @@ def test_full_collapse_is_told_and_never_flattered():
 def test_two_merged_classes_show_in_the_largest_cosine():
     embeddings, labels = torch.eye(4)[torch.tensor([0, 1, 2, 2])], torch.arange(4)
     found = values(embeddings, labels, 4)
-    assert (found["orthogonality_max"], found["centered_cosine_max"]) == pytest.approx((1, 1))
-    assert (found["orthogonality"], found["leakage"]) == pytest.approx((1 / 6, 1 / 6))  # one of six pairs
+    assert (found["class_cosine_max"], found["centered_cosine_max"]) == pytest.approx((1, 1))
+    assert (found["class_cosine"], found["subspace_overlap"]) == pytest.approx((1 / 6, 1 / 6))  # one of six pairs
 
 
-def test_merged_classes_with_spread_have_infinite_within_between():
+def test_merged_classes_with_spread_have_an_infinite_scatter_ratio():
     embeddings = torch.tensor([[1.0, 1.0], [3.0, 5.0]]).repeat(2, 1)
     found = values(embeddings, torch.tensor([0, 0, 1, 1]), 2)
-    assert found["within_between"] == np.inf
+    assert found["scatter_ratio"] == np.inf
     assert np.isnan([found[name] for name in ("nc1", "equinorm", "equiangularity")]).all()
 
 
 def test_one_class_leaves_what_compares_classes_undefined():
     found = values(data()[0], torch.zeros(60, dtype=torch.long))
     assert {name for name, value in found.items() if np.isnan(value)} == set(GEOMETRY) - {
-        *("alignment", "effective_rank", "norm_spread", "participation", "rms_norm", "stable_rank"),
+        *("alignment", "effective_rank", "norm_spread", "participation_ratio", "rms_norm", "stable_rank"),
         *("variance_across", "variance_along"),
     }
 
@@ -162,12 +190,12 @@ def test_far_from_the_origin_the_spread_is_still_seen():
     near, far = values(embeddings, labels), values(embeddings + 1e3, labels)
     for name in (
         "alignment",
-        "within_between",
+        "scatter_ratio",
         "nc1",
         "equinorm",
         "equiangularity",
         "simplex_deviation",
-        "participation",
+        "participation_ratio",
     ):
         assert far[name] == pytest.approx(near[name], rel=1e-6)
 
@@ -180,9 +208,18 @@ def test_spread_along_and_across_the_class_direction():
     assert (found["variance_along"], found["variance_across"]) == pytest.approx((1.25, 0), abs=1e-12)
     around = torch.cat((torch.eye(3), -torch.eye(3))).double() + torch.tensor([2.0, 5.0, 1.0])
     found = values(around, torch.zeros(6, dtype=torch.long), 1)
-    assert (found["variance_along"], found["variance_across"], found["participation"]) == pytest.approx(
+    assert (found["variance_along"], found["variance_across"], found["participation_ratio"]) == pytest.approx(
         (1 / 3, 1 / 3, 3)
     )
+
+
+def summed_one_by_one(rows: Tensor, labels: Tensor, num_classes: int) -> ClassMoments:
+    """Class moments in the dtype of the rows, an embedding at a time."""
+    moments = ClassMoments.zeros(num_classes, rows.shape[1], rows.dtype)
+    for row, label in zip(rows, labels.tolist(), strict=True):
+        for sums, value in zip(moments, (1, row, torch.outer(row, row), (row @ row) ** 2), strict=True):
+            sums[label] += value
+    return moments
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.02])
@@ -191,31 +228,33 @@ def test_float32_sums_see_spreads_above_a_hundredth_of_the_norm(spread):
     labels = torch.arange(1000) % 4
     centers = torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=1)
     rows = centers[labels] + spread / 4 * torch.randn(1000, 16, generator=generator)
-    exact, found = (class_moments(rows, labels, 4, dtype) for dtype in (torch.float64, torch.float32))
-    names = ["alignment", "within_between", "variance_across", "participation"]
+    names = ["alignment", "scatter_ratio", "variance_across", "participation_ratio"]
     if spread / 4 > 0.01:  # along one direction
-        names.append("leakage")
-    for name in names:
-        assert GEOMETRY[name](found).item() == pytest.approx(GEOMETRY[name](exact).item(), rel=1e-2)
+        names.append("subspace_overlap")
+    exact, found = (class_moments(rows, labels, 4, dtype) for dtype in (torch.float64, torch.float32))
+    plain = summed_one_by_one(rows, labels, 4)
+    exact, found, plain = (torch.stack([GEOMETRY[name](sums) for name in names]) for sums in (exact, found, plain))
+    # the order of a sum changes each value by a few times its error; the largest of few values is the measure
+    assert_float32_error(found / exact, plain / exact, torch.ones(len(names)), factor=16)
 
 
 @pytest.mark.parametrize("directions", [1, 3])
-def test_leakage_compares_as_many_directions_as_asked(directions):
+def test_subspace_overlap_compares_as_many_directions_as_asked(directions):
     embeddings, labels = data(dim=8)
-    found = geometry.leakage(class_moments(embeddings, labels, 5), directions).item()
+    found = geometry.subspace_overlap(class_moments(embeddings, labels, 5), directions).item()
     bases = [
         np.linalg.svd(own)[2][:directions] for own in reference_geometry.members(embeddings.numpy(), labels.numpy())
     ]
     pairs = [((a @ b.T) ** 2).sum() / directions for i, a in enumerate(bases) for b in bases[:i]]
     assert found == pytest.approx(np.mean(pairs))
     with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
-        geometry.leakage(class_moments(embeddings, labels, 5), 0)
+        geometry.subspace_overlap(class_moments(embeddings, labels, 5), 0)
 
 
 def test_per_class_values_average_to_the_metric_and_leave_out_what_is_not_there():
     embeddings, labels = data()  # class 3 has no rows
     moments = class_moments(embeddings, labels, 5)
-    for name in ("participation", "variance_across", "variance_along"):
+    for name in ("participation_ratio", "variance_across", "variance_along"):
         each = getattr(geometry, f"class_{name}")(moments)
         assert each.isnan().tolist() == [False, False, False, True, False]
         assert each.nanmean().item() == pytest.approx(values(embeddings, labels)[name])

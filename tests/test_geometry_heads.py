@@ -6,7 +6,7 @@ import scipy.spatial
 import torch
 from sklearn.neighbors import NearestCentroid
 
-from simo_lightning.functional.geometry import nc3, nearest_mean_predict, uniformity
+from simo_lightning.functional.geometry import nc3, nearest_class_mean_predict, uniformity
 from simo_lightning.functional.moments import class_moments
 from tests.reference_geometry import self_duality
 
@@ -70,7 +70,7 @@ def test_nearest_mean_is_scikit_learns_nearest_centroid(dtype):
     queries = data(n=300, seed=1)[0].to(dtype)
     means = class_moments(embeddings, labels, 5).means
     expected = NearestCentroid().fit(embeddings.numpy(), labels.numpy()).predict(queries.numpy())
-    found = nearest_mean_predict(queries, means)
+    found = nearest_class_mean_predict(queries, means)
     different = int((found.numpy() != expected).sum())
     whose = f"scikit-learn NearestCentroid, {str(dtype).removeprefix('torch.')}"
     print(f"\nnearest mean         {whose:42} {different} of {len(expected)} differ")
@@ -82,32 +82,32 @@ def test_nearest_mean_by_cosine_is_the_largest_cosine():
     means = class_moments(embeddings, labels, 5).means * torch.arange(1, 6).unsqueeze(1)  # lengths do not matter
     lengths = np.linalg.norm(embeddings, axis=1)[:, None] * np.linalg.norm(means, axis=1)
     expected = (embeddings.numpy() @ means.numpy().T / lengths).argmax(axis=1)
-    assert nearest_mean_predict(embeddings, means, "cosine").tolist() == expected.tolist()
-    assert nearest_mean_predict(embeddings, means).tolist() != expected.tolist()
+    assert nearest_class_mean_predict(embeddings, means, "cosine").tolist() == expected.tolist()
+    assert nearest_class_mean_predict(embeddings, means).tolist() != expected.tolist()
 
 
 def test_nearest_mean_passes_over_classes_without_mean_and_takes_the_lowest_of_equals():
     means = torch.tensor([[float("nan")] * 2, [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    assert nearest_mean_predict(torch.tensor([[1.0, 0.1], [0.0, 2.0]]), means).tolist() == [1, 3]
-    assert nearest_mean_predict(torch.zeros(1, 2), means, "cosine").tolist() == [1]
-    assert nearest_mean_predict(torch.zeros(0, 2), means).shape == (0,)
+    assert nearest_class_mean_predict(torch.tensor([[1.0, 0.1], [0.0, 2.0]]), means).tolist() == [1, 3]
+    assert nearest_class_mean_predict(torch.zeros(1, 2), means, "cosine").tolist() == [1]
+    assert nearest_class_mean_predict(torch.zeros(0, 2), means).shape == (0,)
 
 
 def test_nearest_mean_tells_tight_means_far_from_the_origin_apart():
     """|a|^2 + |b|^2 - 2 a.b would lose the difference in float32."""
     means = torch.tensor([[1000.0, 0.0], [1000.1, 0.0]])
-    assert nearest_mean_predict(torch.tensor([[1000.02, 0.0], [1000.08, 0.0]]), means).tolist() == [0, 1]
+    assert nearest_class_mean_predict(torch.tensor([[1000.02, 0.0], [1000.08, 0.0]]), means).tolist() == [0, 1]
 
 
 def test_nearest_mean_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"\(N, D\) and \(C, D\), got \(3, 2\) and \(4, 3\)"):
-        nearest_mean_predict(torch.zeros(3, 2), torch.zeros(4, 3))
+        nearest_class_mean_predict(torch.zeros(3, 2), torch.zeros(4, 3))
     with pytest.raises(ValueError, match='distance must be "euclidean" or "cosine", got \'l1\''):
-        nearest_mean_predict(torch.zeros(3, 2), torch.zeros(4, 2), "l1")
+        nearest_class_mean_predict(torch.zeros(3, 2), torch.zeros(4, 2), "l1")
     with pytest.raises(ValueError, match="embeddings must be finite, got nan or inf in 1 rows"):
-        nearest_mean_predict(torch.tensor([[1.0], [float("nan")]]), torch.zeros(4, 1))
+        nearest_class_mean_predict(torch.tensor([[1.0], [float("nan")]]), torch.zeros(4, 1))
     with pytest.raises(ValueError, match="means must have a finite row, got none in 2"):
-        nearest_mean_predict(torch.zeros(3, 1), torch.full((2, 1), float("nan")))
+        nearest_class_mean_predict(torch.zeros(3, 1), torch.full((2, 1), float("nan")))
 
 
 @pytest.mark.parametrize("n", [2, 90, 1500])  # more than one chunk of rows

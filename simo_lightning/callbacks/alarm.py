@@ -1,61 +1,65 @@
-"""Say once what has collapsed, and once that it has recovered."""
+"""Report what has collapsed, once, and that it has recovered, once."""
 
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
 
-from simo_lightning.callbacks.collapse import (
-    Fact,
-    Limits,
-    describe_collapse,
-    find_collapse,
-    measure_collapse,
-    merged_groups,
-)
-from simo_lightning.callbacks.moments import MomentsWatcher
+from simo_lightning.callbacks.moments import ClassMomentsCallback
+from simo_lightning.functional.geometry import class_separation, effective_rank, rank_share, rms_norm, spread_share
 from simo_lightning.functional.moments import ClassMoments
 
+# One thing that has collapsed: ("nan",), ("norm",), ("point",), ("rank",), or ("merged", a, b) for classes a < b.
+Finding = tuple[str | int, ...]
+Findings = frozenset[Finding]
+_NONE: Findings = frozenset()
+_NAN: Findings = frozenset({("nan",)})
+# What has been reported counts as recovered at this factor beyond its limit: noise at the limit is not reported.
+_SLACK = 1.2
 
-class CollapseAlarm(MomentsWatcher):
+
+class CollapseAlarm(ClassMomentsCallback):
     """Warn when the embeddings collapse, naming what: their rank, to one point, their norm, or which classes merged.
 
     - nan: a value is not finite.
     - norm: the RMS norm of the embeddings is outside ``smallest_norm``..``largest_norm``.
-    - point: less than ``min_spread`` of the mean squared norm is variance.
+    - point: less than ``min_spread`` of the mean squared norm is variance
+      (:func:`~simo_lightning.functional.geometry.spread_share`).
     - rank: ``(effective rank - 1) / (min(C, D) - 1)`` is below ``min_rank``; 0 is one line through the origin, 1 as
-      many dimensions as classes.
+      many dimensions as classes (:func:`~simo_lightning.functional.geometry.rank_share`).
     - classes merged: their means are less than ``min_separation`` spreads apart, where the spread is that of the two
       classes along the line between the means; 0.5 means that the nearer mean is right for 60 % of them, 50 % being
-      chance (:func:`~simo_lightning.callbacks.collapse.class_separation`).
+      chance (:func:`~simo_lightning.functional.geometry.class_separation`).
 
-    Each is said once, when two looks in a row have found it (nan: at once), and once more when two in a row no longer
-    do; what has been said has to get 1.2 times beyond its limit for that. So a few images at the limit are no news.
-    Where training batches are judged too, each has looks of its own; something is said when the first of the two has
-    it, and recovered when neither has.
+    Each finding is reported once, when two evaluations in a row have it (nan: at once), and its recovery once, when two
+    in a row no longer have it; what has been reported has to get 1.2 times beyond its limit for that. So a few images
+    at the limit are not reported. Where training batches are evaluated too, their findings are kept apart from those of
+    validation: a finding is reported when the first of the two has it, and recovered when neither has.
 
-    Every look logs ``val/collapsed_classes``, ``test/...`` or with ``every_n_steps`` ``train/...``: how many classes
-    are merged with another, in all embeddings of the epoch or, in training, since the last look (see
-    :class:`~simo_lightning.callbacks.moments.MomentsWatcher`). Validation and test by themselves say what they find,
-    without a warning. A module whose steps return no embeddings is left alone.
+    Every evaluation logs ``val/collapsed_classes``, ``test/...`` or with ``every_n_steps`` ``train/...``: how many
+    classes are merged with another one, in all embeddings of the epoch or, in training, since the last evaluation (see
+    :class:`~simo_lightning.callbacks.moments.ClassMomentsCallback`). ``trainer.validate`` and ``trainer.test`` report
+    findings without a warning. A module whose steps return no embeddings is not evaluated.
 
     Args:
         after_epochs: Epochs of training before the first alarm; in the beginning all classes are merged.
         action: "stop" also ends the training.
         min_rank: In 0..1.
         min_spread: In 0..1.
-        min_separation: In spreads, >= 0.
+        min_separation: In spreads, > 0.
         smallest_norm: Of the embeddings, > 0.
         largest_norm: Of the embeddings.
         num_classes: C; None: ``trainer.datamodule.num_classes``. Classes have names where the data module has
             ``class_names``.
-        every_n_epochs: Epochs of training from one look at validation to the next.
-        every_n_steps: Steps of the optimizer from one look at training batches to the next; None: no look.
+        every_n_epochs: Epochs of training from one evaluation of validation to the next.
+        every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none.
 
     Raises:
         ValueError: If an argument is out of its range; and when the first embeddings come, if the number of classes is
-            not known.
+            unknown.
     """
 
     def __init__(
@@ -87,93 +91,132 @@ class CollapseAlarm(MomentsWatcher):
             )
         self.after_epochs = after_epochs
         self.action = action
-        self.limits = Limits(min_rank, min_spread, min_separation, smallest_norm, largest_norm)
-        self._said: dict[str, frozenset[Fact]] = {}  # by stage
-        self._found: dict[str, frozenset[Fact]] = {}  # in its last look
+        self.min_rank, self.min_spread, self.min_separation = min_rank, min_spread, min_separation
+        self.smallest_norm, self.largest_norm = smallest_norm, largest_norm
+        self._reported: dict[str, Findings] = {}  # by stage, and not recovered
+        self._last: dict[str, Findings] = {}  # of the last evaluation
 
     @property
-    def collapsed(self) -> frozenset[Fact]:
-        """What has been said and has not recovered: facts such as ``("rank",)`` and ``("merged", 3, 5)``."""
-        return frozenset().union(*self._said.values())
+    def collapsed(self) -> Findings:
+        """What is reported and has not recovered: findings such as ``("rank",)`` and ``("merged", 3, 5)``."""
+        return frozenset().union(*self._reported.values())
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What has been said and found, so that a run that goes on neither repeats nor forgets.
+        def lists(findings: dict[str, Findings]) -> dict[str, list[list[str | int]]]:
+            return {stage: [list(finding) for finding in sorted(some, key=str)] for stage, some in findings.items()}
 
-        Returns:
-            Lists of facts.
-        """
-        return {"said": _as_lists(self._said), "found": _as_lists(self._found)}
+        return {"reported": lists(self._reported), "last": lists(self._last)}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on.
+        def sets(lists: dict[str, list[list[str | int]]]) -> dict[str, Findings]:
+            return {stage: frozenset(tuple(finding) for finding in some) for stage, some in lists.items()}
 
-        Args:
-            state_dict: Of :meth:`state_dict`.
-        """
-        self._said, self._found = _as_sets(state_dict["said"]), _as_sets(state_dict["found"])
+        self._reported, self._last = sets(state_dict["reported"]), sets(state_dict["last"])
 
-    def judge(self, trainer: Trainer, pl_module: LightningModule, stage: str, moments: ClassMoments) -> None:
-        """Log how many classes have merged, and say what is new.
-
-        Args:
-            trainer: Is told to stop.
-            pl_module: Logs.
-            stage: "train", "val" or "test".
-            moments: Of all processes.
-        """
-        shares = measure_collapse(moments, self.limits)
-        found = find_collapse(shares)
-        merged = float("nan") if ("nan",) in found else sum(map(len, merged_groups(found)))
-        self.record(trainer, pl_module, stage, {"collapsed_classes": moments.counts.new_tensor(merged).float()})
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    @override
+    def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
+        margins = self._margins(moments)
+        findings = _below_limit(margins)
+        names: list[str] | None = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         if trainer.state.fn != TrainerFn.FITTING:
-            if found:
-                rank_zero_info(f"{stage} embeddings are collapsed: {describe_collapse(moments, found, names)}")
-            return
-        said = self._said.get(stage, frozenset())
-        found = find_collapse(shares, said)
-        last, self._found[stage] = self._found.get(stage, frozenset()), found
-        if trainer.current_epoch >= self.after_epochs:
-            before = self.collapsed
-            self._said[stage] = (said & (found | last)) | (found & (last | {("nan",)}))
-            self._report(trainer, stage, moments, before, names)
+            if findings:
+                rank_zero_info(f"{stage} embeddings are collapsed: {_describe(moments, findings, names)}")
+        else:
+            reported = self._reported.get(stage, _NONE)
+            current, last = _below_limit(margins, reported), self._last.get(stage, _NONE)
+            self._last[stage] = current
+            if trainer.current_epoch >= self.after_epochs:
+                before = self.collapsed
+                self._reported[stage] = (reported & (current | last)) | (current & (last | _NAN))
+                self._report(trainer, stage, moments, before, names)
+        merged = float("nan") if findings == _NAN else sum(map(len, _merged_groups(findings)))
+        return {"collapsed_classes": moments.counts.new_tensor(merged).float()}
+
+    def _margins(self, moments: ClassMoments) -> dict[Finding, float]:
+        """Everything that may have collapsed in units of its limit, below 1 where it has; nan where undefined."""
+        if not moments.squared_norms.isfinite().all():
+            return {("nan",): 0.0}
+        norm = float(rms_norm(moments))
+        margins: dict[Finding, float] = {
+            ("norm",): min(norm / self.smallest_norm, self.largest_norm / norm) if norm else 0.0,
+            ("point",): float(spread_share(moments)) / self.min_spread,
+            ("rank",): float(rank_share(moments)) / self.min_rank,
+        }
+        separation = class_separation(moments) / self.min_separation  # (C, C)
+        for a, b in (separation < _SLACK).triu(diagonal=1).nonzero().tolist():
+            margins["merged", a, b] = float(separation[a, b])
+        return margins
 
     def _report(
-        self, trainer: Trainer, stage: str, moments: ClassMoments, before: frozenset[Fact], names: list[str] | None
+        self, trainer: Trainer, stage: str, moments: ClassMoments, before: Findings, names: list[str] | None
     ) -> None:
-        now = self.collapsed
         when = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
-        recovered = _recovered(before, now, names)
+        recovered = _recovered(before, self.collapsed, names)
         if recovered:
             rank_zero_info(f"{when}: recovered from collapse: {recovered}")
-        new = _news(before, now)
-        if not new:
-            return
-        what = f"{when}: {stage} embeddings collapsed: {describe_collapse(moments, new, names)}"
-        rank_zero_warn(f"{what}; training stops" if self.action == "stop" else what)
-        if self.action == "stop":
-            trainer.should_stop = True
+        new = _new(before, self.collapsed)
+        if new:
+            message = f"{when}: {stage} embeddings collapsed: {_describe(moments, new, names)}"
+            rank_zero_warn(f"{message}; training stops" if self.action == "stop" else message)
+            trainer.should_stop |= self.action == "stop"
 
 
-def _news(before: frozenset[Fact], now: frozenset[Fact]) -> frozenset[Fact]:
-    """Facts that are new; of merged pairs all those of a group that was not merged, directly or not, before."""
-    known = [set(group) for group in merged_groups(before)]
-    new = [set(group) for group in merged_groups(now) if not any(set(group) <= one for one in known)]
+def _below_limit(margins: dict[Finding, float], reported: Findings = _NONE) -> Findings:
+    """What has collapsed; what is undefined has not. Where a value is not finite, all that was reported stays."""
+    if ("nan",) in margins:
+        return reported | _NAN
+    return frozenset(finding for finding, margin in margins.items() if margin < (_SLACK if finding in reported else 1))
+
+
+def _merged_groups(findings: Findings) -> list[list[int]]:
+    """Sorted groups of the classes that are merged, directly or through others."""
+    groups: list[set[int]] = []
+    for pair in ({int(label) for label in finding[1:]} for finding in findings if finding[0] == "merged"):
+        touched = [group for group in groups if group & pair]
+        groups = [group for group in groups if not group & pair] + [pair.union(*touched)]
+    return sorted(sorted(group) for group in groups)
+
+
+def _new(before: Findings, now: Findings) -> Findings:
+    """Findings that are new; of merged pairs all those of a group that was not merged, directly or not, before."""
+    known = [set(group) for group in _merged_groups(before)]
+    new = [set(group) for group in _merged_groups(now) if not any(set(group) <= one for one in known)]
     return frozenset(
-        fact for fact in now if (any(fact[1] in group for group in new) if fact[0] == "merged" else fact not in before)
+        finding
+        for finding in now
+        if (any(finding[1] in group for group in new) if finding[0] == "merged" else finding not in before)
     )
 
 
-def _recovered(before: frozenset[Fact], now: frozenset[Fact], names: list[str] | None) -> str:
-    kinds = [kind for kind in ("nan", "norm", "point", "rank") if (kind,) in before - now]
-    free = sorted(set().union(*merged_groups(before)) - set().union(*merged_groups(now)))
-    apart = [names[label] if names else str(label) for label in free]
-    return "; ".join([*kinds, *([f"classes {', '.join(apart)}"] if apart else [])])
+def _recovered(before: Findings, now: Findings, names: list[str] | None) -> str:
+    """What has recovered, in words; empty if nothing has."""
+    parts = [str(kind) for kind in ("nan", "norm", "point", "rank") if (kind,) in before - now]
+    free = sorted(set().union(*_merged_groups(before)) - set().union(*_merged_groups(now)))
+    if free:
+        parts.append(f"classes {', '.join(names[label] if names else str(label) for label in free)}")
+    return "; ".join(parts)
 
 
-def _as_lists(facts: dict[str, frozenset[Fact]]) -> dict[str, list[list[str | int]]]:
-    return {stage: [list(fact) for fact in sorted(some, key=str)] for stage, some in facts.items()}
-
-
-def _as_sets(facts: dict[str, list[list[str | int]]]) -> dict[str, frozenset[Fact]]:
-    return {stage: frozenset(tuple(fact) for fact in some) for stage, some in facts.items()}
+def _describe(moments: ClassMoments, findings: Findings, names: list[str] | None) -> str:
+    """The findings in one line with their numbers, without those that another one implies."""
+    if ("nan",) in findings:
+        return "nan or infinite values"
+    present, dim = int((moments.counts > 0).sum()), moments.sums.shape[1]
+    parts = []
+    if ("norm",) in findings:
+        parts.append(f"RMS norm {float(rms_norm(moments)):.3g}")
+    if ("point",) in findings:
+        parts.append(f"all at one point (variance is {float(spread_share(moments)):.2g} of the mean square)")
+        return "; ".join(parts)
+    if ("rank",) in findings:
+        rank = float(effective_rank(moments))
+        parts.append(f"effective rank {rank:.2f} for {present} classes in {dim} dimensions")
+    groups = _merged_groups(findings)
+    if groups and len(groups[0]) == present:
+        parts.append(f"all {present} classes merged")
+    elif groups:
+        named = [" = ".join(names[label] if names else str(label) for label in group) for group in groups]
+        parts.append(f"classes merged: {'; '.join(named)}")
+    return "; ".join(parts)

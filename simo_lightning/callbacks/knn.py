@@ -1,4 +1,4 @@
-"""Judge the encoder by its nearest neighbours among the training images, while it trains."""
+"""Evaluate the encoder by nearest neighbours among the training images, while it trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,37 +8,40 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import override
 
-from simo_lightning.callbacks.watcher import EmbeddingWatcher
+from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.distributed import gather_rows, sum_over_ranks
-from simo_lightning.functional.geometry import nearest_mean_predict
+from simo_lightning.functional.geometry import nearest_class_mean_predict
 from simo_lightning.functional.knn import knn_predict
 from simo_lightning.functional.moments import class_sums
 
 
-class OnlineKNN(EmbeddingWatcher):
+class OnlineKNN(EvaluationCallback):
     """Log the accuracy of a k-nearest-neighbour classifier as ``val/knn`` and ``test/knn``.
 
     The queries are the embeddings that validation and test steps return as ``outputs["embeddings"]`` with
-    ``outputs["labels"]``. The known ones are training images, without augmentation, from the data module's
+    ``outputs["labels"]``. The bank is training images without augmentation, from the data module's
     ``bank_dataloader(limit=bank_size)`` and ``prepare(batch, augment=False)``, embedded by ``pl_module.embed(images)``
-    in the trainer's precision. Every process embeds its share of them and judges its own queries. A module whose steps
-    return no embeddings is left alone.
+    in the trainer's precision. Every process embeds its share of the bank and classifies its own queries. A module
+    whose steps return no embeddings is not evaluated.
 
-    Of the same embeddings it logs ``val/nearest_mean`` and ``test/nearest_mean``: the accuracy of the class whose mean
-    over the known images is nearest (:func:`~simo_lightning.functional.geometry.nearest_mean_predict`).
+    From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
+    class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
 
     Args:
         k: Neighbours that vote, by cosine similarity.
         bank_size: Training images to compare with; None: all.
-        every_n_epochs: Epochs of training from one measurement to the next; in the epochs between, the values
-            stay what they were, for checkpoints. Validation and test by themselves always measure.
+        every_n_epochs: Epochs of training from one evaluation to the next; in the epochs between, the values stay what
+            they were, for checkpoints. ``trainer.validate`` and ``trainer.test`` always evaluate.
 
     Raises:
         ValueError: If a number is below 1; and at the end of an epoch, if k exceeds the bank.
         TypeError: With the first embeddings, if the data module has no ``bank_dataloader`` and ``prepare``, or the
             module no ``embed``.
     """
+
+    progress_bar = frozenset({"knn"})
 
     def __init__(self, k: int = 20, bank_size: int | None = None, every_n_epochs: int = 1) -> None:
         super().__init__(every_n_epochs)
@@ -49,22 +52,10 @@ class OnlineKNN(EmbeddingWatcher):
             raise ValueError(f"k must be at most bank_size={bank_size}, got k={k}")
         self.k = k
         self.bank_size = bank_size
-        self._embeddings: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._queries: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self) -> None:
-        """Forget the last epoch."""
-        self._embeddings, self._labels = [], []
-
+    @override
     def check(self, trainer: Trainer) -> None:
-        """Raise if the data module has no bank, or the module does not embed.
-
-        Args:
-            trainer: With its module and data module.
-
-        Raises:
-            TypeError: Naming the method that is missing.
-        """
         datamodule = getattr(trainer, "datamodule", None)
         for kind, owner, method in (
             ("data module", datamodule, "bank_dataloader"),
@@ -74,81 +65,64 @@ class OnlineKNN(EmbeddingWatcher):
             if not callable(getattr(owner, method, None)):
                 raise TypeError(f"OnlineKNN needs a {kind} with the method {method}, got {type(owner).__name__}")
 
-    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
-        """Keep a batch.
+    @override
+    def reset(self, trainer: Trainer) -> None:
+        self._queries = []
 
-        Args:
-            trainer: Unused.
-            embeddings: ``(N, D)``.
-            labels: ``(N,)``.
-        """
-        self._embeddings.append(embeddings)
-        self._labels.append(labels)
+    @override
+    def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
+        self._queries.append((embeddings, labels))
 
+    @override
     @torch.no_grad()
-    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log ``val/knn`` and ``val/nearest_mean``, or those of test.
-
-        Args:
-            trainer: Knows device and precision.
-            pl_module: Embeds the bank and logs.
-            stage: "val" or "test".
-
-        Raises:
-            ValueError: If k exceeds the bank.
-        """
-        if not self._embeddings:
-            return
+    def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
+        if not self._queries:
+            return {}
         bank, bank_labels = self._bank(trainer, pl_module)
         if self.k > len(bank):
             raise ValueError(f"k must be at most the {len(bank)} images of the bank, got k={self.k}")
-        queries, labels = torch.cat(self._embeddings), torch.cat(self._labels)
-        self.begin()
-        right = [
-            (predicted == labels).sum()
-            for predicted in (
-                knn_predict(queries, bank, bank_labels, self.k),
-                nearest_mean_predict(queries, _class_means(bank, bank_labels)),
-            )
-        ]
-        knn, nearest_mean, count = sum_over_ranks(
-            torch.stack([*right, torch.tensor(len(labels), device=labels.device)])
-        )
-        # the values are those of all processes already; sync_dist tells Lightning that this was thought of
-        pl_module.log(f"{stage}/knn", knn.float() / count, prog_bar=True, sync_dist=True)
-        pl_module.log(f"{stage}/nearest_mean", nearest_mean.float() / count, sync_dist=True)
+        queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
+        self.reset(trainer)
+        predictions = {
+            "knn": knn_predict(queries, bank, bank_labels, self.k),
+            "nearest_class_mean": nearest_class_mean_predict(queries, _class_means(bank, bank_labels)),
+        }
+        correct = [(predicted == labels).sum() for predicted in predictions.values()]
+        *correct, count = sum_over_ranks(torch.stack([*correct, torch.tensor(len(labels), device=labels.device)]))
+        return {name: right.float() / count for name, right in zip(predictions, correct, strict=True)}
 
     def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Embeddings and labels of the training images, those of all processes, none twice."""
+        """Embeddings and labels of the training images of all processes, none twice."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         precision, device = trainer.precision_plugin, trainer.strategy.root_device
         embeddings, labels = [], []
-        with _evaluating(pl_module):
+        with _eval_mode(pl_module):
             for batch in datamodule.bank_dataloader(limit=self.bank_size):
                 # not by the trainer's hooks: the data module's would prepare the batch once more
                 images, batch_labels = datamodule.prepare(move_data_to_device(batch, device), augment=False)
                 with precision.forward_context():
                     embeddings.append(module.embed(precision.convert_input(images)))
                 labels.append(batch_labels)
-        # a process without a share of the bank does not know D, and still has to take part
+        # a process without a share of the bank does not know D, and still has to take part in the gathering
         own = embeddings[0].shape[1] if embeddings else 0
         dim = int(gather_rows(torch.tensor([own], device=device)).max())
-        rows = torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)
-        kinds = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)
-        return gather_rows(rows), gather_rows(kinds)
+        return (
+            gather_rows(torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)),
+            gather_rows(torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)),
+        )
 
 
 def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Means of the classes 0..the largest label, (C, D); nan where a class has no row."""
+    """Means of the classes 0..the largest label, (C, D); nan for a class without embeddings."""
     counts = torch.bincount(labels)
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, each of its parts as before after it."""
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; afterwards each of its parts is in the mode it was in before."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

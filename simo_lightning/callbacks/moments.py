@@ -1,38 +1,101 @@
-"""What the callbacks that judge class moments have in common: of validation, test and a window of training batches."""
+"""The base class of callbacks that evaluate class moments, which all of them share."""
 
+from collections.abc import Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
-from simo_lightning.callbacks.watcher import EmbeddingWatcher, embedded_rows
+from simo_lightning.callbacks.evaluation import EvaluationCallback, step_embeddings
 from simo_lightning.distributed import sum_over_ranks
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
 
-# Batches are kept until together they have so many rows: adding them costs a fixed time more than time per row.
+# Batches are kept until they have this many rows together: adding them costs a fixed time more than time per row.
 _ROWS_AT_ONCE = 4096
 
 
-class MomentsWatcher(EmbeddingWatcher):
-    """Hands class moments to :meth:`judge`: those of each validation and test epoch, and of training if asked for.
+class _SharedMoments:
+    """Class moments that several callbacks of one trainer sum once: each adds every batch, the first one does it."""
 
-    In training they are those of all batches since the last time: the embeddings as the loss saw them, so of augmented
-    images, in training mode and by the weights of those steps, which change within the window. A row whose label is no
-    class, as that of an image whose label is hidden, is left out there. A window that a checkpoint cuts begins anew.
+    def __init__(self, num_classes: int, skip_unknown: bool) -> None:
+        self.num_classes, self.skip_unknown = num_classes, skip_unknown
+        self._metric: ClassMomentsMetric | None = None
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._last_added: Hashable = None
+        self._result: ClassMoments | None = None
+        self._result_at: Hashable = None
 
-    The moments are summed over batches, loaders and processes, so they are exact on any number of them. A module whose
-    steps return no embeddings is left alone.
+    def update(self, embeddings: Tensor, labels: Tensor, index: Hashable) -> None:
+        """Add the batch with this index, unless another callback has added it."""
+        if index == self._last_added:
+            return
+        self._last_added = index
+        # copies: the next step of a compiled module may overwrite what this one returned
+        self._batches.append((embeddings.clone(), labels.clone()))
+        if sum(len(kept) for _, kept in self._batches) >= _ROWS_AT_ONCE:
+            self._add_batches()
+
+    def compute(self, index: Hashable) -> ClassMoments | None:
+        """Moments of all processes, on the CPU, of the batches since the last index; at the same index the same."""
+        if index != self._result_at:
+            self._add_batches()
+            self._result, self._result_at = None, index
+            if self._metric is not None:
+                self._result = ClassMoments(*(sum_over_ranks(value).cpu() for value in self._metric.moments))
+                self._metric = None
+        return self._result
+
+    def _add_batches(self) -> None:
+        if not self._batches:
+            return
+        embeddings, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        self._batches = []
+        if self._metric is None:
+            dtype = torch.float32 if embeddings.device.type == "mps" else torch.float64
+            self._metric = ClassMomentsMetric(self.num_classes, embeddings.shape[1], dtype).to(embeddings.device)
+        if self.skip_unknown:
+            known = (labels >= 0) & (labels < self.num_classes)
+            embeddings, labels = embeddings[known], labels[known]
+        self._metric.update(embeddings, labels)
+
+
+# Of each trainer, by the number of classes and the length of the window in steps; 0 for validation and test.
+_SHARED: WeakKeyDictionary[Trainer, dict[tuple[int, int], _SharedMoments]] = WeakKeyDictionary()
+
+
+def _shared(trainer: Trainer, num_classes: int, window: int) -> _SharedMoments:
+    moments = _SHARED.setdefault(trainer, {})
+    return moments.setdefault((num_classes, window), _SharedMoments(num_classes, skip_unknown=window > 0))
+
+
+def _forget(trainer: Trainer, training: bool) -> None:
+    """Let the windows of training begin anew, or validation and test; all callbacks call it before a first batch."""
+    _SHARED[trainer] = {key: kept for key, kept in _SHARED.get(trainer, {}).items() if (key[1] > 0) != training}
+
+
+class ClassMomentsCallback(EvaluationCallback):
+    """Evaluates the class moments of each validation and test epoch, and of training batches if asked for.
+
+    A subclass implements :meth:`evaluate`. The moments are summed over batches, loaders and processes, so they are
+    exact, and they are summed once however many such callbacks a trainer has.
+
+    In training they are the moments of all batches since the last evaluation: embeddings as the loss saw them, of
+    augmented images, in training mode and with the weights of those steps, which change within the window. An embedding
+    whose label is no class, such as that of an image whose label is hidden, is left out there. After a resume a window
+    begins anew.
 
     Args:
         num_classes: C; None: ``trainer.datamodule.num_classes``.
-        every_n_epochs: Epochs of training from one judgement of validation to the next.
-        every_n_steps: Steps of the optimizer from one judgement of training batches to the next; None: no judgement,
+        every_n_epochs: Epochs of training from one evaluation of validation to the next.
+        every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: no such evaluation,
             and no cost.
 
     Raises:
-        ValueError: If a number is below 1; and when the first embeddings come, if the number of classes is not known.
+        ValueError: If a number is below 1; and when the first embeddings come, if the number of classes is unknown.
     """
 
     def __init__(
@@ -43,34 +106,49 @@ class MomentsWatcher(EmbeddingWatcher):
             raise ValueError(f"every_n_steps must be at least 1, or None, got {every_n_steps}")
         self.num_classes = num_classes
         self.every_n_steps = every_n_steps
-        self._epoch: _Sums | None = None
-        self._window: _Sums | None = None
-        self._windows = 0  # that are over
+        self._epoch: _SharedMoments | None = None
+        self._window: _SharedMoments | None = None
+        self._windows = 0  # that are complete
 
-    def judge(self, trainer: Trainer, pl_module: LightningModule, stage: str, moments: ClassMoments) -> None:
-        """Judge; every process comes here with the same moments.
+    def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
+        """Evaluate; every process calls it with the same moments.
 
         Args:
             trainer: The trainer.
-            pl_module: The module.
             stage: "train", "val" or "test".
             moments: Of all processes, on the CPU.
+
+        Returns:
+            Scalars to log by name.
         """
         raise NotImplementedError
 
-    def record(self, trainer: Trainer, pl_module: LightningModule, stage: str, values: dict[str, Tensor]) -> None:
-        """Log the values as ``<stage>/<name>``; those of training at this very step, whenever Lightning logs next.
+    @override
+    def reset(self, trainer: Trainer) -> None:
+        self._epoch = None
+        _forget(trainer, training=False)
+
+    @override
+    def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
+        self._epoch = _shared(trainer, self._known_num_classes(trainer), window=0)
+        self._epoch.update(embeddings, labels, index)
+
+    @override
+    def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
+        moments = None if self._epoch is None else self._epoch.compute("end of the epoch")
+        return {} if moments is None else self.evaluate(trainer, stage, moments)
+
+    def log_values(self, trainer: Trainer, pl_module: LightningModule, stage: str, values: dict[str, Tensor]) -> None:
+        """Log values as ``<stage>/<name>``; those of training at this very step, whenever Lightning logs next.
 
         Args:
-            trainer: Has the loggers.
+            trainer: With the loggers.
             pl_module: Logs validation and test.
             stage: "train", "val" or "test".
-            values: Scalars by name, the same on every process.
+            values: Scalars, the same on every process.
         """
         if stage != "train":
-            for name, value in values.items():
-                # the values are those of all processes already; sync_dist tells Lightning that this was thought of
-                pl_module.log(f"{stage}/{name}", value.to(pl_module.device), sync_dist=True)
+            super().log_values(trainer, pl_module, stage, values)
             return
         # pl_module.log would hold a value back until log_every_n_steps, and then repeat it; so do Lightning's monitors
         named = {f"{stage}/{name}": value for name, value in values.items()}
@@ -80,88 +158,24 @@ class MomentsWatcher(EmbeddingWatcher):
             numbers = {name: float(value) for name, value in named.items()}
             logger.log_metrics({**numbers, "epoch": trainer.current_epoch}, step=step)
 
-    def begin(self) -> None:
-        """Forget the last epoch of validation or test."""
-        self._epoch = None
-
-    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            trainer: Knows the number of classes.
-            embeddings: ``(N, D)``.
-            labels: ``(N,)``.
-        """
-        self._epoch = self._epoch or self._sums(trainer, embeddings.shape[1], embeddings.device)
-        self._epoch.add(embeddings, labels)
-
-    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Judge the epoch.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-            stage: "val" or "test".
-        """
-        sums, self._epoch = self._epoch, None
-        if sums is not None:
-            self.judge(trainer, pl_module, stage, sums.of_all_processes())
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._window = None
         self._windows = trainer.global_step // (self.every_n_steps or 1)
+        _forget(trainer, training=True)
 
-    def on_train_batch_end(  # noqa: D102
+    @override
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.every_n_steps is None:
             return
-        rows = embedded_rows(outputs)
-        if rows is not None:
-            self._window = self._window or self._sums(trainer, rows[0].shape[1], rows[0].device, skip_unknown=True)
-            self._window.add(*rows)
+        found, index = step_embeddings(outputs), (trainer.current_epoch, batch_idx)
+        if found is not None:
+            self._window = _shared(trainer, self._known_num_classes(trainer), self.every_n_steps)
+            self._window.update(*found, index)
         if trainer.global_step // self.every_n_steps > self._windows:
             self._windows = trainer.global_step // self.every_n_steps
-            sums, self._window = self._window, None
-            if sums is not None:
-                self.judge(trainer, pl_module, "train", sums.of_all_processes())
-
-    def _sums(self, trainer: Trainer, dim: int, device: torch.device, skip_unknown: bool = False) -> "_Sums":
-        num_classes = self.num_classes or getattr(getattr(trainer, "datamodule", None), "num_classes", None)
-        if num_classes is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} needs the number of classes: give {name}(num_classes=...) or a data module "
-                "with the attribute num_classes, got neither"
-            )
-        return _Sums(num_classes, dim, device, skip_unknown)
-
-
-class _Sums:
-    """Class moments of batches, which are added by the thousand rows."""
-
-    def __init__(self, num_classes: int, dim: int, device: torch.device, skip_unknown: bool) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.metric = ClassMomentsMetric(num_classes, dim, dtype).to(device)
-        self._batches: list[tuple[Tensor, Tensor]] = []
-        self._skip_unknown = skip_unknown
-
-    def add(self, embeddings: Tensor, labels: Tensor) -> None:
-        # a copy: what a compiled step returned may be overwritten by the next
-        self._batches.append((embeddings.clone(), labels.clone()))
-        if sum(len(rows) for rows, _ in self._batches) >= _ROWS_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._batches:
-            return
-        embeddings, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
-        self._batches = []
-        if self._skip_unknown:
-            known = (labels >= 0) & (labels < self.metric.num_classes)
-            embeddings, labels = embeddings[known], labels[known]
-        self.metric.update(embeddings, labels)
-
-    def of_all_processes(self) -> ClassMoments:
-        self._flush()
-        return ClassMoments(*(sum_over_ranks(value).cpu() for value in self.metric.moments))
+            moments = None if self._window is None else self._window.compute(index)
+            if moments is not None:
+                self.log_values(trainer, pl_module, "train", self.evaluate(trainer, "train", moments))

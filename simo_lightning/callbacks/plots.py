@@ -1,54 +1,63 @@
 """Pictures of the embedding along training, and what is needed to draw its history afterwards."""
 
-import errno
 import math
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
+from typing_extensions import override
 
-from simo_lightning.callbacks.watcher import EmbeddingWatcher
+from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.distributed import gather_rows
+from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.loggers import log_figure
-from simo_lightning.metrics import ClassMomentsMetric
 from simo_lightning.plotting import (
-    Frame,
     Projection,
+    Snapshot,
     class_similarity_figure,
     norms_figure,
     project_2d,
-    save_frame,
+    save_snapshot,
     scatter_figure,
     spectrum_figure,
 )
 
+Result = TypeVar("Result")
 
-class EmbeddingPlots(EmbeddingWatcher):
+
+class EmbeddingPlots(ClassMomentsCallback):
     """Draw the validation embeddings: cosines between class means, points in the plane, singular values, norms.
 
     Writes ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, always the latest, and in training a
     copy per epoch such as ``scatter_epoch=003.png``; and hands them to TensorBoard, Weights & Biases or MLflow where
-    one logs. All but the points are of all embeddings; of the points, each class shows its first few. In training it
-    also keeps a small :class:`~simo_lightning.plotting.Frame` per epoch, ``frames/epoch=003.npz``, from which the
-    history can be drawn. A module whose steps return no embeddings is left alone.
+    one logs. The scatter plot shows the first few embeddings of each class, the others are of all embeddings. In
+    training it also keeps a small :class:`~simo_lightning.plotting.Snapshot` per epoch, such as
+    ``snapshots/epoch=003.npz``, from which the history can be drawn. A module whose steps return no embeddings is not
+    drawn.
+
+    A picture that cannot be drawn or written does not end the training: a warning names it and the reason, once.
 
     Args:
-        every_n_epochs: Epochs of training from one picture to the next. Validation by itself always draws.
+        every_n_epochs: Epochs of training from one picture to the next. ``trainer.validate`` always draws.
         max_points: Points in the scatter plot, over all classes and processes.
         dirname: Folder of the pictures, under ``trainer.default_root_dir``.
         projection: From D dimensions to the plane; see :func:`~simo_lightning.plotting.project_2d`.
-        frame_points: Points in a frame, over all classes, at most `max_points`; the same images in every epoch.
+        snapshot_points: Points in a snapshot, over all classes, at most `max_points`; the same images in every epoch.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or the projection is unknown or not installed.
         TypeError: With the first embeddings, if the data module has no ``class_names``.
-        OSError: When a run starts, if the folder cannot be written; the text names it.
     """
 
     def __init__(
@@ -57,151 +66,125 @@ class EmbeddingPlots(EmbeddingWatcher):
         max_points: int = 2000,
         dirname: str = "plots",
         projection: Projection = "pca",
-        frame_points: int = 300,
+        snapshot_points: int = 300,
     ) -> None:
-        super().__init__(every_n_epochs)
-        for name, value in (("max_points", max_points), ("frame_points", frame_points)):
+        super().__init__(every_n_epochs=every_n_epochs)
+        for name, value in (("max_points", max_points), ("snapshot_points", snapshot_points)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if projection not in get_args(Projection):
+            raise ValueError(f"projection must be one of {', '.join(get_args(Projection))}, got {projection!r}")
+        if projection == "umap" and find_spec("umap") is None:
+            raise ValueError(missing_extra("No module named 'umap'"))
         self.max_points = max_points
         self.dirname = dirname
         self.projection = projection
-        self.frame_points = frame_points
-        self._metric: ClassMomentsMetric | None = None
-        self._points: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self.snapshot_points = snapshot_points
+        self._points: list[tuple[Tensor, Tensor]] = []
+        self._seen: Tensor | None = None  # (C,) embeddings of each class so far
+        self._failed: set[str] = set()  # pictures that a warning has named
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell now, not after the first epoch, if the folder cannot be written."""
-        if stage in ("fit", "validate") and trainer.is_global_zero:
-            _check_folder(self._folder(trainer))
+        if stage not in ("fit", "validate") or not trainer.is_global_zero:
+            return
+        folder = self._folder(trainer)
+        found = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+        if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):  # told now, not after the first epoch
+            reason = f"no permission in {found}" if found.is_dir() else f"{found} is a file"
+            rank_zero_warn(f"EmbeddingPlots cannot write to its folder {folder}: {reason}; change default_root_dir")
+            self._failed |= {"snapshots", "similarity", "scatter", "spectrum", "norms"}
 
-    def begin(self) -> None:
-        """Forget the last epoch."""
-        self._metric, self._points, self._labels = None, [], []
-
+    @override
     def check(self, trainer: Trainer) -> None:
-        """Raise if the classes have no names.
-
-        Args:
-            trainer: With its data module.
-
-        Raises:
-            TypeError: If the data module has no ``class_names``.
-        """
         datamodule = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "class_names"):
             raise TypeError(
                 f"EmbeddingPlots needs a data module with the attribute class_names, got {type(datamodule).__name__}"
             )
 
-    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
-        """Add the batch to the class means, and its first rows of each class to the points.
+    @override
+    def reset(self, trainer: Trainer) -> None:
+        super().reset(trainer)
+        self._points, self._seen = [], None
 
-        Args:
-            trainer: Knows the classes.
-            embeddings: ``(N, D)``.
-            labels: ``(N,)``.
-        """
-        if self._metric is None:
-            self._metric = _new_metric(trainer, embeddings.shape[1], embeddings.device)
-        seen = self._metric.counts.long()
-        kept = _first_of_class(labels, self._quota(len(seen)), seen)
-        self._metric.update(embeddings, labels)
-        self._points.append(embeddings[kept])
-        self._labels.append(labels[kept])
+    @override
+    def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
+        super().update(trainer, embeddings, labels, batch, index)
+        num_classes = self._known_num_classes(trainer)
+        if self._seen is None:
+            self._seen = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
+        kept = _first_of_class(labels, math.ceil(self.max_points / num_classes), self._seen)
+        self._seen = self._seen + torch.bincount(labels, minlength=num_classes)
+        self._points.append((embeddings[kept], labels[kept]))
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Draw validation, not test; every process sends its part, the first one draws.
+    @override
+    def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
+        if stage == "val":
+            points, labels = (gather_rows(torch.cat(parts)).cpu() for parts in zip(*self._points, strict=True))
+            if trainer.is_global_zero:
+                self._draw(trainer, moments, points, labels)
+        self._points = []
+        return {}
 
-        Args:
-            trainer: Knows the folder.
-            pl_module: Unused.
-            stage: "val" or "test".
-        """
-        if self._metric is None or stage != "val":
-            return
-        with self._metric.sync_context():
-            moments = self._metric.moments
-        points = gather_rows(torch.cat(self._points))
-        labels = gather_rows(torch.cat(self._labels))
-        self.begin()
-        if trainer.is_global_zero:
-            self._draw(trainer, moments, points, labels)
+    @override
+    def _known_num_classes(self, trainer: Trainer) -> int:
+        return len(trainer.datamodule.class_names)  # type: ignore[attr-defined]
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.dirname
 
-    def _quota(self, num_classes: int) -> int:
-        """Points of each class."""
-        return math.ceil(self.max_points / num_classes)
-
     def _draw(self, trainer: Trainer, moments: ClassMoments, points: Tensor, labels: Tensor) -> None:
         names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._keep(trainer, moments, points, labels)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            few = _few(points, labels, min(self.snapshot_points, self.max_points), len(names))
+            snapshot = Snapshot.of_moments(trainer.current_epoch, trainer.global_step, moments, *few)
+            self._try("snapshots", save_snapshot, snapshot, self._folder(trainer) / "snapshots")
         points, labels = _few(points, labels, self.max_points, len(names))
         title = f"{len(points)} of {int(moments.counts.sum())} validation embeddings"
-        if trainer.state.fn == TrainerFn.FITTING:
-            title = f"Epoch {trainer.current_epoch}: {title}"
-        self._save(trainer, "similarity", class_similarity_figure(moments, names))
-        self._save(trainer, "scatter", scatter_figure(project_2d(points, self.projection), labels, names, title))
-        self._save(trainer, "spectrum", spectrum_figure(moments, names))
-        self._save(trainer, "norms", norms_figure(moments, names))
-
-    def _keep(self, trainer: Trainer, moments: ClassMoments, points: Tensor, labels: Tensor) -> None:
-        few = _few(points, labels, min(self.frame_points, self.max_points), len(moments.counts))
-        frame = Frame(trainer.current_epoch, trainer.global_step, moments.counts, moments.means, *few)
-        try:
-            save_frame(frame, self._folder(trainer) / "frames")
-        except OSError as error:
-            raise _named(error, self._folder(trainer)) from error
+        title = f"Epoch {trainer.current_epoch}: {title}" if fitting else title
+        drawings: dict[str, Callable[[], Figure]] = {
+            "similarity": partial(class_similarity_figure, moments, names),
+            "scatter": lambda: scatter_figure(project_2d(points, self.projection), labels, names, title),
+            "spectrum": partial(spectrum_figure, moments),
+            "norms": partial(norms_figure, moments, names),
+        }
+        for name, draw in drawings.items():
+            figure = self._try(name, draw)
+            if figure is not None:
+                self._try(name, self._save, trainer, name, figure)
+                for logger in trainer.loggers:
+                    step = trainer.global_step
+                    self._try(f"{name} for {type(logger).__name__}", log_figure, logger, f"val/{name}", figure, step)
 
     def _save(self, trainer: Trainer, name: str, figure: Figure) -> None:
         latest = self._folder(trainer) / f"{name}.png"
+        latest.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(latest)
+        if trainer.state.fn == TrainerFn.FITTING:
+            shutil.copyfile(latest, latest.with_name(f"{name}_epoch={trainer.current_epoch:03d}.png"))
+
+    def _try(self, picture: str, step: Callable[..., Result], *arguments: Any) -> Result | None:
+        """The result of a step; what fails is named in one warning, and the training goes on."""
         try:
-            latest.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(latest)
-            if trainer.state.fn == TrainerFn.FITTING:
-                shutil.copyfile(latest, latest.with_name(f"{name}_epoch={trainer.current_epoch:03d}.png"))
-        except OSError as error:
-            raise _named(error, latest.parent) from error
-        for logger in trainer.loggers:
-            log_figure(logger, f"val/{name}", figure, trainer.global_step)
-
-
-def _new_metric(trainer: Trainer, dim: int, device: torch.device) -> ClassMomentsMetric:
-    num_classes = len(trainer.datamodule.class_names)  # type: ignore[attr-defined]
-    return ClassMomentsMetric(num_classes, dim, torch.float32 if device.type == "mps" else torch.float64).to(device)
+            return step(*arguments)
+        except Exception as error:  # whatever matplotlib, the disk or a logger's server may raise
+            if picture not in self._failed:
+                self._failed.add(picture)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                rank_zero_warn(f"EmbeddingPlots cannot draw {picture}: {reason}; the training goes on without it")
+            return None
 
 
 def _first_of_class(labels: Tensor, quota: int, seen: Tensor) -> Tensor:
     """Which rows (N,) are among the first `quota` of their class, after `seen` (C,) of each before them; a mask."""
     one_hot = torch.nn.functional.one_hot(labels, len(seen))  # (N, C)
     place = (one_hot.cumsum(dim=0) - 1).gather(1, labels.unsqueeze(1)).squeeze(1)
-    return place + seen.to(labels.device)[labels] < quota
+    return place + seen[labels] < quota
 
 
 def _few(points: Tensor, labels: Tensor, most: int, num_classes: int) -> tuple[Tensor, Tensor]:
     """At most so many points with their labels, the first ones of each class."""
-    unseen = torch.zeros(num_classes, dtype=torch.long)
-    kept = _first_of_class(labels, math.ceil(most / num_classes), unseen)
+    kept = _first_of_class(labels, math.ceil(most / num_classes), torch.zeros(num_classes, dtype=torch.long))
     return points[kept][:most], labels[kept][:most]
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise if the folder, or where it would be made, does not take files."""
-    found = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not found.is_dir():
-        raise _named(NotADirectoryError(errno.ENOTDIR, f"{found} is a file"), folder)
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise _named(PermissionError(errno.EACCES, f"no permission in {found}"), folder)
-
-
-def _named(error: OSError, folder: Path) -> OSError:
-    """An error of the same kind whose text names the folder and the way out."""
-    return type(error)(
-        error.errno,
-        f"EmbeddingPlots cannot write to its folder ({error.strerror}); change default_root_dir",
-        str(folder),
-    )

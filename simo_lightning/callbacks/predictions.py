@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from simo_lightning.distributed import gather_rows, world_size
 
@@ -22,21 +23,14 @@ class EmbeddingWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
 
+    @override
     def write_on_epoch_end(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        trainer: Trainer,
+        pl_module: LightningModule,
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Gather and write.
-
-        Args:
-            trainer: Its ``default_root_dir`` is the run's folder.
-            pl_module: Unused.
-            predictions: What ``predict_step`` returned: dictionaries with ``embeddings`` and ``labels``.
-            batch_indices: Unused.
-        """
         rows = {name: torch.cat([output[name] for output in predictions]) for name in ("embeddings", "labels")}
         # Process r holds the images r, r + W, r + 2 W ...
         place = trainer.global_rank + world_size() * torch.arange(len(rows["labels"]), device=rows["labels"].device)

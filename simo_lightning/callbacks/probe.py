@@ -1,16 +1,17 @@
-"""Judge the encoder by a linear classifier that is trained beside it."""
+"""Evaluate the encoder by a linear classifier that is trained beside it."""
 
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import override
 
-from simo_lightning.callbacks.watcher import EmbeddingWatcher, embedded_rows
+from simo_lightning.callbacks.evaluation import EvaluationCallback, step_embeddings
 from simo_lightning.distributed import sum_over_ranks
 
 
-class OnlineProbe(EmbeddingWatcher):
+class OnlineProbe(EvaluationCallback):
     """Log the accuracy of a linear classifier of the embeddings as ``val/probe`` and ``test/probe``.
 
     The classifier takes one step on the embeddings of every second training batch as the encoder returned them: of
@@ -19,23 +20,25 @@ class OnlineProbe(EmbeddingWatcher):
     is scaled to the norm ``sqrt(D)``, so that the learning rate fits at any scale. It starts from zeros, takes the mean
     over the rows of all processes, so that its weights are equal on all, and is part of the checkpoint. A row whose
     label is no class, as that of an image whose label is hidden, does not count. A module whose steps return no
-    ``embeddings`` and ``labels`` is left alone; so are validation and test before any training.
+    ``embeddings`` and ``labels`` is not evaluated; nor are validation and test before any training.
 
     Args:
         lr: Learning rate of Adam.
         num_classes: C; None: ``trainer.datamodule.num_classes``.
-        every_n_epochs: Epochs of training from one measurement to the next; it learns in every one. Validation and test
-            by themselves always measure.
-        every_n_batches: Training batches from one step of the classifier to the next. A step costs about 1.5 ms beside
-            a small encoder on a CPU, most of it Python that the encoder has driven out of the cache.
+        every_n_epochs: Epochs of training from one evaluation to the next; it learns in every one.
+            ``trainer.validate`` and ``trainer.test`` always evaluate.
+        every_n_batches: Training batches from one step of the classifier to the next. A step takes about 1.5 ms
+            beside a small encoder on a CPU.
 
     Attributes:
         head: The classifier, from unit embeddings times ``sqrt(D)`` to logits; None before the first batch.
 
     Raises:
-        ValueError: If a number is out of its range; and when the first embeddings come, if the number of classes is not
-            known.
+        ValueError: If a number is out of its range; and when the first embeddings come, if the number of classes is
+            unknown.
     """
+
+    progress_bar = frozenset({"probe"})
 
     def __init__(
         self, lr: float = 1e-2, num_classes: int | None = None, every_n_epochs: int = 1, every_n_batches: int = 2
@@ -46,85 +49,60 @@ class OnlineProbe(EmbeddingWatcher):
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         self.every_n_batches = every_n_batches
-        self.lr = lr
+        self.lr = float(lr)  # it is in the checkpoint, where a NumPy number is no plain data
         self.num_classes = num_classes
         self.head: nn.Linear | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] = {}  # of a checkpoint, until the device is known
-        self._counts: Tensor | None = None  # right answers and rows
+        self._counts: Tensor | None = None  # correct predictions and embeddings
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Classifier and optimizer.
-
-        Returns:
-            Their states; empty before the first batch.
-        """
         if self.head is None or self._optimizer is None:
             return self._state
         return {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on.
-
-        Args:
-            state_dict: Of :meth:`state_dict`.
-        """
         self._state = state_dict
         self.head = self._optimizer = None
 
-    def on_train_batch_end(  # noqa: D102
+    @override
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        rows = None if batch_idx % self.every_n_batches else embedded_rows(outputs)
-        if rows is not None:
-            self._learn(self._head(trainer, rows[0]), *rows)
+        found = None if batch_idx % self.every_n_batches else step_embeddings(outputs)
+        if found is not None:
+            self._learn(self._head(trainer, found[0]), *found)
 
-    def begin(self) -> None:
-        """Forget the last epoch."""
+    @override
+    def reset(self, trainer: Trainer) -> None:
         self._counts = None
 
+    @override
     @torch.no_grad()
-    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
-        """Count right answers.
-
-        Args:
-            trainer: Unused.
-            embeddings: ``(N, D)``.
-            labels: ``(N,)``.
-        """
+    def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
         if not self.state_dict():
             return
         head = self._head(trainer, embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
-            right = (head(_directions(embeddings)).argmax(dim=1) == labels).sum()
-        counts = torch.stack([right, torch.full_like(right, len(labels))])
+            correct = (head(_directions(embeddings)).argmax(dim=1) == labels).sum()
+        counts = torch.stack([correct, torch.full_like(correct, len(labels))])
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log ``val/probe`` or ``test/probe``.
-
-        Args:
-            trainer: Unused.
-            pl_module: Logs.
-            stage: "val" or "test".
-        """
+    @override
+    def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if self._counts is None:
-            return
-        right, rows = sum_over_ranks(self._counts)
-        self.begin()
-        # the value is that of all processes already; sync_dist tells Lightning that this was thought of
-        pl_module.log(f"{stage}/probe", right.float() / rows, prog_bar=True, sync_dist=True)
+            return {}
+        correct, count = sum_over_ranks(self._counts)
+        self.reset(trainer)
+        return {"probe": correct.float() / count}
 
     def _head(self, trainer: Trainer, embeddings: Tensor) -> nn.Linear:
         """The classifier on the device of the embeddings, made, or of a checkpoint, if there is none there."""
         if self.head is not None and self.head.weight.device == embeddings.device:
             return self.head
-        num_classes = self.num_classes or getattr(getattr(trainer, "datamodule", None), "num_classes", None)
-        if num_classes is None:
-            raise ValueError(
-                "OnlineProbe needs the number of classes: give OnlineProbe(num_classes=...) or a data module with the "
-                "attribute num_classes, got neither"
-            )
+        num_classes = self._known_num_classes(trainer)
         state, self._state = self.state_dict(), {}
         # skip_init: weights drawn here would move the generator from which the encoder's training draws
         place = {"dtype": torch.float32, "device": embeddings.device}
@@ -137,21 +115,19 @@ class OnlineProbe(EmbeddingWatcher):
             self._optimizer.load_state_dict(state["optimizer"])
         return self.head
 
-    @torch.no_grad()
     def _learn(self, head: nn.Linear, embeddings: Tensor, labels: Tensor) -> None:
-        """One step of Adam. The gradient of the cross-entropy is written out: probability less target."""
+        """One step of Adam on the mean cross-entropy over the rows of all processes whose label is a class."""
         assert self._optimizer is not None
-        with torch.autocast(embeddings.device.type, enabled=False):
-            directions, classes = _directions(embeddings), head.out_features  # (N, D), C
-            slope = head(directions).softmax(dim=1)  # (N, C)
-            # a label that is no class matches no column: its row of targets is zero, and so is its slope
-            targets = labels.unsqueeze(1) == torch.arange(classes, device=labels.device)
-            known = targets.any(dim=1, keepdim=True).to(slope.dtype)
-            slope = slope.sub_(targets.to(slope.dtype)).mul_(known)
-            parts = ((slope.T @ directions).flatten(), slope.sum(dim=0), known.sum().view(1))
-            total = sum_over_ranks(torch.cat(parts))
-        total /= total[-1].clone().clamp_(min=1)
-        head.weight.grad, head.bias.grad = total[: -1 - classes].view_as(head.weight), total[-1 - classes : -1]
+        parameters = list(head.parameters())
+        known = (labels >= 0) & (labels < head.out_features)
+        with torch.enable_grad(), torch.autocast(embeddings.device.type, enabled=False):
+            logits = head(_directions(embeddings))  # (N, C)
+            loss = nn.functional.cross_entropy(logits, torch.where(known, labels, -100), reduction="sum")
+            gradients = torch.autograd.grad(loss, parameters)
+        total = sum_over_ranks(torch.cat([*(part.flatten() for part in gradients), known.sum().view(1)]))
+        *sums, count = total.split([*(part.numel() for part in gradients), 1])
+        for parameter, part in zip(parameters, sums, strict=True):
+            parameter.grad = part.view_as(parameter) / count.clamp(min=1)
         self._optimizer.step()
 
 

@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 
 class ImagesPerSecond(Callback):
@@ -18,46 +18,23 @@ class ImagesPerSecond(Callback):
         self.images, self.seconds = 0, 0.0
         self._since = 0.0
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock.
-
-        Args:
-            trainer: Unused.
-            pl_module: Unused.
-        """
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.images, self.seconds, self._since = 0, 0.0, time.monotonic()
 
+    @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a batch.
-
-        Args:
-            trainer: Knows the number of processes.
-            pl_module: Unused.
-            outputs: Unused.
-            batch: Images first.
-            batch_idx: Unused.
-        """
         now = time.monotonic()
         self.images += len(batch[0]) * trainer.world_size
         self.seconds, self._since = self.seconds + now - self._since, now
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the time of validation out.
-
-        Args:
-            trainer: Unused.
-            pl_module: Unused.
-        """
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the epoch's speed.
-
-        Args:
-            trainer: Unused.
-            pl_module: Logs.
-        """
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.seconds:
             pl_module.log("train/images_per_second", self.images / self.seconds)

@@ -1,69 +1,11 @@
 """Tensors in, tensors out: moments, SimO, geometry and nearest neighbours. No rank, no Lightning."""
 
-from simo_lightning.functional.geometry import (
-    alignment,
-    centered_cosine,
-    centered_cosine_max,
-    class_norm_spread,
-    class_participation,
-    class_rms_norm,
-    class_variance_across,
-    class_variance_along,
-    effective_rank,
-    equiangularity,
-    equinorm,
-    leakage,
-    nc1,
-    nc3,
-    nearest_mean_predict,
-    norm_spread,
-    orthogonality,
-    orthogonality_max,
-    participation,
-    rms_norm,
-    simplex_deviation,
-    singular_values,
-    stable_rank,
-    uniformity,
-    variance_across,
-    variance_along,
-    within_between,
-)
+# ruff: noqa: F403  # each file lists its public names, so that a new metric is named in its own file alone
+from simo_lightning.functional import geometry
+from simo_lightning.functional.geometry import *
 from simo_lightning.functional.knn import knn_accuracy, knn_predict
 from simo_lightning.functional.moments import ClassMoments, class_moments
 from simo_lightning.functional.simo import simo_loss
 
-__all__ = [
-    "ClassMoments",
-    "alignment",
-    "centered_cosine",
-    "centered_cosine_max",
-    "class_moments",
-    "class_norm_spread",
-    "class_participation",
-    "class_rms_norm",
-    "class_variance_across",
-    "class_variance_along",
-    "effective_rank",
-    "equiangularity",
-    "equinorm",
-    "knn_accuracy",
-    "knn_predict",
-    "leakage",
-    "nc1",
-    "nc3",
-    "nearest_mean_predict",
-    "norm_spread",
-    "orthogonality",
-    "orthogonality_max",
-    "participation",
-    "rms_norm",
-    "simo_loss",
-    "simplex_deviation",
-    "singular_values",
-    "stable_rank",
-    "uniformity",
-    "variance_across",
-    "variance_along",
-    "within_between",
-]
+__all__ = ["ClassMoments", "class_moments", "knn_accuracy", "knn_predict", "simo_loss"]
+__all__ += geometry.__all__

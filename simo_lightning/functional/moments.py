@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Processes gather each other's moments: more than this would not fit into memory once per process.
+_LARGEST = 2**30  # bytes
 # Up to this many classes a sum per class is, off the CPU, one matrix product with a one-hot matrix: the same at every
 # run, which an indexed add is not there; above, and on a CPU, where it is faster and repeatable, an indexed add.
 _ONE_HOT_CLASSES = 32
@@ -25,8 +27,8 @@ class ClassMoments(NamedTuple):
         second: Sum of the outer products ``e e^T``, ``(C, D, D)``.
         fourth: Sum of ``|e|^4``, ``(C,)``.
 
-    Sums in float64 lose nothing that matters to a spread of 1e-6 of the norm; the loss, which works in float32,
-    takes its spread from centred differences instead (:func:`class_scatter`).
+    In float64 the sums resolve a spread of 1e-6 of the norm. The loss, which works in float32, takes its spread from
+    centred differences instead (:func:`class_scatter`).
     """
 
     counts: Tensor
@@ -34,16 +36,53 @@ class ClassMoments(NamedTuple):
     second: Tensor
     fourth: Tensor
 
+    @classmethod
+    def zeros(cls, num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64) -> "ClassMoments":
+        """Moments of no embeddings.
+
+        Args:
+            num_classes: C.
+            embedding_dim: D.
+            dtype: Of the sums.
+
+        Returns:
+            Zeros, on the CPU.
+
+        Raises:
+            ValueError: If a size is below 1, or the sums would take more than 1 GiB.
+        """
+        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        size = num_classes * embedding_dim**2 * dtype.itemsize
+        if size > _LARGEST:
+            raise ValueError(
+                f"num_classes * embedding_dim^2 must fit in 1 GiB of {dtype}, got {num_classes} * {embedding_dim}^2 = "
+                f"{size / 2**30:.1f} GiB; measure embeddings of fewer dimensions, or a subset of the classes"
+            )
+        shape = (num_classes, embedding_dim)
+        shapes = {"counts": shape[:1], "sums": shape, "second": (*shape, embedding_dim), "fourth": shape[:1]}
+        return cls(**{name: torch.zeros(size, dtype=dtype) for name, size in shapes.items()})
+
     @property
     def means(self) -> Tensor:
-        """Class means, ``(C, D)``; ``nan`` rows for classes that were not seen."""
+        """Class means, ``(C, D)``; ``nan`` rows for classes without embeddings."""
         return self.sums / self.counts.unsqueeze(1)
 
     @property
+    def squared_norms(self) -> Tensor:
+        """Sum of the squared norms of each class, ``(C,)``."""
+        return self.second.diagonal(dim1=1, dim2=2).sum(dim=1)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Sum of the outer products ``e e^T`` over all classes, ``(D, D)``."""
+        return self.second.sum(dim=0)
+
+    @property
     def scatter(self) -> Tensor:
-        """Sum of squared distances to the class mean, ``(C,)``, >= 0; ``nan`` for classes that were not seen."""
-        traces = self.second.diagonal(dim1=1, dim2=2).sum(dim=1)
-        return (traces - self.sums.square().sum(dim=1) / self.counts).clamp(min=0)
+        """Sum of squared distances to the class mean, ``(C,)``, >= 0; ``nan`` for classes without embeddings."""
+        return (self.squared_norms - self.sums.square().sum(dim=1) / self.counts).clamp(min=0)
 
     def merge(self, other: "ClassMoments") -> "ClassMoments":
         """Moments of the union of two disjoint sets of embeddings.

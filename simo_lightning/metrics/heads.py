@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from simo_lightning.functional.geometry import nc3, nearest_mean_predict
+from simo_lightning.functional.geometry import nc3, nearest_class_mean_predict
 from simo_lightning.metrics.moments import ClassMomentsMetric
 
 
@@ -48,19 +48,19 @@ class NC3(ClassMomentsMetric):
         return nc3(self.moments, self._head[0].get_parameter("weight"))
 
 
-class NearestMeanAccuracy(Metric):
+class NearestClassMeanAccuracy(Metric):
     """Share of the embeddings whose nearest class mean is that of their own class.
 
     Args:
         means: ``(C, D)``, of the training images say; a class whose row is ``nan`` is never predicted.
-        distance: "euclidean" or "cosine", as :func:`.geometry.nearest_mean_predict`.
+        distance: "euclidean" or "cosine", as :func:`.geometry.nearest_class_mean_predict`.
         dtype: In which distances are computed; torch.float32 for devices without float64.
 
     Raises:
         ValueError: If the means are not ``(C, D)`` with a finite row.
 
     Example:
-        >>> metric = NearestMeanAccuracy(means=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> metric = NearestClassMeanAccuracy(means=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         >>> metric.update(torch.tensor([[0.9, 0.0], [0.9, 0.1], [0.0, 5.0]]), torch.tensor([0, 1, 1]))
         >>> round(metric.compute().item(), 4)
         0.6667
@@ -81,7 +81,9 @@ class NearestMeanAccuracy(Metric):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
-        nearest_mean_predict(means.new_empty(0, *means.shape[1:]), means, distance)  # says what is wrong with them
+        nearest_class_mean_predict(
+            means.new_empty(0, *means.shape[1:]), means, distance
+        )  # says what is wrong with them
         self.distance = distance
         self.register_buffer("means", means.detach().to(dtype), persistent=False)
         self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
@@ -101,7 +103,7 @@ class NearestMeanAccuracy(Metric):
             raise ValueError(
                 f"labels must have shape ({len(embeddings)},) to match embeddings, got {tuple(labels.shape)}"
             )
-        predicted = nearest_mean_predict(embeddings.detach(), self.means, self.distance)
+        predicted = nearest_class_mean_predict(embeddings.detach(), self.means, self.distance)
         self.correct = self.correct + (predicted == labels).sum()
         self.total = self.total + len(labels)
 

@@ -1,15 +1,14 @@
 """Class moments as a torchmetrics metric: states that add up, so batches and processes merge exactly."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from simo_lightning.functional.moments import ClassMoments, class_moments
-
-# Processes gather each other's states when they sync: what is larger than this would not fit there.
-_LARGEST_STATE = 2**30  # bytes
 
 
 class ClassMomentsMetric(Metric):
@@ -21,16 +20,18 @@ class ClassMomentsMetric(Metric):
     Args:
         num_classes: C.
         embedding_dim: D.
-        dtype: Of the sums. float64 loses nothing; torch.float32 is for devices without it (MPS), where spreads below
-            about 1e-2 of the norm count as zero.
+        dtype: Of the sums. torch.float32 is for devices without float64 (MPS); spreads below about 1e-2 of the norm
+            count as zero there.
+        options: Keyword arguments of the metric's function, such as ``directions`` of ``SubspaceOverlap``.
 
     Raises:
-        ValueError: If a size is below 1, or the state would take more than 1 GiB.
+        ValueError: If a size is below 1, the state would take more than 1 GiB, or the function refuses an option.
+        TypeError: If the function does not take an option.
 
     Example:
         >>> metric = ClassMomentsMetric(num_classes=3, embedding_dim=2)
         >>> metric.update(torch.ones(4, 2), torch.tensor([0, 0, 0, 2]))
-        >>> metric.compute().tolist()  # a subclass gives its own value; this one the rows of each class
+        >>> metric.compute().tolist()  # here the number of embeddings of each class; a subclass computes its own value
         [3.0, 0.0, 1.0]
     """
 
@@ -38,29 +39,20 @@ class ClassMomentsMetric(Metric):
     full_state_update = False
     higher_is_better: bool | None = None
 
-    _function: Callable[[ClassMoments], Tensor] = staticmethod(lambda moments: moments.counts)
+    _function: Callable[..., Tensor] = staticmethod(lambda moments: moments.counts)
 
-    counts: Tensor
-    sums: Tensor
-    second: Tensor
-    fourth: Tensor
-
-    def __init__(self, num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64, **options: Any
+    ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        size = num_classes * embedding_dim**2 * dtype.itemsize
-        if size > _LARGEST_STATE:
-            raise ValueError(
-                f"num_classes * embedding_dim^2 must fit in 1 GiB of {dtype}, got {num_classes} * {embedding_dim}^2 = "
-                f"{size / 2**30:.1f} GiB; measure embeddings of fewer dimensions, or a subset of the classes"
-            )
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
-        empty = class_moments(torch.zeros(0, embedding_dim), torch.zeros(0, dtype=torch.long), num_classes, dtype)
-        for name, zeros in empty._asdict().items():
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        zeros = ClassMoments.zeros(num_classes, embedding_dim, dtype)
+        if options:
+            self._function = partial(type(self)._function, **options)
+            self._function(zeros)  # refuses what it cannot follow now, not at the end of an epoch
+        for name, value in zeros._asdict().items():
+            self.add_state(name, value, dist_reduce_fx="sum")
 
     def update(self, embeddings: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -70,18 +62,19 @@ class ClassMomentsMetric(Metric):
             labels: Class of each row, ``(N,)``, integers in ``0..C - 1``.
 
         Raises:
-            ValueError: If the shapes or labels are not as said.
+            ValueError: If a shape or a label is wrong.
         """
         if embeddings.shape[1:] != (self.embedding_dim,):
             raise ValueError(f"embeddings must have shape (N, {self.embedding_dim}), got {tuple(embeddings.shape)}")
-        batch = class_moments(embeddings.detach(), labels, self.num_classes, self.sums.dtype)
-        for name, value in self.moments.merge(batch)._asdict().items():
+        moments = self.moments
+        batch = class_moments(embeddings.detach(), labels, self.num_classes, moments.sums.dtype)
+        for name, value in moments.merge(batch)._asdict().items():
             setattr(self, name, value)
 
     @property
     def moments(self) -> ClassMoments:
         """The sums as they are: of this process, and within ``sync_context()`` of all processes."""
-        return ClassMoments(self.counts, self.sums, self.second, self.fourth)
+        return ClassMoments(*(getattr(self, name) for name in ClassMoments._fields))
 
     def compute(self) -> Tensor:
         """The metric's value over all embeddings seen, of all processes."""

@@ -6,15 +6,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate
+from typing_extensions import override
 
-from simo_lightning.callbacks.watcher import EmbeddingWatcher
+from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.report.pictures import EmbeddedImages
 
 _LARGEST_SIDE = 64  # pixels of an image that is kept
 
 
-class EmbeddingCollector(EmbeddingWatcher):
+class EmbeddingCollector(EvaluationCallback):
     """Keeps the embeddings of a validation or test pass, on the CPU, in the order of the data set.
 
     Any module will do whose steps return ``embeddings`` and ``labels``. Images are kept where a batch begins with a
@@ -32,63 +33,39 @@ class EmbeddingCollector(EmbeddingWatcher):
         super().__init__()
         self.max_images = max_images
         self.result: EmbeddedImages | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the last pass."""
-        self._batch: Any = None
         self._embeddings: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._images: list[Tensor] = []
         self._has_images = True
 
-    def on_validation_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any, **named: Any
-    ) -> None:
-        self._batch = batch[0] if batch else named.get("batch")
-        super().on_validation_batch_end(trainer, pl_module, outputs)
+    @override
+    def reset(self, trainer: Trainer) -> None:
+        self._embeddings, self._labels, self._images, self._has_images = [], [], [], True
 
-    def on_test_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any, **named: Any
-    ) -> None:
-        self._batch = batch[0] if batch else named.get("batch")
-        super().on_test_batch_end(trainer, pl_module, outputs)
-
-    def collect(self, trainer: Trainer, embeddings: Tensor, labels: Tensor) -> None:
-        """Keep a batch.
-
-        Args:
-            trainer: Knows the data module.
-            embeddings: ``(N, D)``.
-            labels: ``(N,)``.
-        """
+    @override
+    def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
         self._embeddings.append(embeddings.to("cpu", torch.promote_types(embeddings.dtype, torch.float32)))
         self._labels.append(labels.cpu())
-        images: Any = self._batch[0] if isinstance(self._batch, (list, tuple)) and self._batch else None
+        images: Any = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         self._has_images &= _are_images(images, len(labels))
         room = -(-self.max_images // world_size()) - sum(map(len, self._images))
         if self._has_images and room > 0:
             self._images.append(as_pixels(images[:room], getattr(trainer, "datamodule", None)).cpu())
 
+    @override
     @torch.no_grad()
-    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put together what all processes kept.
-
-        Args:
-            trainer: Knows the device that gathers.
-            pl_module: Unused.
-            stage: Unused.
-        """
+    def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if not self._embeddings:
-            return
+            return {}
         embeddings, order = _of_all_ranks(trainer, self._embeddings)
         labels, _ = _of_all_ranks(trainer, self._labels)
         images, image_order = None, order
         if self._has_images and self._images:
             images, image_order = _of_all_ranks(trainer, self._images)
-        self.begin()
+        self.reset(trainer)
         # rank r holds the rows r, r + W, ...: as many images of each rank are the first ones of the split
         self.result = EmbeddedImages(embeddings[order], labels[order], None if images is None else images[image_order])
+        return {}
 
 
 def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:

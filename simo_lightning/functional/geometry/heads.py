@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from simo_lightning.functional.geometry.means import present_means
-from simo_lightning.functional.geometry.rounding import centered_means, undefined
+from simo_lightning.functional.geometry.rounding import centered_means, present_means, undefined
 from simo_lightning.functional.moments import ClassMoments
 
-# Distances to class means that are held at once: this many rows of C numbers.
+__all__ = ["nc3", "nearest_class_mean_predict"]
+
+# Rows whose distances to all C class means are held at once.
 _CHUNK = 8192
 
 
@@ -20,8 +21,8 @@ def nc3(moments: ClassMoments, weight: Tensor) -> Tensor:
     ``M (P, D)`` are the centred class means ``m_c - m``, ``m`` the mean of the class means.
 
     Args:
-        moments: Class moments of what the head takes in.
-        weight: Of the head, ``(C, D)``; rows of classes without embeddings do not count.
+        moments: Class moments of the head's input.
+        weight: Weight of the head, ``(C, D)``; rows of classes without embeddings do not count.
 
     Returns:
         Scalar in [0, 4], lower is better (0: the head's rows are the centred class means up to one factor; 4: up to a
@@ -52,29 +53,31 @@ def nc3(moments: ClassMoments, weight: Tensor) -> Tensor:
     return (rows / rows.norm() - centered / centered.norm()).square().sum()
 
 
-def nearest_mean_predict(
+def nearest_class_mean_predict(
     embeddings: Tensor, means: Tensor, distance: Literal["euclidean", "cosine"] = "euclidean"
 ) -> Tensor:
     """Class whose mean is nearest to each embedding.
 
     Args:
         embeddings: Float tensor ``(N, D)``.
-        means: ``(C, D)``, of the training images say; a class whose row is ``nan`` is never predicted.
+        means: ``(C, D)``, usually of the training images; a class whose row is ``nan`` is never predicted.
         distance: "euclidean": the smallest ``|e - m_c|``; "cosine": the largest ``cos(e, m_c)``, where a row of zeros
             has cosine 0 with everything.
 
     Returns:
-        Classes ``(N,)``, int64; of those equally near the lowest. Computed in the wider dtype of the two, in float32
+        Classes ``(N,)``, int64; the lowest of those equally near. Computed in the wider dtype of the two, in float32
         at least.
 
     Raises:
-        ValueError: If the shapes are not as said, the distance is none of the two, an embedding is not finite, or no
-            class has a finite mean.
+        ValueError: If a shape is wrong, the distance is unknown, an embedding is not finite, or no class has a finite
+            mean.
 
     Example:
         >>> means = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
-        >>> nearest_mean_predict(torch.tensor([[0.0, 2.0]]), means), nearest_mean_predict(means, means, "cosine")
-        (tensor([0]), tensor([0, 1]))
+        >>> nearest_class_mean_predict(torch.tensor([[0.0, 2.0]]), means)
+        tensor([0])
+        >>> nearest_class_mean_predict(means, means, "cosine")
+        tensor([0, 1])
 
     Source:
         Mensink et al., IEEE TPAMI 35(11), 2013; with the Euclidean distance NC4's nearest class centre (Papyan, Han &

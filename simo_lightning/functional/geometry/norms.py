@@ -3,19 +3,24 @@
 import torch
 from torch import Tensor
 
-from simo_lightning.functional.geometry.rounding import class_traces, without_rounding
+from simo_lightning.functional.geometry.declaration import geometry_metric
+from simo_lightning.functional.geometry.rounding import without_rounding
 from simo_lightning.functional.moments import ClassMoments
 
+__all__ = ["class_norm_spread", "class_rms_norm", "norm_spread", "rms_norm"]
 
+
+@geometry_metric(
+    interval=">= 0, in units of the embeddings",
+    better="neither",
+    best="the scale of the other metrics",
+    undefined="no embeddings",
+    class_name="RMSNorm",
+)
 def rms_norm(moments: ClassMoments) -> Tensor:
     """Root mean square norm of the embeddings: ``sqrt(mean_i |e_i|^2)``.
 
-    Args:
-        moments: Class moments; the labels do not matter.
-
-    Returns:
-        Scalar >= 0 in units of the embeddings; neither direction is better: it gives the scale for `alignment`, and
-        shows embeddings that vanish or blow up. ``nan`` if there is no embedding.
+    It shows embeddings that vanish or blow up. The labels do not matter.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -25,18 +30,19 @@ def rms_norm(moments: ClassMoments) -> Tensor:
     Source:
         Ours.
     """
-    return (moments.second.diagonal(dim1=1, dim2=2).sum() / moments.counts.sum()).sqrt()
+    return (moments.squared_norms.sum() / moments.counts.sum()).sqrt()
 
 
+@geometry_metric(
+    interval=">= 0",
+    better="neither",
+    best="0: all embeddings lie on a sphere around the origin",
+    undefined="no embeddings, or embeddings that are all zero",
+)
 def norm_spread(moments: ClassMoments) -> Tensor:
     """Coefficient of variation of the squared norms: ``std_i |e_i|^2 / mean_i |e_i|^2``.
 
-    Args:
-        moments: Class moments; the labels do not matter.
-
-    Returns:
-        Scalar >= 0, 0 on a sphere around the origin; for small values twice the coefficient of variation of the norms
-        themselves. Neither direction is better. ``nan`` if there is no embedding or all are zero.
+    Small values are twice the coefficient of variation of the norms themselves. The labels do not matter.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -47,7 +53,7 @@ def norm_spread(moments: ClassMoments) -> Tensor:
     Source:
         Ours; of squared norms because their first two moments are in the class moments.
     """
-    return _variation(moments.fourth.sum(), class_traces(moments).sum(), moments.counts.sum())
+    return _variation(moments.fourth.sum(), moments.squared_norms.sum(), moments.counts.sum())
 
 
 def class_rms_norm(moments: ClassMoments) -> Tensor:
@@ -57,7 +63,7 @@ def class_rms_norm(moments: ClassMoments) -> Tensor:
         moments: Class moments.
 
     Returns:
-        ``(C,)``, >= 0 in units of the embeddings; ``nan`` for classes without rows.
+        ``(C,)``, >= 0 in units of the embeddings; ``nan`` for classes without embeddings.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -68,7 +74,7 @@ def class_rms_norm(moments: ClassMoments) -> Tensor:
     Source:
         Ours.
     """
-    return (class_traces(moments) / moments.counts).sqrt()
+    return (moments.squared_norms / moments.counts).sqrt()
 
 
 def class_norm_spread(moments: ClassMoments) -> Tensor:
@@ -78,7 +84,7 @@ def class_norm_spread(moments: ClassMoments) -> Tensor:
         moments: Class moments.
 
     Returns:
-        ``(C,)``, >= 0; ``nan`` for classes without rows or whose embeddings are all zero.
+        ``(C,)``, >= 0; ``nan`` for classes without embeddings or whose embeddings are all zero.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -90,7 +96,7 @@ def class_norm_spread(moments: ClassMoments) -> Tensor:
     Source:
         Ours.
     """
-    return _variation(moments.fourth, class_traces(moments), moments.counts)
+    return _variation(moments.fourth, moments.squared_norms, moments.counts)
 
 
 def _variation(fourth: Tensor, squares: Tensor, counts: Tensor) -> Tensor:

@@ -20,18 +20,18 @@ def without_rounding(values: Tensor, scale: Tensor) -> Tensor:
     return torch.where(values.abs() <= floor, torch.zeros_like(values), values)
 
 
+def present_means(moments: ClassMoments) -> Tensor:
+    """Means of the P classes that have embeddings, ``(P, D)``."""
+    return moments.means[moments.counts > 0]
+
+
 def centered_means(means: Tensor, center: Tensor) -> Tensor:
-    """Means less their centre (P, D); rows that differ from it by rounding alone are 0."""
+    """Means less their centre, ``(P, D)``; rows that differ from it by rounding alone are 0."""
     centered = means - center
     norms = without_rounding(centered.norm(dim=1, keepdim=True), means.norm(dim=1).max())
     return torch.where(norms > 0, centered, torch.zeros_like(centered))
 
 
-def class_traces(moments: ClassMoments) -> Tensor:
-    """Sum of the squared norms of each class, ``(C,)``."""
-    return moments.second.diagonal(dim1=1, dim2=2).sum(dim=1)
-
-
 def class_variances(moments: ClassMoments) -> Tensor:
-    """Mean squared distance to the class mean, ``(C,)``; ``nan`` without rows, 0 where rounding explains it."""
-    return without_rounding(moments.scatter, class_traces(moments)) / moments.counts
+    """Mean squared distance to the class mean, ``(C,)``; ``nan`` without embeddings, 0 where rounding explains it."""
+    return without_rounding(moments.scatter, moments.squared_norms) / moments.counts

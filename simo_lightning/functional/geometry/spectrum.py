@@ -3,14 +3,23 @@
 import torch
 from torch import Tensor
 
+from simo_lightning.functional.geometry.declaration import geometry_metric
 from simo_lightning.functional.geometry.rounding import (
     ROUNDING_UNITS,
-    class_traces,
     class_variances,
     undefined,
     without_rounding,
 )
 from simo_lightning.functional.moments import ClassMoments
+
+__all__ = [
+    "class_participation_ratio",
+    "effective_rank",
+    "participation_ratio",
+    "singular_values",
+    "stable_rank",
+    "subspace_overlap",
+]
 
 
 def singular_values(moments: ClassMoments) -> Tensor:
@@ -32,25 +41,24 @@ def singular_values(moments: ClassMoments) -> Tensor:
     Source:
         Linear algebra: the eigenvalues of ``X^T X`` are the squares of the singular values of ``X``.
     """
-    second = moments.second.sum(dim=0)
+    second = moments.second_moment
     if not second.isfinite().all():
         return undefined(moments).expand(len(second))
     eigenvalues = torch.linalg.eigvalsh(second).flip(0)  # (D,)
     return without_rounding(eigenvalues, eigenvalues[0]).clamp(min=0).sqrt()
 
 
+@geometry_metric(
+    interval="[1, min(N, D)]",
+    better="higher",
+    best="1: all embeddings on one line through the origin",
+    undefined="no embeddings, or embeddings that are all zero, or one that is not finite",
+)
 def effective_rank(moments: ClassMoments) -> Tensor:
-    """Number of dimensions in use: ``exp(-sum_k p_k log p_k)``, ``p_k = s_k / sum_l s_l``.
+    """Number of dimensions in use: ``exp(-sum_k p_k log p_k), p_k = s_k / sum_l s_l``.
 
     ``s_k`` are the singular values of the uncentred ``(N, D)`` matrix of embeddings, found as the square roots of the
-    eigenvalues of its second moment.
-
-    Args:
-        moments: Class moments; the labels do not matter.
-
-    Returns:
-        Scalar in [1, min(N, D)], higher is better (1: all on one line through the origin); ``nan`` if there is no
-        embedding, or all are zero, or one is not finite.
+    eigenvalues of its second moment. The labels do not matter.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -67,15 +75,16 @@ def effective_rank(moments: ClassMoments) -> Tensor:
     return torch.special.entr(p).sum().exp()
 
 
+@geometry_metric(
+    interval="[1, min(N, D)]",
+    better="higher",
+    best="1: all embeddings on one line through the origin",
+    undefined="no embeddings, or embeddings that are all zero, or one that is not finite",
+)
 def stable_rank(moments: ClassMoments) -> Tensor:
-    """Number of dimensions that matter beside the strongest: ``|X|_F^2 / |X|_2^2``, the embeddings ``X (N, D)``.
+    """Number of dimensions that matter beside the strongest: ``|X|_F^2 / |X|_2^2``.
 
-    Args:
-        moments: Class moments; the labels do not matter.
-
-    Returns:
-        Scalar in [1, min(N, D)], higher is better (1: all on one line through the origin), never above the rank and
-        without a floor where N <= D; ``nan`` as for :func:`effective_rank`.
+    ``X (N, D)`` are the embeddings. Never above the rank, and without a floor where N <= D. The labels do not matter.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -90,7 +99,7 @@ def stable_rank(moments: ClassMoments) -> Tensor:
     return squares.sum() / squares[0]
 
 
-def class_participation(moments: ClassMoments) -> Tensor:
+def class_participation_ratio(moments: ClassMoments) -> Tensor:
     """Participation ratio of each class's covariance: ``(sum_k l_k)^2 / sum_k l_k^2``, ``l_k`` its eigenvalues.
 
     By traces, ``tr(Cov)^2 / tr(Cov^2)``, so that no eigenvalue is computed.
@@ -106,7 +115,7 @@ def class_participation(moments: ClassMoments) -> Tensor:
         >>> from simo_lightning.functional.moments import class_moments
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
         >>> moments = class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)
-        >>> class_participation(moments).tolist()
+        >>> class_participation_ratio(moments).tolist()
         [2.0, nan]
 
     Source:
@@ -119,45 +128,48 @@ def class_participation(moments: ClassMoments) -> Tensor:
     return torch.where(variances == 0, float("nan"), ratio)
 
 
-def participation(moments: ClassMoments) -> Tensor:
-    """Mean over the classes of :func:`class_participation`: over how many directions a class spreads about its mean.
+@geometry_metric(
+    interval="[1, D]",
+    better="neither",
+    best="the shape of the spread, not its size",
+    undefined="classes without spread",
+)
+def participation_ratio(moments: ClassMoments) -> Tensor:
+    """Number of directions in which a class spreads about its mean: ``mean_c tr(Cov_c)^2 / tr(Cov_c^2)``.
 
-    Args:
-        moments: Class moments; classes without spread do not count.
-
-    Returns:
-        Scalar in [1, D]; neither direction is better: it is the shape of the spread, not its size. ``nan`` if no class
-        has spread.
+    The mean of :func:`class_participation_ratio` over the classes that spread.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
-        >>> participation(class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)).item()
+        >>> participation_ratio(class_moments(corners, torch.tensor([0, 0, 0, 0, 1]), num_classes=2)).item()
         2.0
 
     Source:
         Gao et al., bioRxiv 214262, 2017, averaged over classes.
     """
     spreads = (moments.counts > 0) & (class_variances(moments) != 0)  # what is not finite stays, and shows
-    return class_participation(moments)[spreads].mean()
+    return class_participation_ratio(moments)[spreads].mean()
 
 
-def leakage(moments: ClassMoments, directions: int = 2) -> Tensor:
+@geometry_metric(
+    interval="[0, 1]",
+    better="lower",
+    best="0: the subspaces are orthogonal; about k / D for unrelated ones",
+    undefined="fewer than two classes, or a class of zeros, or an embedding that is not finite",
+)
+def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
     """Mean alignment of the leading directions of two classes: ``mean_{a<b} |U_a^T U_b|_F^2 / min(k_a, k_b)``.
 
     ``U_c (D, k_c)`` are the k leading eigenvectors of the class's second moment ``sum e e^T``, fewer where it has a
     smaller rank; ``|U_a^T U_b|_F^2`` is the sum of the squared cosines of the principal angles of the two subspaces.
-    Not centred, because what SimO asks for is that every embedding of one class be orthogonal to every one of another:
-    the first direction is about that of the class mean, the second where the class spreads most beside it. So this sees
-    classes that lean over to each other though their means are orthogonal.
+    The second moment is not centred, because SimO asks that every embedding of one class be orthogonal to every
+    embedding of another. The first direction is close to that of the class mean, the second is where the class spreads
+    most beside it. So this also detects classes that spread towards each other although their means are orthogonal.
 
     Args:
-        moments: Class moments; classes without rows do not count.
-        directions: k. 2 is the class mean and one direction of spread; more reaches into what is noise.
-
-    Returns:
-        Scalar in [0, 1], lower is better (0: the subspaces are orthogonal; about ``k / D`` for unrelated subspaces);
-        ``nan`` with fewer than two classes, or where a class is all zeros, or one embedding is not finite.
+        moments: Class moments; classes without embeddings do not count.
+        directions: k. 2: the class mean and one direction of spread; further directions are mostly noise.
 
     Raises:
         ValueError: If ``directions`` is below 1.
@@ -166,7 +178,7 @@ def leakage(moments: ClassMoments, directions: int = 2) -> Tensor:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, -1.0], [0.0, 2.0, 1.0], [0.0, 2.0, -1.0]])
         >>> moments = class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)
-        >>> leakage(moments).item()  # the means are orthogonal, the spread is shared
+        >>> subspace_overlap(moments).item()  # the means are orthogonal, the spread is shared
         0.5
 
     Source:
@@ -176,7 +188,7 @@ def leakage(moments: ClassMoments, directions: int = 2) -> Tensor:
     if directions < 1:
         raise ValueError(f"directions must be at least 1, got {directions}")
     present = moments.counts > 0
-    second = (moments.second / class_traces(moments).view(-1, 1, 1))[present]  # (P, D, D)
+    second = (moments.second / moments.squared_norms.view(-1, 1, 1))[present]  # (P, D, D)
     if len(second) < 2 or not second.isfinite().all():
         return undefined(moments)
     eigenvalues, vectors = torch.linalg.eigh(second)

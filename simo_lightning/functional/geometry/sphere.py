@@ -1,10 +1,12 @@
-"""How evenly embeddings cover the sphere. Of all pairs, so no function of the class moments."""
+"""How evenly embeddings cover the sphere: a mean over all pairs, so not a function of the class moments."""
 
 import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+__all__ = ["uniformity"]
 
 # Rows whose distances to all others are held at once.
 _CHUNK = 1024

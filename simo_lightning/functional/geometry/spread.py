@@ -3,34 +3,43 @@
 import torch
 from torch import Tensor
 
-from simo_lightning.functional.geometry.means import present_means
+from simo_lightning.functional.geometry.declaration import geometry_metric
 from simo_lightning.functional.geometry.rounding import (
     ROUNDING_UNITS,
     centered_means,
-    class_traces,
     class_variances,
+    present_means,
     undefined,
     without_rounding,
 )
 from simo_lightning.functional.moments import ClassMoments
 
+__all__ = [
+    "alignment",
+    "class_variance_across",
+    "class_variance_along",
+    "nc1",
+    "scatter_ratio",
+    "variance_across",
+    "variance_along",
+]
 
-def within_between(moments: ClassMoments) -> Tensor:
+
+@geometry_metric(
+    interval=">= 0, inf where all class means coincide",
+    better="lower",
+    best="0: every class is one point",
+    undefined="fewer than two classes, or embeddings that all coincide",
+)
+def scatter_ratio(moments: ClassMoments) -> Tensor:
     """Scatter within classes over scatter between them: ``tr(S_W) / tr(S_B)``.
 
     ``tr(S_W) = sum_i |e_i - m_{y_i}|^2`` and ``tr(S_B) = sum_c n_c |m_c - m|^2`` with ``m`` the mean of all embeddings.
 
-    Args:
-        moments: Class moments.
-
-    Returns:
-        Scalar >= 0, lower is better (0: every class is one point; ``inf``: all class means coincide); ``nan`` with
-        fewer than two classes or where all embeddings coincide.
-
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[0.0], [2.0], [10.0], [12.0]])
-        >>> within_between(class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)).item()
+        >>> scatter_ratio(class_moments(embeddings, torch.tensor([0, 0, 1, 1]), num_classes=2)).item()
         0.04
 
     Source:
@@ -42,22 +51,22 @@ def within_between(moments: ClassMoments) -> Tensor:
     means, counts = moments.means[present], moments.counts[present]
     center = moments.sums.sum(dim=0) / counts.sum()
     between = (counts * centered_means(means, center).square().sum(dim=1)).sum()
-    total = moments.second.diagonal(dim1=1, dim2=2).sum()
+    total = moments.squared_norms.sum()
     return without_rounding(moments.scatter[present].sum(), total) / between
 
 
+@geometry_metric(
+    interval=">= 0",
+    better="lower",
+    best="0: no spread within classes in the directions that tell classes apart",
+    undefined="fewer than two classes, or class means that all coincide",
+    class_name="NC1",
+)
 def nc1(moments: ClassMoments) -> Tensor:
     """Variability collapse: ``tr(S_W pinv(S_B)) / C``.
 
     ``S_W = 1/N sum_i (e_i - m_{y_i})(e_i - m_{y_i})^T`` and ``S_B = 1/C sum_c (m_c - m)(m_c - m)^T``, with ``m`` the
     mean of the class means and C the number of classes that have rows.
-
-    Args:
-        moments: Class moments.
-
-    Returns:
-        Scalar >= 0, lower is better (0: no spread within classes in the directions that tell classes apart); ``nan``
-        with fewer than two classes or where all class means coincide.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -80,24 +89,23 @@ def nc1(moments: ClassMoments) -> Tensor:
     kept = singular > ROUNDING_UNITS * torch.finfo(singular.dtype).eps * singular.max()
     kept &= torch.arange(len(kept), device=kept.device) < len(means) - 1  # centred means have rank P - 1 at most
     between = singular[kept].square() / len(means)
-    scatter = moments.second.sum(dim=0) - moments.sums.mT @ moments.means.nan_to_num(nan=0.0)  # N S_W, (D, D)
+    scatter = moments.second_moment - moments.sums.mT @ moments.means.nan_to_num(nan=0.0)  # N S_W, (D, D)
     within = ((directions[kept] @ scatter) * directions[kept]).sum(dim=1)
-    total = moments.second.diagonal(dim1=1, dim2=2).sum()
+    total = moments.squared_norms.sum()
     within = without_rounding(within, total).clamp(min=0) / moments.counts.sum()
     return (within / between).sum() / len(means)
 
 
+@geometry_metric(
+    interval=">= 0, in squared units of the embeddings",
+    better="lower",
+    best="at equal rms_norm; 0: every class is one point",
+    undefined="classes without two embeddings",
+)
 def alignment(moments: ClassMoments) -> Tensor:
-    """Mean squared distance between two embeddings of one class, over all such pairs.
+    """Mean squared distance between two embeddings of one class: ``mean_{i<j, y_i = y_j} |e_i - e_j|^2``.
 
-    By the moments: ``sum_c n_c * scatter_c / sum_c n_c (n_c - 1) / 2``.
-
-    Args:
-        moments: Class moments.
-
-    Returns:
-        Scalar >= 0 in squared units of the embeddings, lower is better at a given :func:`rms_norm`; ``nan`` if no
-        class has two rows.
+    Over all such pairs; by the moments ``sum_c n_c * scatter_c / sum_c n_c (n_c - 1) / 2``.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -110,8 +118,7 @@ def alignment(moments: ClassMoments) -> Tensor:
     """
     present = moments.counts > 0
     counts = moments.counts[present]
-    traces = moments.second.diagonal(dim1=1, dim2=2).sum(dim=1)[present]
-    scatter = without_rounding(moments.scatter[present], traces)
+    scatter = without_rounding(moments.scatter, moments.squared_norms)[present]
     return (counts * scatter).sum() / (counts * (counts - 1) / 2).sum()
 
 
@@ -136,7 +143,7 @@ def class_variance_along(moments: ClassMoments) -> Tensor:
     Source:
         Ours: the fibre picture, in which a class is free to spread along its own direction and nowhere else.
     """
-    scale = class_traces(moments) / moments.counts
+    scale = moments.squared_norms / moments.counts
     return without_rounding(_variance_along(moments), scale).clamp(min=0)
 
 
@@ -160,20 +167,21 @@ def class_variance_across(moments: ClassMoments) -> Tensor:
         Ours: see :func:`class_variance_along`.
     """
     rest = class_variances(moments) - _variance_along(moments)
-    rest = without_rounding(rest, class_traces(moments) / moments.counts).clamp(min=0)
+    rest = without_rounding(rest, moments.squared_norms / moments.counts).clamp(min=0)
     dim = moments.sums.shape[1]
     return rest / (dim - 1) if dim > 1 else torch.full_like(rest, float("nan"))
 
 
+@geometry_metric(
+    interval=">= 0, in squared units of the embeddings",
+    better="neither",
+    best="spread along its own mean does not make a class less orthogonal to others",
+    undefined="classes without two embeddings, or a class of several whose mean is zero",
+)
 def variance_along(moments: ClassMoments) -> Tensor:
-    """Mean over the classes of :func:`class_variance_along`: ``mean_c u_c^T Cov_c u_c``, ``u_c = m_c / |m_c|``.
+    """Variance of a class along its own mean: ``mean_c u_c^T Cov_c u_c, u_c = m_c / |m_c|``.
 
-    Args:
-        moments: Class moments; classes with fewer than two rows do not count.
-
-    Returns:
-        Scalar >= 0 in squared units of the embeddings; neither direction is better: spread along its own direction
-        costs a class no orthogonality. ``nan`` if no class has two rows or one that has them has mean zero.
+    The mean of :func:`class_variance_along` over the classes of two embeddings or more.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -187,15 +195,16 @@ def variance_along(moments: ClassMoments) -> Tensor:
     return class_variance_along(moments)[moments.counts > 1].mean()
 
 
+@geometry_metric(
+    interval=">= 0, in squared units of the embeddings",
+    better="lower",
+    best="at equal rms_norm; 0: every class lies on a line through the origin",
+    undefined="one dimension, classes without two embeddings, or a class of several whose mean is zero",
+)
 def variance_across(moments: ClassMoments) -> Tensor:
-    """Mean over the classes of :func:`class_variance_across`: variance per direction across the class mean.
+    """Variance of a class per direction across its own mean: ``mean_c (tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
 
-    Args:
-        moments: Class moments; classes with fewer than two rows do not count.
-
-    Returns:
-        Scalar >= 0 in squared units of the embeddings, lower is better at a given :func:`.rms_norm` (0: every class
-        lies on a line through the origin); ``nan`` as for :func:`variance_along` and in one dimension.
+    The mean of :func:`class_variance_across` over the classes of two embeddings or more.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments

@@ -1,0 +1,153 @@
+"""The command: python -m benchmarks.timing NAME --out FOLDER, time and memory of the loss and of the ``simo`` command.
+
+Times are medians of torch.utils.benchmark or of many steps. Every case runs in a fresh process, so that its peak memory
+is its own.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import SupConLoss
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import timing_fit
+from benchmarks.experiments import append
+from benchmarks.machine import Row, about, case, milliseconds, peak_mib, resident_mib
+from benchmarks.tables import timing as table
+from simo_lightning import ImageEncoder, SimOLoss, SimOModule
+
+# N, D, C of the loss: batches of the configs, and large ones
+SHAPES = [(120, 16, 10), (512, 16, 10), (4096, 16, 10), (16384, 128, 10), (4000, 128, 1000), (1_000_000, 16, 10)]
+ROWS, WIDTHS = (512, 4096, 16384, 131072, 1_000_000), ((16, 10), (128, 10), (16, 100), (128, 1000))
+LARGEST = {"pair": 16384, "pml": 4096}  # N, where memory or time is quadratic
+
+
+def make_loss(name: str) -> Callable[[Tensor, Tensor], Any]:
+    """The loss of a name: default, default compiled, a level, a level and form, pml (SupConLoss of
+    pytorch-metric-learning), or floor, which only copies the embeddings.
+    """
+    if name == "floor":
+        return lambda embeddings, labels: embeddings.detach().clone()
+    if name == "pml":
+        return SupConLoss(temperature=0.1)  # type: ignore[no-any-return]
+    level, _, form = name.partition(" ")
+    if level != "default":
+        return SimOLoss(level=level, form=form or "log")  # type: ignore[arg-type]
+    loss = SimOLoss()
+    if form == "compiled":
+        loss.compile()
+    return loss
+
+
+def loss_case(loss: str, rows: int, dim: int, classes: int) -> Row:
+    """Forward and backward of a loss on one thread; memory is how much the process's peak exceeds what it held."""
+    torch.set_num_threads(1)
+    function = make_loss(loss)
+
+    def step(embeddings: Tensor, labels: Tensor) -> None:
+        embeddings.grad = None
+        value = function(embeddings, labels)
+        if value.requires_grad:
+            value.backward()
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
+        return rows.requires_grad_(), torch.arange(count) % classes
+
+    step(*draw(4 * classes))  # imports and warms up
+    batch = draw(rows)
+    before = resident_mib()
+    step(*batch)
+    grown = max(0.0, peak_mib() - before)
+    time_ms, repeats = milliseconds(lambda: step(*batch))
+    sizes = {"rows": rows, "dim": dim, "classes": classes}
+    return {"loss": loss, **sizes, "repeats": repeats, "milliseconds": time_ms, "peak_mib": grown}
+
+
+def losses(names: list[str], shapes: list[tuple[int, int, int]]) -> list[Row]:
+    """All cases that fit: at least 4 rows a class, no N x N matrix that is too large."""
+    cases = [(name, n, d, c) for n, d, c in shapes for name in names if 4 * c <= n <= LARGEST.get(name, n)]
+    cases = [one for one in cases if one[0] != "class" or one[3] * one[2] ** 2 <= 2**23]
+    return [case("benchmarks.timing.loss_case", loss=name, rows=n, dim=d, classes=c) for name, n, d, c in cases]
+
+
+def profile_case(rows: int = 16384, dim: int = 128, classes: int = 10, repeats: int = 20) -> Row:
+    """Where the time of the default loss goes: operations of torch's profiler, on one thread."""
+    torch.set_num_threads(1)
+    embeddings = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels, loss = torch.arange(rows) % classes, make_loss("default")
+    time_ms, _ = milliseconds(lambda: loss(embeddings, labels).backward())
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(repeats):
+            loss(embeddings, labels).backward()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events) / 100
+    what = {"case": f"default, N = {rows:,}, D = {dim}, C = {classes}", "median_ms": time_ms}
+    found = [(event.key, event.self_cpu_time_total / total, event.count) for event in events[:14]]
+    return {
+        "rows": [{**what, "operation": name, "self_percent": share, "calls": calls} for name, share, calls in found]
+    }
+
+
+def micro_batch_case(images: int, size: int | None, norm: str) -> Row:
+    """A training step of CIFAR-size images in micro-batches: its time, and how much the process's peak grows by it."""
+    torch.manual_seed(0)
+    encoder = ImageEncoder("resnet10", width=0.5, stem="small_stride2", norm=norm)
+    module = SimOModule(encoder, SimOLoss(), micro_batch_size=size)
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]  # no trainer here
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    batch, before = (torch.randn(images, 3, 32, 32), torch.arange(images) % 10), resident_mib()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0)["loss"].backward()
+        optimizer.step()
+
+    step()
+    cost = {"peak_mib": peak_mib() - before, "seconds": milliseconds(step)[0] / 1e3}
+    return {"norm": norm, "images": images, "micro_batch": size or images, **cost}
+
+
+def micro_batches(given: argparse.Namespace) -> list[Row]:
+    """Whole batches and micro-batches, with both kinds of norm."""
+    images, sizes = (512, (None, 64)) if given.quick else (4096, (None, 1024, 256, 64))
+    cases = [{"images": images, "size": size, "norm": norm} for norm in ("batch", "group") for size in sizes]
+    return [case("benchmarks.timing.micro_batch_case", **one) for one in cases]
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "loss": lambda given: losses(["floor", "default", "default compiled", "pml"], SHAPES[: 1 if given.quick else None]),
+    "levels": lambda given: losses(
+        ["floor", "group", "class", "centroid", "centroid softmax", "pair", "pml"],
+        [(n, d, c) for d, c in WIDTHS for n in ROWS][: 1 if given.quick else None],
+    ),
+    "profile": lambda given: case("benchmarks.timing.profile_case", rows=600 if given.quick else 16384)["rows"],
+    "micro_batches": micro_batches,
+    **{f.__name__: f for f in timing_fit.BENCHMARKS},
+}
+
+
+def main() -> None:
+    """Measure, write the CSV and print its table."""
+    own = argparse.ArgumentParser("python -m benchmarks.timing", description=__doc__, allow_abbrev=False)
+    own.add_argument("names", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    own.add_argument("--data.data_dir", dest="data_dir", help="CIFAR-10, for all that times simo fit")
+    own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of NAME.csv, which is written anew")
+    own.add_argument("--quick", action="store_true", help="small cases, on digits in place of CIFAR-10")
+    given = own.parse_args()
+    if not (given.quick or given.data_dir or {*given.names} <= {"loss", "levels", "profile", "micro_batches"}):
+        own.error("--data.data_dir DIR is needed, or --quick")
+    for name in given.names:
+        machine, path = about(), given.out / f"{name}.csv"
+        rows = BENCHMARKS[name](given)
+        path.unlink(missing_ok=True)
+        append(path, [{**row, **machine} for row in rows])
+        print(f"{table(name, given.out)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The report of a checkpoint: embed a split, measure it, draw it, write the page."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN
+from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
+from simo_lightning.callbacks.evaluation import EvaluationCallback
+from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.extras import missing_extra
+from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.metrics import ClassMomentsMetric
+from simo_lightning.plotting import Projection, load_snapshots
+from simo_lightning.report.collector import EmbeddingCollector
+from simo_lightning.report.page import write_page
+from simo_lightning.report.pictures import EmbeddedImages, draw_sections
+from simo_lightning.report.rows import metric_rows
+from simo_lightning.version import __version__
+
+Kind = TypeVar("Kind")
+_SPLITS = {"val": "validation", "test": "test"}
+
+
+def write_report(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: str | None = "best",
+    out: str | None = None,
+    stage: Literal["val", "test"] = "val",
+    projections: list[Projection] = ["pca", "tsne"],  # noqa: B006  # never changed
+    queries: int | list[int] = 8,
+    max_points: int = 2000,
+    config_name: str | None = None,
+) -> Path:
+    """Draw the embeddings of a split into one page, with the metrics.
+
+    Runs the validation or test loop once. Any module will do whose steps return ``embeddings`` and ``labels``; kNN
+    needs ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The trainer's
+    own callbacks that evaluate embeddings are left out.
+
+    Args:
+        trainer: Runs the loop; its ``default_root_dir`` is the folder of the run.
+        model: Its weights are those of the checkpoint, where one is given.
+        datamodule: With ``class_names``; without, classes are called by their numbers.
+        ckpt_path: Checkpoint: "best" or "last" of the run, or a file.
+        out: Folder of index.html and the pictures. Default: plots/report in the folder of the run.
+        stage: Split: "val" or "test".
+        projections: Maps of the embeddings: pca, tsne and, with the extra umap, umap.
+        queries: Images of the split whose nearest neighbours are shown, as a list such as [3,17]; or how many,
+            taken from the classes in turn; 0 for none.
+        max_points: Points of a map, the classes in proportion.
+        config_name: What the page calls the run.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If an argument is out of its range, the checkpoint is damaged or does not fit the module, or the
+            steps return no embeddings.
+        PermissionError: If the folder cannot be written.
+    """
+    _check(stage, projections, max_points)
+    run = Path(trainer.default_root_dir)
+    if ckpt_path in ("best", "last"):
+        ckpt_path = str(run / "checkpoints" / f"{ckpt_path}.ckpt")
+    facts = {"Config": config_name or type(model).__name__, "Run": _short(run)}
+    facts["Checkpoint"] = "none: the weights as they are" if ckpt_path is None else _describe(Path(ckpt_path))
+    folder = _make_folder(run / "plots" / "report" if out is None else Path(out))
+    snapshots = load_snapshots(run / _find(trainer, EmbeddingPlots, EmbeddingPlots()).dirname / "snapshots")
+    data, knn, k = _embed(trainer, model, datamodule, ckpt_path, stage)
+    if trainer.is_global_zero:
+        names = _class_names(datamodule, data.labels)
+        facts["Data"] = f"{type(datamodule or model).__name__}, {_SPLITS[stage]} split"
+        facts["Images"] = f"{len(data.labels):,} of {len(data.labels.unique())} classes"
+        facts["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
+        facts["Made by"] = f"simo_lightning {__version__}"
+        moments = _moments(data, len(names))
+        sections = draw_sections(folder, data, moments, names, snapshots, projections, queries, max_points)
+        title = f"{facts['Config']}: embeddings of the {_SPLITS[stage]} split"
+        write_page(folder, title, facts, metric_rows(moments, knn, k), sections)
+    trainer.strategy.barrier("report")
+    return folder / "index.html"
+
+
+def _check(stage: str, projections: list[Projection], max_points: int) -> None:
+    if stage not in _SPLITS:
+        raise ValueError(f"stage must be 'val' or 'test', got {stage!r}")
+    for projection in projections:
+        if projection not in get_args(Projection):
+            raise ValueError(f"projections must be of {', '.join(get_args(Projection))}, got {projection!r}")
+    if max_points < 1:
+        raise ValueError(f"max_points must be at least 1, got {max_points}")
+    if "umap" in projections and find_spec("umap") is None:  # told now, not after the data are embedded
+        raise ValueError(missing_extra("No module named 'umap'"))
+
+
+def _embed(
+    trainer: pl.Trainer, model: pl.LightningModule, datamodule: Any, ckpt_path: str | None, stage: str
+) -> tuple[EmbeddedImages, float, int]:
+    """The split's embeddings, the accuracy of kNN on it, and its k."""
+    collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN, OnlineKNN())
+    has_bank = all(callable(getattr(datamodule, name, None)) for name in ("bank_dataloader", "prepare"))
+    judges: list[EvaluationCallback] = (
+        [collector, knn] if has_bank and callable(getattr(model, "embed", None)) else [collector]
+    )
+    run = trainer.validate if stage == "val" else trainer.test
+    with _judged_by(trainer, judges), mismatch_in_one_line(ckpt_path):
+        run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+    if collector.result is None:
+        raise ValueError(
+            f"{type(model).__name__}'s {_SPLITS[stage]} steps must return a dictionary with embeddings and labels for "
+            "each batch of the split, got no embeddings"
+        )
+    return collector.result, float(trainer.callback_metrics.get(f"{stage}/knn", torch.nan)), knn.k
+
+
+@contextmanager
+def _judged_by(trainer: Any, judges: list[EvaluationCallback]) -> Iterator[None]:
+    """The trainer with these callbacks in place of its own that judge embeddings or write checkpoints."""
+    callbacks = trainer.callbacks
+    trainer.callbacks = [each for each in callbacks if not isinstance(each, EvaluationCallback | Checkpoint)] + judges
+    try:
+        with warnings.catch_warnings():
+            # those left out may have a state in the checkpoint, and Lightning would ask for them
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+            yield
+    finally:
+        trainer.callbacks = callbacks
+
+
+def _find(trainer: Any, kind: type[Kind], default: Kind) -> Kind:
+    """The trainer's callback of a kind."""
+    return next((each for each in trainer.callbacks if isinstance(each, kind)), default)
+
+
+def _describe(checkpoint: Path) -> str:
+    found = read_checkpoint(checkpoint, map_location="cpu")
+    return f"{checkpoint.name}, epoch {found.get('epoch', 'unknown')}, step {found.get('global_step', 'unknown')}"
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"the report's folder {folder} cannot be made: {error.strerror or error}") from error
+    return folder
+
+
+def _short(folder: Path) -> str:
+    """A folder without what is of this machine alone."""
+    absolute, here = folder.absolute(), Path.cwd()
+    return str(absolute.relative_to(here)) if here in absolute.parents else absolute.name
+
+
+def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
+    names = getattr(datamodule, "class_names", None) or range(int(labels.max()) + 1)
+    return [str(name) for name in names]
+
+
+def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:
+    metric = ClassMomentsMetric(num_classes, data.embeddings.shape[1])
+    for rows, labels in zip(data.embeddings.split(4096), data.labels.split(4096), strict=True):
+        metric.update(rows, labels)
+    return metric.moments
