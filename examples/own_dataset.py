@@ -1,4 +1,4 @@
-"""Another data set is a subclass with one method: here images in an .npz file, made on the spot.
+"""Another data set is a subclass with one method: here images in an .npz file, which this program writes.
 
     python examples/own_dataset.py
 
@@ -35,14 +35,7 @@ class NpzPairDataModule(PairDataModule):
         self.path = path
 
     def load(self, split: str) -> ImageSource | None:
-        """The training images; there are no others, so validation is a tenth of them.
-
-        Args:
-            split: "train", "val" or "test".
-
-        Returns:
-            The images, or None where the data set has no such split.
-        """
+        """The training images; the data set has no other split, so a tenth of them is held out for validation."""
         if split != "train":
             return None
         with np.load(self.path) as file:
@@ -51,11 +44,11 @@ class NpzPairDataModule(PairDataModule):
 
 
 def write_shapes(path: str, count: int) -> None:
-    """Noisy pictures of a horizontal bar, a vertical bar and a cross, as many of each.
+    """Noisy pictures of horizontal bars, vertical bars and crosses, in equal numbers.
 
     Args:
         path: File to write.
-        count: Pictures of each.
+        count: Pictures of each class.
     """
     random = np.random.default_rng(0)
     labels = np.arange(3 * count) % 3
@@ -69,11 +62,11 @@ def write_shapes(path: str, count: int) -> None:
 
 
 def main(count: int, epochs: int) -> None:
-    """Make the file, check the batches, train.
+    """Write the file, check the batches, train.
 
     Args:
-        count: Pictures of each shape.
-        epochs: Of training.
+        count: Pictures of each class.
+        epochs: Number of training epochs.
     """
     write_shapes("shapes.npz", count)
     data = NpzPairDataModule("shapes.npz", classes_per_batch=3, samples_per_class=16)

@@ -6,8 +6,8 @@ On the command line it goes by its class path, from the folder of this file:
 
     simo fit --config configs/digits.yaml --model.loss own_loss.SupCon --model.loss.temperature 0.2
 
-It asks for no rank: SimOModule gathers the rows of all processes first, with gradient, as the check shows. It
-took 17 s on two cores of an AMD EPYC.
+It performs no communication: SimOModule gathers the embeddings of all processes first, with gradient, as the check
+shows. It took 17 s on two cores of an AMD EPYC.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from simo_lightning.testing import check_gradient_parity
 
 
 class SupCon(nn.Module):
-    """Each embedding finds those of its class among all others.
+    """Cross-entropy between each embedding's similarities to all others and those of its own class.
 
     Args:
-        temperature: Of the softmax, > 0.
+        temperature: Temperature of the softmax, > 0.
 
     Source:
         Khosla et al., arXiv 2004.11362, Eq. 2.
@@ -45,20 +45,20 @@ class SupCon(nn.Module):
         Returns:
             Scalar.
         """
-        rows = nn.functional.normalize(embeddings, dim=1)
-        itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-        logits = (rows @ rows.T / self.temperature).masked_fill(itself, -1e9)  # (N, N)
-        similar = (labels[:, None] == labels) & ~itself
-        log_shares = logits.log_softmax(dim=1).masked_fill(~similar, 0.0)
-        return -(log_shares.sum(1) / similar.sum(1).clamp(min=1)).mean()
+        embeddings = nn.functional.normalize(embeddings, dim=1)
+        diagonal = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        logits = (embeddings @ embeddings.T / self.temperature).masked_fill(diagonal, -1e9)  # (N, N)
+        positive = (labels[:, None] == labels) & ~diagonal
+        log_probabilities = logits.log_softmax(dim=1).masked_fill(~positive, 0.0)
+        return -(log_probabilities.sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
 def main(processes: int, epochs: int) -> None:
     """Check the loss, then train with it.
 
     Args:
-        processes: Of the check.
-        epochs: Of training.
+        processes: Number of processes of the check.
+        epochs: Number of training epochs.
     """
     check_gradient_parity(SupCon(), world_size=processes)
     pl.seed_everything(0)

@@ -62,7 +62,7 @@ class CheckpointMixin(InitArgumentsMixin):
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the class path and the arguments, and make plain data of what the trainer and callbacks put in."""
+        """Add the class path and arguments to the `checkpoint`, and convert its other entries to plain data."""
         arguments = self.__dict__.get("_init_arguments", {})
         for key in ("hyper_parameters", "datamodule_hyper_parameters"):  # of save_hyperparameters(), with any object
             if key in checkpoint:
@@ -72,7 +72,7 @@ class CheckpointMixin(InitArgumentsMixin):
         checkpoint[_KEY] = {"class_path": class_path(type(self)), "init_args": arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError, in one line, if the weights do not fit or a fit cannot go on from the checkpoint."""
+        """Raise ValueError if the weights of a `checkpoint` do not fit, or a fit cannot be resumed from it."""
         trainer: Any = getattr(self, "_trainer", None)
         if trainer is None:  # load_from_checkpoint, which knows the path
             return
@@ -80,7 +80,7 @@ class CheckpointMixin(InitArgumentsMixin):
         check_weights(self, checkpoint["state_dict"], path, strict=False)  # type: ignore[arg-type]
         if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(
-                f"checkpoint {path} holds weights alone (save_weights_only), and a fit cannot go on from it: "
+                f"checkpoint {path} holds weights alone (save_weights_only), so a fit cannot be resumed from it: "
                 f"start a new one from its weights, {type(self).__name__}.load_from_checkpoint(path)"
             )
 
@@ -228,13 +228,16 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
 
 
 def check_weights(module: nn.Module, weights: Mapping[str, Any], path: Any, strict: bool = True) -> None:
-    """Raise ValueError, in one line, if weights do not fit a module.
+    """Check that weights fit a module, as ``load_state_dict`` does, but with an error of one line.
 
     Args:
-        module: Which shall take them.
+        module: Module that is to take the weights.
         weights: A ``state_dict``.
         path: Their file, for the message.
         strict: Whether the names must match exactly.
+
+    Raises:
+        ValueError: If a shape differs, or with ``strict`` a name; lists the first three.
     """
     own = module.state_dict()
     shared = [name for name in own if isinstance(own[name], Tensor) and isinstance(weights.get(name), Tensor)]

@@ -23,7 +23,7 @@ from typing_extensions import Self
 PACKAGES = ("simo_lightning", "torch.nn", "torch.optim", "torchvision", "timm", "pytorch_metric_learning")
 MAX_VALUES = 10_000  # in one description; a config has tens
 
-Trusted = str | type | ModuleType
+Trusted = str | type
 
 
 class InitArgumentsMixin:
@@ -59,7 +59,7 @@ class InitArgumentsMixin:
 
 
 def class_path(cls: type) -> str:
-    """The shortest import path of a class: ``torch.optim.AdamW``, where it is defined in ``torch.optim.adamw``."""
+    """The shortest import path of a class `cls`: ``torch.optim.AdamW``, which is defined in ``torch.optim.adamw``."""
     parts = cls.__module__.split(".")
     for end in range(1, len(parts)):
         home = ".".join(parts[:end])
@@ -107,7 +107,7 @@ def describe(value: Any) -> Any:
 
 
 def is_plain(description: Any) -> bool:
-    """Whether everything in a description is stored."""
+    """Whether everything in a `description` is stored."""
     if isinstance(description, dict):
         return "not_stored" not in description and all(is_plain(each) for each in description.values())
     return all(is_plain(each) for each in description) if isinstance(description, list | tuple) else True
@@ -128,8 +128,9 @@ def build(description: Any, trusted: Iterable[Trusted] | Trusted = (), name: str
     Raises:
         ValueError: If something in it was not stored, or is of a class that is not trusted.
     """
-    names = [trusted] if isinstance(trusted, str | type | ModuleType) else list(trusted)
-    return _build(description, names, name, iter(range(MAX_VALUES)))
+    return _build(
+        description, [trusted] if isinstance(trusted, Trusted) else list(trusted), name, iter(range(MAX_VALUES))
+    )
 
 
 def _build(description: Any, trusted: Sequence[Trusted], name: str, budget: Iterator[int]) -> Any:
@@ -154,7 +155,15 @@ def _build(description: Any, trusted: Sequence[Trusted], name: str, budget: Iter
 
 
 def refuse_paths(cls: type, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for an argument that would make an object open a file which a description names."""
+    """Refuse arguments by which an object would open a file that a description names.
+
+    Args:
+        cls: Lists them in ``path_arguments``.
+        arguments: From a description.
+
+    Raises:
+        ValueError: If one of them is set.
+    """
     for name in getattr(cls, "path_arguments", ()):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} of {class_path(cls)} is never taken from a file, got {arguments[name]!r}")
@@ -180,7 +189,7 @@ def import_class(path: Any, trusted: Sequence[Trusted] = ()) -> type:
     for each in trusted:
         if isinstance(each, type) and path in (class_path(each), f"{each.__module__}.{each.__qualname__}"):
             return each
-    names = [each.__name__ if isinstance(each, ModuleType) else each for each in trusted if not isinstance(each, type)]
+    names = [each for each in trusted if isinstance(each, str)]
     if not _within(path, names) and (not _within(path, PACKAGES) or any(part[0] == "_" for part in path.split("."))):
         raise ValueError(refusal)
     try:

@@ -28,27 +28,27 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 class ImageEncoder(InitArgumentsMixin, nn.Module):
     """Images to embeddings: ``projector(backbone(images))``.
 
-    The classifier of a torchvision backbone (its last ``nn.Linear``) is removed; what went into it are the features.
+    The classifier of a torchvision backbone (its last ``nn.Linear``) is removed; its inputs are the features.
 
     Args:
         backbone: A ResNet (resnet10, 18, 34, 50, 101, 152), any other torchvision classification model by name, built
-            without trained weights, or a module from images to features ``(N, F)`` or ``(N, F, 1, 1)``.
-        embedding_dim: D, numbers per embedding; None: as many as features.
-        projector: From features to embedding. none: the features are the embedding; linear: one linear layer; mlp:
-            linear, norm, ReLU, linear.
-        hidden_dim: Width inside the mlp projector; None: as many as features.
+            without trained weights, or a module that maps images to features ``(N, F)`` or ``(N, F, 1, 1)``.
+        embedding_dim: Dimension D of the embeddings; None for that of the features.
+        projector: Maps features to embeddings. none: the identity; linear: one linear layer; mlp: linear, norm, ReLU,
+            linear.
+        hidden_dim: Width inside the mlp projector; None for that of the features.
         norm: Normalisation of the backbone and the mlp projector. batch: BatchNorm; layer: LayerNorm over channels and
-            positions, the paper's choice; group: GroupNorm of 32 groups, or as many below as divide the channels. None:
-            the backbone's own.
+            positions, the paper's choice; group: GroupNorm with 32 groups, or the largest smaller number that divides
+            the channels. None: the backbone's own.
         stem: First layers of a ResNet. imagenet: torchvision's, stride 4 in all; small: one 3 x 3 convolution of stride
             1, for images of about 32 pixels; small_stride2: the same with stride 2, a quarter of the work. None: small
             for a ResNet; other backbones have their own.
-        width: Factor on all channels of a ResNet, such as 0.5 for 32 to 256 in place of 64 to 512.
+        width: Multiplier of all channels of a ResNet, such as 0.5 for 32 to 256 instead of 64 to 512.
         in_channels: Channels of the images.
-        feature_dim: F of a backbone given as a module; None: its attribute ``feature_dim``.
+        feature_dim: F of a backbone given as a module; None for its attribute ``feature_dim``.
 
     Raises:
-        ValueError: If an argument does not fit another or the backbone; the text says which.
+        ValueError: If an argument does not fit another one or the backbone.
 
     Example:
         >>> import torch
@@ -57,9 +57,9 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
         (128, torch.Size([2, 16]))
 
     Source:
-        The paper (arXiv 2410.05233) trains a ResNet-18 with LayerNorm and, as we recall it, D = 16. Over which axes its
-        LayerNorm goes is not on public record; ours is GroupNorm of one group, so over channels and positions. The
-        stem "small" is the usual one for CIFAR (He et al., arXiv 1512.03385, and SimCLR, arXiv 2002.05709, B.9).
+        The paper (arXiv 2410.05233) trains a ResNet-18 with LayerNorm and, as we recall it, D = 16. The axes of its
+        LayerNorm are not public; ours is GroupNorm with one group, over channels and positions. The stem "small" is
+        the usual one for CIFAR (He et al., arXiv 1512.03385, and SimCLR, arXiv 2002.05709, B.9).
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
         self.min_size = (1, 1)
         if isinstance(backbone, nn.Module):
             _refuse("a backbone given as a module", stem=stem, width=width, in_channels=in_channels)
-            self.in_channels = None  # what the module takes is its own affair
+            self.in_channels = None  # unknown for a module
             self.backbone, self.feature_dim = backbone, _declared_feature_dim(backbone, feature_dim)
         else:
             if feature_dim is not None:
@@ -95,7 +95,7 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
         self.projector = _projector(projector, self.feature_dim, self.embedding_dim, hidden_dim, norm)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the backbone makes of the images, before the projector.
+        """Outputs of the backbone, before the projector.
 
         Args:
             images: Float tensor ``(N, in_channels, H, W)``.
@@ -104,8 +104,8 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
             Features ``(N, feature_dim)``.
 
         Raises:
-            ValueError: If the images are not of that shape, are smaller than the backbone can take, or the backbone
-                gives something else than ``feature_dim`` numbers per image.
+            ValueError: If the images have another shape or are too small for the backbone, or the backbone does not
+                return ``feature_dim`` features per image.
         """
         if self.in_channels is not None and (images.ndim != 4 or images.shape[1] != self.in_channels):
             raise ValueError(f"images must have shape (N, {self.in_channels}, H, W), got {tuple(images.shape)}")
@@ -122,7 +122,7 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
             features = features.flatten(1)
         if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != self.feature_dim:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"backbone must give features of shape (N, feature_dim={self.feature_dim}), got {got}")
+            raise ValueError(f"backbone must return features of shape (N, feature_dim={self.feature_dim}), got {got}")
         return features
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class _PlainResNet(ResNet):
         self.bn1 = self._norm_layer(channels)
         if stem != "imagenet":
             self.maxpool = nn.Identity()
-        self.fc = nn.Linear(self.inplanes, 1)  # only tells how many features there are; ImageEncoder removes it
+        self.fc = nn.Linear(self.inplanes, 1)  # gives the number of features; ImageEncoder removes it
 
     def _scaled(self, channels: int) -> int:
         return max(1, round(channels * self.width))
@@ -219,9 +219,9 @@ def _quiet(name: str) -> dict[str, bool]:
 
 
 def _with_norm(model: nn.Module, name: str, norm: Norm) -> nn.Module:
-    """The model if it has the norm, else one built with it."""
+    """The model if it has this norm, else a new one with it."""
     refusal = f"norm={norm!r} does not fit backbone {name!r}: leave norm None, or take one of {', '.join(_RESNETS)}"
-    if not _has_batch_norm(model):  # its norms stand on tokens or channels last, or it has none
+    if not _has_batch_norm(model):  # it has none, or it normalises tokens or channels in the last dimension
         raise ValueError(refusal)
     if norm == "batch":
         return model
@@ -239,7 +239,7 @@ def _has_batch_norm(model: nn.Module) -> bool:
 
 
 def _replace_first_conv(model: nn.Module, in_channels: int) -> None:
-    """Put a convolution for this many channels, of the same initial scale, in place of the model's first."""
+    """Replace the model's first convolution by one for this number of channels, with the same initial scale."""
     name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     new = deepcopy(old)
     new.in_channels = in_channels
@@ -249,7 +249,7 @@ def _replace_first_conv(model: nn.Module, in_channels: int) -> None:
 
 
 def _without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
-    """The model with its last linear layer gone, and the number of features that went into it."""
+    """The model without its last linear layer, and the number of inputs of that layer."""
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"backbone {name!r} has no linear classifier to remove; give the backbone as a module")
@@ -275,7 +275,7 @@ def _projector(kind: str, features: int, embedding: int, hidden: int | None, nor
     if kind == "none":
         if embedding != features:
             raise ValueError(
-                f"projector='none' gives the {features} features as they are: embedding_dim must be {features} or "
+                f"projector='none' returns the {features} features unchanged: embedding_dim must be {features} or "
                 f"None, got {embedding}"
             )
         return nn.Identity()
@@ -292,7 +292,7 @@ def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...])
 
 
 def _refuse(whom: str, stem: str | None, width: float, in_channels: int = 3) -> None:
-    """Raise if an argument was set that only a backbone built here can follow."""
+    """Raise if an argument was set that applies only to the ResNets of this file."""
     for name, value, default in (("stem", stem, None), ("width", width, 1.0), ("in_channels", in_channels, 3)):
         if value != default:
             raise ValueError(f"{name} must be left at {default} for {whom}, got {value!r}")

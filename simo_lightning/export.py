@@ -1,4 +1,4 @@
-"""An encoder as a file that needs nothing of this package: torch.export's .pt2, or ONNX."""
+"""Export of an encoder to a file that does not need this package: torch.export's .pt2, or ONNX."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,12 @@ Format = Literal["torch", "onnx"]
 
 
 class RawImageEncoder(nn.Module):
-    """An encoder with its normalisation: takes images as they are in files.
+    """An encoder that normalises its uint8 images itself.
 
     Args:
-        encoder: From normalised images to embeddings.
-        mean: Of each channel, on the scale 0..1.
-        std: Of each channel on the same scale, > 0.
+        encoder: Maps normalised images to embeddings.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel on the same scale, > 0.
 
     Raises:
         ValueError: If mean and std differ in length, or a std is not positive.
@@ -40,14 +40,7 @@ class RawImageEncoder(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of images.
-
-        Args:
-            images: uint8 ``(N, C, H, W)`` in 0..255.
-
-        Returns:
-            ``(N, D)``.
-        """
+        """Embeddings ``(N, D)`` of uint8 images ``(N, C, H, W)``."""
         embeddings: Tensor = self.encoder((images.float() - self.mean) / self.std)
         return embeddings
 
@@ -62,20 +55,20 @@ def export_encoder(
     in_channels: int | None = None,
     trusted: Iterable[Trusted] = (),
 ) -> Path:
-    """Write an encoder, in evaluation mode and float32, with a free batch size.
+    """Write an encoder, in evaluation mode and float32, with a dynamic batch size.
 
-    Read it by ``torch.export.load(path).module()(images)``, or by ONNX Runtime with the input "images" and the output
+    Read it with ``torch.export.load(path).module()(images)`` or ONNX Runtime. Its input is named "images", its output
     "embeddings".
 
     Args:
-        source: A checkpoint, a module with an ``encoder``, or an encoder itself, which is not changed.
-        path: File to write; its folder is made.
+        source: A checkpoint, a module with an ``encoder``, or an encoder, which is not changed.
+        path: File to write; its folder is created.
         image_size: Side of the images in pixels, or height and width.
-        format: "torch" (.pt2) or "onnx", which needs the extra ``export``; None: by the ending of the path.
+        format: "torch" (.pt2) or "onnx", which needs the extra ``export``; None for that of the file's suffix.
         mean: Mean of each channel on the scale 0..1, such as the data module's ``mean`` after setup; the file then
-            takes uint8 images in 0..255 and normalises them itself. None: it takes normalised float32 images.
+            takes uint8 images in 0..255. None for a file that takes normalised float32 images.
         std: Standard deviation of each channel on the same scale; with ``mean``.
-        in_channels: Channels of the images; None: of ``mean``, else the encoder's ``in_channels``, else 3.
+        in_channels: Channels of the images; None for those of ``mean``, else the encoder's ``in_channels``, else 3.
         trusted: For a checkpoint, as in :func:`~simo_lightning.checkpoints.load_encoder`.
 
     Returns:
@@ -84,8 +77,8 @@ def export_encoder(
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ImportError: If the extra ``export`` is not installed.
-        ValueError: If the source has no encoder, the format is not known, only one of mean and std is given, or the
-            encoder does not take such images.
+        ValueError: If the source has no encoder, the format is unknown, only one of mean and std is given, or the
+            encoder does not accept such images; for a checkpoint, as ``load_encoder``.
 
     Example:
         >>> from simo_lightning import ImageEncoder
@@ -106,10 +99,10 @@ def export_encoder(
     if mean is not None and std is not None:
         model = RawImageEncoder(model, mean, std)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    # two images: a batch of one would be taken for a constant
+    # two images: a batch size of one would be taken for a constant
     images = torch.zeros(2, channels, height, width, dtype=torch.float32 if mean is None else torch.uint8)
     model = model.eval().requires_grad_(False)
-    model(images)  # images that do not fit are told by the encoder, in its words
+    model(images)  # raises the encoder's own error if the images do not fit
     path.parent.mkdir(parents=True, exist_ok=True)
     (_write_torch if format == "torch" else _write_onnx)(model, images, path)
     return path
@@ -126,7 +119,7 @@ def _encoder_of(source: str | Path | nn.Module, trusted: Iterable[Trusted]) -> n
 
 
 def _write_torch(model: nn.Module, images: Tensor, path: Path) -> None:
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_free_batch()), path)
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_dynamic_batch()), path)
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
@@ -136,19 +129,19 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     except ImportError as error:
         raise ImportError(missing_extra(str(error)) or str(error)) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, of torch's own operators
+        warnings.simplefilter("ignore")  # from the exporter, about torch's own operators
         torch.onnx.export(
             model,
             (images,),
             path,
             input_names=["images"],
             output_names=["embeddings"],
-            dynamic_shapes=_free_batch(),
+            dynamic_shapes=_dynamic_batch(),
             dynamo=True,
             external_data=False,
             verbose=False,
         )
 
 
-def _free_batch() -> Any:
+def _dynamic_batch() -> Any:
     return ({0: torch.export.Dim("batch")},)

@@ -1,10 +1,10 @@
-"""Which extra of this package brings a module that is not installed."""
+"""Which extra of this package installs a missing module."""
 
 import re
 
 EXTRAS = {
     "pl_bolts": "bolts",
-    "pkg_resources": "bolts",  # lightning-bolts needs a setuptools that still has it, which the extra pins
+    "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
@@ -13,13 +13,13 @@ EXTRAS = {
 
 
 def missing_extra(message: str) -> str | None:
-    """What to install where Python says that a module is missing that belongs to an extra.
+    """The command that installs a missing module which belongs to an extra.
 
     Args:
-        message: Of an ImportError, or any text that quotes one.
+        message: Message of an ImportError, or a text that contains one.
 
     Returns:
-        One line, or None if no extra would help.
+        One line; None if the module belongs to no extra.
 
     Example:
         >>> missing_extra("No module named 'pl_bolts.optimizers'")

@@ -1,4 +1,4 @@
-"""ProbeModule: trains a head on a frozen encoder, to measure what the embedding knows."""
+"""ProbeModule: trains a classifier on a frozen encoder."""
 
 import warnings
 from typing import Any, Literal
@@ -20,17 +20,17 @@ Head = Literal["linear", "mlp"]
 class ProbeModule(CheckpointMixin, pl.LightningModule):
     """Trains a linear or MLP head on a frozen encoder with cross-entropy.
 
-    One epoch of the MLP head is the paper's protocol. Logs ``train/loss``, ``val/accuracy`` and ``test/accuracy``.
+    The paper trains the MLP head for one epoch. Logs ``train/loss``, ``val/accuracy`` and ``test/accuracy``.
 
     Args:
         num_classes: C, >= 2.
-        checkpoint: Of a SimOModule whose encoder is probed; or give `encoder`.
-        encoder: From images to embeddings; or give `checkpoint`.
+        checkpoint: Checkpoint of a SimOModule, whose encoder is used. Either this or `encoder`.
+        encoder: Maps images to embeddings. Either this or `checkpoint`.
         head: "linear", or "mlp": Linear, ReLU, Linear.
         hidden_dim: Width of the MLP, >= 1.
-        layer: What is probed: the "embedding", or the backbone's "features" (the encoder's ``features(images)``).
-        optimizer: From parameters to an optimizer.
-        lr_scheduler: From an optimizer to a scheduler, None for a constant rate; see SimOModule.
+        layer: Input of the head: the "embedding", or the backbone's "features" (the encoder's ``features(images)``).
+        optimizer: Maps parameters to an optimizer.
+        lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. See SimOModule.
         trusted: Import paths of classes, modules or packages whose encoders are built from `checkpoint`, beside those
             of simo_lightning, torch, torchvision, timm and pytorch_metric_learning.
 
@@ -38,8 +38,8 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         ValueError: If not exactly one of `checkpoint` and `encoder` is given, or an argument is out of its range.
 
     Source:
-        Linear evaluation as usual; the MLP head trained for one epoch after arXiv 2410.05233, whose width is not
-        public.
+        Linear evaluation is the usual protocol. An MLP head trained for one epoch follows arXiv 2410.05233, which does
+        not state its width.
     """
 
     path_arguments = ("checkpoint",)  # which no checkpoint may set
@@ -76,83 +76,43 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
-        """Leave out Lightning's warning that parts are in evaluation mode: the encoder is meant to be.
-
-        Args:
-            stage: Unused.
-        """
+        """Silence Lightning's warning about modules in evaluation mode: the encoder is meant to be."""
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def train(self, mode: bool = True) -> "ProbeModule":
-        """Training mode for the head; the encoder stays in evaluation mode, its running statistics with it.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            Itself.
-        """
+        """Set the `mode` of the head; the encoder stays in evaluation mode, so its running statistics do not change."""
         super().train(mode)
         self.encoder.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores of images.
-
-        Args:
-            images: ``(N, C, H, W)``.
-
-        Returns:
-            Logits ``(N, num_classes)``.
-        """
+        """Logits ``(N, num_classes)`` of normalised images ``(N, C, H, W)``."""
         images = images.to(self.dtype)
         with torch.no_grad():
-            rows = self.encoder(images) if self.layer == "embedding" else self.encoder.features(images)  # type: ignore[operator]
-        logits: Tensor = self.head(rows)
+            inputs = self.encoder(images) if self.layer == "embedding" else self.encoder.features(images)  # type: ignore[operator]
+        logits: Tensor = self.head(inputs)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch.
-
-        Args:
-            batch: Images and labels.
-            batch_idx: Number of the batch.
-
-        Returns:
-            Scalar.
-        """
+        """Cross-entropy of a batch."""
         images, labels = batch
         loss = nn.functional.cross_entropy(self(images).float(), labels)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count the right answers.
-
-        Args:
-            batch: Images and labels.
-            batch_idx: Number of the batch.
-        """
-        self._judge(batch, "val/accuracy")
+        """Update ``val/accuracy``."""
+        self._log_accuracy(batch, "val/accuracy")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """As :meth:`validation_step`.
-
-        Args:
-            batch: Images and labels.
-            batch_idx: Number of the batch.
-        """
-        self._judge(batch, "test/accuracy")
+        """Update ``test/accuracy``."""
+        self._log_accuracy(batch, "test/accuracy")
 
     def configure_optimizers(self) -> Any:
-        """Optimizer over the head's parameters, and the schedule.
-
-        Returns:
-            What Lightning wants.
-        """
+        """Optimizer of the head's parameters, and its schedule."""
         return with_schedule(self.optimizer(self.head.parameters()), self.lr_scheduler, self.trainer)
 
-    def _judge(self, batch: tuple[Tensor, Tensor], name: str) -> None:
+    def _log_accuracy(self, batch: tuple[Tensor, Tensor], name: str) -> None:
         images, labels = batch
         self.accuracy(self(images), labels)
         self.log(name, self.accuracy, on_epoch=True, prog_bar=True)
@@ -172,5 +132,5 @@ def _input_dim(encoder: nn.Module, layer: str) -> int:
     name = "embedding_dim" if layer == "embedding" else "feature_dim"
     size = getattr(encoder, name, None)
     if not isinstance(size, int):
-        raise ValueError(f"encoder must say its size as the attribute {name}, got {type(encoder).__name__} without")
+        raise ValueError(f"encoder must have its size as the attribute {name}, got {type(encoder).__name__} without it")
     return size

@@ -101,9 +101,7 @@ def test_a_class_of_the_user_is_built_only_where_it_is_named(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"'encoder' of checkpoint .*Flat' is no class .*trusted=\[\.\.\.\]") as raised:
         SimOModule.load_from_checkpoint(path)
     assert "\n" not in str(raised.value)
-    import tests
-
-    for trusted in (Flat, [Flat], "tests.checkpoint_parts.Flat", ["tests.checkpoint_parts"], tests):
+    for trusted in (Flat, [Flat], "tests.checkpoint_parts.Flat", ["tests.checkpoint_parts"], "tests"):
         assert equal_weights(module, SimOModule.load_from_checkpoint(path, trusted=trusted))
     assert equal_weights(module, SimOModule.load_from_checkpoint(path, encoder=Flat(8)))
     assert equal_weights(module.encoder, load_encoder(path, trusted=Flat))

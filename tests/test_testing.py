@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
+from simo_lightning.class_paths import InitArgumentsMixin
 from simo_lightning.data import (
     LabelledImages,
     ResumableLoader,
@@ -32,7 +33,7 @@ from simo_lightning.testing import (
 ROOT = Path(__file__).parent.parent
 
 
-class Flat(nn.Module):
+class Flat(InitArgumentsMixin, nn.Module):
     embedding_dim, in_channels = 4, 1
 
     def __init__(self, size: int = 64) -> None:
@@ -75,10 +76,10 @@ class HiddenGain(SimOModule):
 
 
 class NeedsMore(SimOModule):
-    """Its second argument is not among those that are stored."""
+    """Its argument is an object that has no description."""
 
-    def __new__(cls, *arguments: Any, **named: Any) -> Any:
-        return object.__new__(cls)
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__(layers)
 
 
 class Repeats(DigitsPairDataModule):
@@ -212,7 +213,9 @@ def test_resume(stop_after: int | None) -> None:
 
 
 def test_resume_fails_where_the_module_keeps_something_to_itself() -> None:
-    with pytest.raises(AssertionError, match=r"stopped after step \d+ and resumed.* otherwise .*state_dict\.encoder"):
+    with pytest.raises(
+        AssertionError, match=r"stopped after step \d+ and resumed.* ends differently .*state_dict\.encoder"
+    ):
         check_resume(lambda: HiddenGain(Flat()), tiny)
     with pytest.raises(ValueError, match=r"stop_after must lie in 1\.\.\d+, .* got 1000"):
         check_resume(lambda: SimOModule(Flat()), tiny, stop_after=1000)
@@ -221,17 +224,19 @@ def test_resume_fails_where_the_module_keeps_something_to_itself() -> None:
 def test_checkpoint_round_trip() -> None:
     with torch.random.fork_rng():
         module = SimOModule(Flat())
-    check_checkpoint_round_trip(module, torch.rand(2, 1, 8, 8, generator=torch.Generator()))
+    check_checkpoint_round_trip(module, torch.rand(2, 1, 8, 8, generator=torch.Generator()), trusted=Flat)
 
 
 def test_checkpoint_round_trip_fails_for_what_is_not_stored() -> None:
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator())
     with torch.random.fork_rng():
-        hidden, unstored = HiddenGain(Flat()), NeedsMore(Flat())
+        hidden, unstored = HiddenGain(Flat()), NeedsMore(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
     hidden.gain = 3.0
-    with pytest.raises(AssertionError, match=r"what HiddenGain computes must be the same .* differ: output \(by up to"):
-        check_checkpoint_round_trip(hidden, images)
-    with pytest.raises(AssertionError, match=r"NeedsMore\.load_from_checkpoint\(path\) must do alone, but raised Type"):
+    with pytest.raises(AssertionError, match=r"the output of HiddenGain must be the same .* differ: output \(by up to"):
+        check_checkpoint_round_trip(hidden, images, trusted=Flat)
+    with pytest.raises(
+        AssertionError, match=r"NeedsMore\.load_from_checkpoint\(path\) must restore the module, but raised .*layers"
+    ):
         check_checkpoint_round_trip(unstored, images)
 
 

@@ -1,7 +1,7 @@
-"""Checks of your own module, loss or data module: each raises AssertionError with what differs.
+"""Checks of your own module, loss or data module; each raises AssertionError and says what differs.
 
-They train for real, on the CPU, on few images. ``check_gradient_parity`` starts processes that import the module's
-class, so define it in a file, and guard a script by ``if __name__ == "__main__"``.
+They train on the CPU on few images. ``check_gradient_parity`` starts processes that import the module's class: define
+it in a file, and guard a script with ``if __name__ == "__main__"``.
 """
 
 from simo_lightning.testing.batches import check_batch_composition

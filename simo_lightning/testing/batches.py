@@ -1,4 +1,4 @@
-"""Whether the training batches of a data module are what a contrastive loss needs."""
+"""Checks that the training batches of a data module are what a contrastive loss needs."""
 
 import copy
 from itertools import chain
@@ -19,24 +19,24 @@ def check_batch_composition(
     world_size: int = 2,
     unlabelled_per_batch: int | None = None,
 ) -> None:
-    """Check that every training batch holds P classes x K images, and that no image comes twice in an epoch.
+    """Check that every training batch holds P classes x K images and that no image is repeated within an epoch.
 
-    Also that an epoch is the same whenever it is drawn and other than the one before, and, for a data module that knows
-    its ``rank`` and ``world_size`` as those of this package do, that processes have as many batches and share no image.
+    Also that an epoch is reproducible and differs from the previous one; and, for a data module with ``rank`` and
+    ``world_size`` as in this package, that all processes have the same number of batches and share no image.
 
-    With U unlabelled images in a batch, each a class of its own, the labelled ones come again and again in an epoch: no
-    image may then come twice in a step of all processes.
+    With U unlabelled images per batch, each with a label of its own, labelled images are repeated within an epoch; no
+    image may then be repeated within a step of all processes.
 
     Args:
-        datamodule: Its ``train_dataloader()`` is a DataLoader whose batches are images and labels.
-        classes_per_batch: P; None: the data module's attribute of that name.
-        samples_per_class: K; None: the data module's attribute of that name.
-        epochs: How many are looked at.
-        world_size: Number of processes whose shares are compared; 1: none.
-        unlabelled_per_batch: U; None: the data module's attribute of that name, and 0 without one.
+        datamodule: Its ``train_dataloader()`` returns a DataLoader whose batches are images and labels.
+        classes_per_batch: P; None for the data module's attribute of that name.
+        samples_per_class: K; None for the data module's attribute of that name.
+        epochs: Number of epochs to check.
+        world_size: Number of processes whose batches are compared; 1 for no comparison.
+        unlabelled_per_batch: U; None for the data module's attribute of that name, and 0 without one.
 
     Raises:
-        AssertionError: If a batch or an epoch is other than that.
+        AssertionError: If a batch or an epoch violates this.
 
     Example:
         >>> from simo_lightning import DigitsPairDataModule
@@ -55,7 +55,7 @@ def check_batch_composition(
             _check_same(order, _order(datamodule.train_dataloader(), epoch), epoch)
             _check_labels(loader, epoch, p, k, u)
         if epochs > 1 and orders[0] == orders[1]:
-            raise AssertionError("epoch 1 has the batches of epoch 0: does the sampler follow set_epoch?")
+            raise AssertionError("epoch 1 has the batches of epoch 0: the sampler must follow set_epoch")
         if world_size > 1 and hasattr(datamodule, "rank") and hasattr(datamodule, "world_size"):
             _check_shares([_order(_of_rank(datamodule, rank, world_size), 0) for rank in range(world_size)], u > 0)
 
@@ -98,7 +98,7 @@ def _check_same(order: list[list[int]], again: list[list[int]], epoch: int) -> N
     if order != again:
         first = next((place for place, pair in enumerate(zip(order, again, strict=False)) if pair[0] != pair[1]), "?")
         raise AssertionError(
-            f"epoch {epoch} must be the same whenever it is drawn, but batch {first} differs: a global generator?"
+            f"epoch {epoch} must be the same each time it is drawn, but batch {first} differs: use no global generator"
         )
 
 
@@ -109,7 +109,7 @@ def _check_labels(loader: DataLoader, epoch: int, p: int, k: int, u: int) -> Non
         if len(images) != len(labels):
             raise AssertionError(f"{where} has {len(images)} images and {len(labels)} labels")
         counts = _counts(labels)
-        alone = int((counts == 1).sum()) if u else 0  # an unlabelled image is the only one of its class
+        alone = int((counts == 1).sum()) if u else 0  # an unlabelled image has a label of its own
         counts = counts[counts > 1] if u else counts
         if len(counts) != p or (counts != k).any():
             raise AssertionError(

@@ -1,4 +1,4 @@
-"""Whether several processes ask for the gradient that one process asks for."""
+"""Checks that several processes compute the gradient of one process."""
 
 import os
 import tempfile
@@ -36,13 +36,13 @@ class _Share(pl.LightningDataModule):
 
 
 class _KeepGradients(Callback):
-    """Writes the gradient of the first step, as the optimizer gets it, to ``<folder>/<rank>.pt``."""
+    """Writes the gradients of the first optimizer step to ``<folder>/<rank>.pt``."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        for layer in pl_module.modules():  # these see the rows of one process by design
+        for layer in pl_module.modules():  # these depend on the samples of one process by design
             if isinstance(layer, (_BatchNorm, _DropoutNd)):
                 layer.eval()
 
@@ -58,18 +58,18 @@ def check_gradient_parity(
     precision: Any = "64-true",
     tolerance: float = 1e-9,
 ) -> None:
-    """Check that real processes under DDP, each with its part of a batch, get the gradient of one with all of it.
+    """Check that DDP processes, each with a part of a batch, compute the gradient of one process with the whole batch.
 
-    BatchNorm and dropout are in evaluation mode, because they see the rows of one process by design.
+    BatchNorm and dropout are in evaluation mode, because they depend on the samples of one process by design.
 
     Args:
-        loss_or_module: A loss ``(embeddings, labels) -> scalar``, tried in a SimOModule; or a LightningModule, tried as
-            it is. It is not changed, and must be picklable: no lambda, and its class in a file.
-        batch: What ``training_step`` gets, images and labels; cut along the first axis. For a loss: embeddings'
-            ``(N, D)`` inputs and labels, by default 24 random rows of four classes, one of which lives on one process.
+        loss_or_module: A loss ``(embeddings, labels) -> scalar``, which is put into a SimOModule; or a LightningModule.
+            It is not changed. It is sent to the processes, so its class must be in a file and it may hold no lambda.
+        batch: Images and labels for ``training_step``, split along the first axis. For a loss: inputs ``(N, D)`` and
+            labels ``(N,)``, by default 24 random inputs of four classes, one of which is on a single process.
         world_size: Number of processes.
-        precision: Of the trainer; float64 tells a wrong gradient from a rounded one.
-        tolerance: Largest difference allowed, as a share of the largest gradient.
+        precision: Of the trainer; float64 separates a wrong gradient from rounding.
+        tolerance: Largest difference allowed, relative to the largest gradient.
 
     Raises:
         AssertionError: If a gradient differs.
@@ -77,7 +77,7 @@ def check_gradient_parity(
 
     Example:
         >>> from simo_lightning import SimOLoss
-        >>> check_gradient_parity(SimOLoss(), world_size=1)  # 2 in earnest; the same on any number
+        >>> check_gradient_parity(SimOLoss(), world_size=1)  # use 2 or more
     """
     if batch is None:
         if isinstance(loss_or_module, pl.LightningModule):
@@ -100,7 +100,7 @@ def _rows() -> Batch:
 
 
 def _gradients(module: pl.LightningModule, batch: Batch, world: int, precision: Any) -> list[dict[str, Tensor]]:
-    """What the optimizer of each process gets at the first step."""
+    """Gradients by parameter name at the first optimizer step, of each process."""
     spawned = DDPStrategy(start_method="spawn", process_group_backend="gloo") if world > 1 else "auto"
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
@@ -125,7 +125,7 @@ def _compare(
 ) -> None:
     if gradients.keys() != expected.keys():
         names = ", ".join(sorted(gradients.keys() ^ expected.keys()))
-        raise AssertionError(f"on {world} processes other parameters get a gradient than on one: {names}")
+        raise AssertionError(f"on {world} processes and on one, different parameters have a gradient: {names}")
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     apart = {name: float((gradients[name] - wanted).abs().max()) for name, wanted in expected.items()}
     name = max(apart, key=lambda key: apart[key])
@@ -135,5 +135,5 @@ def _compare(
         raise AssertionError(
             f"the gradient of {name} on process {rank} of {world} differs from that of one process by {apart[name]:.3g}"
             f" where {tolerance * largest:.3g} is allowed (it is about {share:.3g} times the right one): the loss must "
-            "be that of the rows of all processes, see simo_lightning.distributed.gather_rows"
+            "be computed on the embeddings of all processes, see simo_lightning.distributed.gather_rows"
         )

@@ -1,4 +1,4 @@
-"""Whether a run that was stopped goes on to the weights of one that was not."""
+"""Checks that a run which was stopped and resumed ends with the weights of an uninterrupted one."""
 
 import tempfile
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from simo_lightning.testing.trainers import differing, quiet_and_seeded, small_trainer
 
 
-class _Stopped(Exception):  # no error: the stop that was asked for
-    """The run has been stopped at the batch that was asked for."""
+class _Stopped(Exception):
+    """Ends a run at the requested step."""
 
 
 class _StopAfter(Callback):
@@ -33,17 +33,17 @@ def check_resume(
     max_epochs: int = 2,
     **trainer_arguments: Any,
 ) -> None:
-    """Check that a run stopped after a batch and resumed in new objects ends with the same weights, bit by bit.
+    """Check that a run which is stopped after a batch and resumed in new objects ends with identical weights.
 
     Args:
-        module_factory: Makes the module; called three times, with the same seed.
-        datamodule_factory: Makes the data module, as often.
-        stop_after: Optimizer steps before the stop; None: in the middle of the last epoch.
-        max_epochs: Of the run; all of its data is used, so bring little.
-        trainer_arguments: Others, such as ``precision``.
+        module_factory: Returns a new module; called three times, with the same seed.
+        datamodule_factory: Returns a new data module; called three times. The whole data set is used, so keep it small.
+        stop_after: Optimizer steps before the stop; None for the middle of the last epoch.
+        max_epochs: Length of the run.
+        trainer_arguments: Further arguments of the trainer, such as ``precision``.
 
     Raises:
-        AssertionError: If a weight or the optimizer's state differs.
+        AssertionError: If a weight, the optimizer's or the scheduler's state differs in any bit.
         ValueError: If the run has no such step before its last.
 
     Example:
@@ -85,7 +85,7 @@ def _compare(folder: Path, stop: int) -> None:
         found = differing({part: whole[part]}, {part: resumed[part]})
         if found is not None:
             raise AssertionError(
-                f"stopped after step {stop} and resumed, the run ends otherwise than one never stopped: {found}. "
-                "What a module or data module keeps in plain attributes, or draws from a global generator, is not in "
-                "the checkpoint: keep it in a buffer, or in state_dict and load_state_dict"
+                f"stopped after step {stop} and resumed, the run ends differently from an uninterrupted one: {found}. "
+                "Plain attributes of a module or data module and the state of a global generator are not in the "
+                "checkpoint: use a buffer, or state_dict and load_state_dict"
             )

@@ -1,4 +1,4 @@
-"""Whether what is written can be read again: checkpoints, and the config of a run."""
+"""Checks that checkpoints and the config of a run can be read again."""
 
 import subprocess
 import sys
@@ -13,15 +13,20 @@ from torch import Tensor
 from simo_lightning.testing.trainers import differing, quiet_and_seeded, small_trainer
 
 
-def check_checkpoint_round_trip(module: pl.LightningModule, images: Tensor | None = None) -> None:
-    """Check that ``load_from_checkpoint(path)`` alone brings the module back: its weights, and what it computes.
+def check_checkpoint_round_trip(
+    module: pl.LightningModule, images: Tensor | None = None, **load_arguments: Any
+) -> None:
+    """Check that ``load_from_checkpoint`` restores a module: the same weights and the same output.
 
     Args:
-        module: Trained or not; left as it is, but for the mode (evaluation).
-        images: What ``module(images)`` takes; None: four random ones, 32 x 32, of the encoder's ``in_channels`` or 3.
+        module: Trained or not; unchanged afterwards, except that it is in evaluation mode.
+        images: Input of ``module(images)``; None for four random images of 32 x 32 pixels with the encoder's
+            ``in_channels``, or 3.
+        load_arguments: Passed to ``load_from_checkpoint`` beside the path, such as ``trusted=[MyEncoder]`` or
+            ``loss=MyLoss()``.
 
     Raises:
-        AssertionError: If it cannot be loaded by its path alone, a weight differs or the output does.
+        AssertionError: If it cannot be loaded, or a weight or the output differs.
 
     Example:
         >>> from simo_lightning import ImageEncoder, SimOModule
@@ -37,21 +42,23 @@ def check_checkpoint_round_trip(module: pl.LightningModule, images: Tensor | Non
         trainer.strategy.connect(module)
         trainer.save_checkpoint(path)
         try:
-            again = type(module).load_from_checkpoint(path, map_location=module.device)
+            again = type(module).load_from_checkpoint(path, map_location=module.device, **load_arguments)
         except Exception as error:
-            raise AssertionError(f"{name}.load_from_checkpoint(path) must do alone, but raised {error!r}") from error
+            words = "".join(f", {each}=..." for each in load_arguments)
+            message = f"{name}.load_from_checkpoint(path{words}) must restore the module, but raised {error!r}"
+            raise AssertionError(message) from error
         _raise_if(differing(module.state_dict(), again.state_dict()), f"the weights of {name}")
         outputs = ({"output": part.eval()(images)} for part in (module, again))
-        _raise_if(differing(*outputs), f"what {name} computes")
+        _raise_if(differing(*outputs), f"the output of {name}")
 
 
 def check_cli_round_trip(config: str | Path, *words: str, max_steps: int = 2) -> None:
-    """Check that the config that ``simo fit`` writes beside a run gives the run again.
+    """Check that a run from the config.yaml that ``simo fit`` wrote ends with the weights of the first run.
 
     Args:
         config: A config for ``simo fit``.
-        words: More of the command line, such as ``"--data.data_dir", "DIR"``.
-        max_steps: Batches that each of the two runs trains on.
+        words: Further words of the command line, such as ``"--data.data_dir", "DIR"``.
+        max_steps: Optimizer steps of each of the two runs.
 
     Raises:
         AssertionError: If the command fails, or the second run ends with other weights.
@@ -73,9 +80,9 @@ def _fit(words: list[Any]) -> None:
     command = [sys.executable, "-c", "from simo_lightning.cli import main; main()", "fit", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        said = " ".join(str(word) for word in words)
-        raise AssertionError(f"simo fit {said} ended with {done.returncode}: {last}")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        command_line = " ".join(str(word) for word in words)
+        raise AssertionError(f"simo fit {command_line} ended with {done.returncode}: {last}")
 
 
 def _path(folder: Path) -> Path:
@@ -84,7 +91,9 @@ def _path(folder: Path) -> Path:
 
 def _last(folder: Path) -> dict[str, Any]:
     if not _path(folder).is_file():
-        raise AssertionError("the run left no checkpoints/last.ckpt: does it train for max_steps, and keep the last?")
+        raise AssertionError(
+            "the run wrote no checkpoints/last.ckpt: it must train for max_steps and keep the last checkpoint"
+        )
     checkpoint: dict[str, Any] = torch.load(_path(folder), map_location="cpu", weights_only=True)
     return checkpoint
 

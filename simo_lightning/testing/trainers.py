@@ -1,4 +1,4 @@
-"""Small quiet runs, and how their results are compared."""
+"""Small runs without output, and the comparison of their results."""
 
 import logging
 import os
@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 def small_trainer(folder: str | Path, **arguments: Any) -> pl.Trainer:
-    """A trainer on the CPU that writes and says nothing.
+    """A trainer on the CPU without logger, checkpoints and progress bar.
 
     Args:
-        folder: For whatever a module writes all the same.
-        arguments: Of the trainer, in place of these.
+        folder: Its ``default_root_dir``.
+        arguments: Override its arguments.
 
     Returns:
         The trainer.
@@ -32,23 +32,19 @@ def small_trainer(folder: str | Path, **arguments: Any) -> pl.Trainer:
 
 @contextmanager
 def quiet_and_seeded(seed: int = 0) -> Iterator[None]:
-    """Seed all generators, and leave out what Lightning says of small runs; all is as it was afterwards.
-
-    Args:
-        seed: As for ``seed_everything``.
-    """
+    """Seed all generators and silence warnings; restores the generators and the environment afterwards."""
     variables = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  # what is seeded below
-    said = logging.getLogger("lightning.pytorch")
-    level = said.level
-    said.setLevel(logging.ERROR)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pl.seed_everything(seed, verbose=False)
             yield
     finally:
-        said.setLevel(level)
+        logger.setLevel(level)
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
@@ -57,26 +53,21 @@ def quiet_and_seeded(seed: int = 0) -> Iterator[None]:
 
 
 def set_variable(name: str, value: str | None) -> None:
-    """Set a variable of the environment, or remove it.
-
-    Args:
-        name: Of the variable.
-        value: None to remove it.
-    """
+    """Set an environment variable; None removes it."""
     os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """What differs between two states, bit by bit.
+    """The first difference between two states, compared bit by bit.
 
     Args:
-        one: Tensors, numbers or nested mappings by name.
+        one: Nested mappings and lists of tensors and numbers.
         other: The same.
 
     Returns:
-        The names and the largest difference, or None if there is none.
+        Its name and size, and the number of others; None if the states are equal.
 
     Example:
         >>> differing({"w": torch.zeros(2)}, {"w": torch.tensor([0.0, 0.5])})
