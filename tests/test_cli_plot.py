@@ -51,7 +51,7 @@ def test_the_table_holds_the_numbers_of_the_embeddings(
     assert page.after("Data") == f"DigitsPairDataModule, {'validation' if stage == 'val' else 'test'} split"
     epoch = torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)["epoch"]
     assert page.after("Checkpoint").startswith(f"{which}.ckpt, epoch {epoch}, step ")
-    assert str(run) not in page.source
+    assert str(run.absolute()) not in page.source
 
 
 def test_all_pictures_are_in_the_folder_of_the_run_by_default(digits_run: Path) -> None:
@@ -66,7 +66,7 @@ def test_all_pictures_are_in_the_folder_of_the_run_by_default(digits_run: Path) 
     )
     page = Page(folder / "index.html")
     assert len(pictures(page)) == 9
-    assert any("asked for: 3, 17." in text for text in page.texts)
+    assert any("Queries, from 0: 3, 17." in text for text in page.texts)
     assert any("50 of 143" in (image["alt"] or "") for image in page.all("img"))
 
 
