@@ -24,6 +24,7 @@ def small_config(folder: Path) -> Path:
     config = json.loads(json.dumps(DIGITS))
     loss = {"class_path": "simo_lightning.semi_supervised.SemiSupervisedLoss", "init_args": {"num_classes": 10}}
     config["model"]["init_args"]["loss"] = loss
+    config["data"]["class_path"] = "simo_lightning.data.SemiSupervisedDigitsPairDataModule"
     config["data"]["init_args"] = {"samples_per_class": 3, "views": 2, "unlabelled_per_batch": 40}
     return write_yaml(folder / "semi.yaml", config)
 
