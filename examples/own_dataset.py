@@ -10,6 +10,7 @@ It took 9 s on two cores of an AMD EPYC.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,7 +39,7 @@ class NpzPairDataModule(PairDataModule):
         """The training images; the data set has no other split, so a tenth of them is held out for validation."""
         if split != "train":
             return None
-        with np.load(self.path) as file:
+        with np.load(Path(self.path).expanduser()) as file:
             images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)  # (N, H, W, C) to (N, C, H, W)
             return LabelledImages(images, torch.from_numpy(file["labels"]).long(), file["class_names"].tolist())
 
