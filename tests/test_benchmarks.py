@@ -243,7 +243,7 @@ def test_a_changed_row_is_made_again_alone_also_after_a_kill(made: Path, tmp_pat
     content["studies"]["small"]["rows"]["head"]["loss"]["init_args"]["label_smoothing"] = 0.2
     table.write_text(yaml.safe_dump(content, sort_keys=False))
     words = [sys.executable, "-m", "benchmarks.run", "small", "--table", str(table), "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as command:
