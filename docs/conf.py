@@ -1,4 +1,4 @@
-"""Sphinx: the pages of this folder, and the API reference from the docstrings. It needs no network.
+"""Sphinx configuration: the pages of this folder and the API reference from the docstrings; builds offline.
 
 sphinx-build -W -n docs docs/_build/html
 """
@@ -39,11 +39,11 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
 
-# Other projects' names: their references are on the network, and a build must not need it.
+# Names of other projects: resolving them needs the network, which a build must not.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|lightning|torchmetrics|torchvision|jsonargparse|matplotlib|numpy|PIL)\..*"),
     ("py:.*", r"(collections|pathlib|datetime|typing)\..*"),
-    ("py:.*", r"Tensor|SIGTERMException|.*\._\w+|.*\.T"),  # and what is private, or a type variable
+    ("py:.*", r"Tensor|SIGTERMException|.*\._\w+|.*\.T"),  # private names and type variables
 ]
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example|Source):$")
@@ -51,7 +51,7 @@ _KEPT: dict[str, list[str]] = {}
 
 
 def _formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Show indented lines of a docstring's prose as they stand, and bars as bars: reST would take |x| for a name."""
+    """Show indented lines of a docstring's prose literally, and escape bars: reST reads |x| as a substitution."""
     sections = next((i for i, line in enumerate(lines) if _SECTION.match(line)), len(lines))
     found, literal = [], False
     for place, line in enumerate(lines):
@@ -64,7 +64,7 @@ def _formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: 
         found.append(line if literal else _escaped(line))
     lines[:] = found
     if what in ("attribute", "data", "property"):
-        # napoleon takes what stands before a colon in the first line for a type: it gets a word, and no more
+        # napoleon reads the text before a colon in the first line as a type: it gets a placeholder instead
         _KEPT[name] = [str(line) for line in GoogleDocstring(found, app.config, app, "method", name).lines()]
         lines[:] = ["kept"]
 
@@ -80,7 +80,7 @@ def _escaped(line: str) -> str:
 
 
 def _by_last_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> Element | None:
-    """Link a name that is documented where it is imported from, not where it is written: geometry.nc1 is one."""
+    """Link a name that is documented where it is imported from, not where it is defined, such as geometry.nc1."""
     if node.get("refdomain") != "py":
         return None
     domain, name = env.domains.python_domain, str(node["reftarget"]).rsplit(".", 1)[-1]
@@ -93,7 +93,7 @@ def _by_last_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contno
 
 
 def _inline_math(self: HTML5Translator, node: Element) -> None:
-    """MathML, which browsers draw by themselves: pages opened from disk need no script of another site."""
+    """Write MathML, which browsers render without a script from another site."""
     self.body.append(tex2mathml(node.astext()))
     raise SkipNode
 
@@ -104,11 +104,7 @@ def _block_math(self: HTML5Translator, node: Element) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect before napoleon, which has priority 500, and after it.
-
-    Args:
-        app: The build.
-    """
+    """Connect handlers before and after napoleon, which has priority 500."""
     app.connect("autodoc-process-docstring", _formulas, priority=400)
     app.connect("autodoc-process-docstring", _restore, priority=600)
     app.connect("missing-reference", _by_last_name)

@@ -1,207 +1,434 @@
-"""Checkpoints that bring their own arguments: ``load_from_checkpoint(path)`` and nothing else.
+"""Checkpoints that hold plain data and tensors: opening one runs no code from it.
 
-A module's arguments are pickled into its checkpoint beside the weights, each tensor that is also a weight by its name
-only, so nothing is stored twice. Like every pickle, such a file runs code when it is opened: open only files you trust.
+``load_from_checkpoint(path)`` needs nothing else where the module's arguments can be described as in a config: numbers,
+strings, optimizers, schedulers, and modules that remember their arguments
+(:class:`~simo_lightning.class_paths.InitArgumentsMixin`) or were made by the command line.
 """
 
-import importlib
-import inspect
-import io
-import pickle
-from pathlib import Path
-from typing import Any
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from inspect import Parameter, signature
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
+import numpy as np
 import torch
+import yaml
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.saving import load_hparams_from_tags_csv
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
 
+from simo_lightning.class_paths import (
+    InitArgumentsMixin,
+    Trusted,
+    build,
+    class_path,
+    describe,
+    import_class,
+    is_plain,
+    refuse_paths,
+)
+
 _KEY = "simo_module"
+_ROOM = 2**30  # bytes beyond its weights that making a module may take, such as a classifier that is thrown away
+
+File = str | Path | IO[bytes]
 
 
-class NotStored:
-    """Stands for an argument that could not be pickled; says so when it is used.
+class CheckpointMixin(InitArgumentsMixin):
+    """Stores the class path and the arguments of a LightningModule in its checkpoints. Goes before LightningModule.
 
-    Args:
-        name: Of the argument.
+    A subclass with arguments of its own needs nothing more. What is neither plain data nor has a description is not
+    stored, and must be passed again to :meth:`load_from_checkpoint`.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Raise.
-
-        Args:
-            arguments: Ignored.
-            named: Ignored.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            f"the checkpoint does not hold the argument {self.name!r} (it could not be pickled): "
-            f"pass it, load_from_checkpoint(path, {self.name}=...)"
-        )
-
-
-class SelfContained:
-    """Mixin, before LightningModule: remembers the arguments and puts them into every checkpoint.
-
-    A subclass with arguments of its own needs nothing more: those of the outermost class are the ones remembered.
-    """
-
-    def __new__(cls, *arguments: Any, **named: Any) -> Self:  # noqa: D102
-        module = super().__new__(cls)
-        try:
-            bound = inspect.signature(cls).bind(*arguments, **named)
-        except TypeError:  # unpickling and deepcopy give none; __init__ tells anyone else what is missing
-            return module
-        given = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
-        module.__dict__["_given"] = given
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
+        module = super().__new__(cls, *args, **kwargs)
+        # The command line knows class path and arguments of objects that do not remember them. Lightning hands them
+        # over in this variable while it makes the module (read in lightning 2.6.6).
+        given = _given_hyperparameters.get() or {}
+        stored = module.__dict__.get("_init_arguments", {})
+        if stored.keys() <= given.keys() and given.get("_class_path", cls.__name__).endswith(cls.__name__):
+            for name, value in stored.items():
+                if not is_plain(value) and isinstance(given[name], dict):
+                    stored[name] = given[name]
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: add the arguments and the class.
+        """Add the class path and the arguments, and make plain data of what the trainer and callbacks put in."""
+        arguments = self.__dict__.get("_init_arguments", {})
+        for key in ("hyper_parameters", "datamodule_hyper_parameters"):  # of save_hyperparameters(), with any object
+            if key in checkpoint:
+                checkpoint[key] = _plain_arguments(checkpoint[key])
+        for key, value in checkpoint.items():
+            checkpoint[key] = value if key == "state_dict" else _plain(value, key)
+        checkpoint[_KEY] = {"class_path": class_path(type(self)), "init_args": arguments}
 
-        Args:
-            checkpoint: What will be saved.
-        """
-        cls = type(self)
-        weights = self.state_dict(keep_vars=True)  # type: ignore[attr-defined]
-        given = {name: _pack(name, value, weights) for name, value in self.__dict__.get("_given", {}).items()}
-        checkpoint[_KEY] = {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": given}
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError, in one line, if the weights do not fit or a fit cannot go on from the checkpoint."""
+        trainer: Any = getattr(self, "_trainer", None)
+        if trainer is None:  # load_from_checkpoint, which knows the path
+            return
+        path = trainer.ckpt_path
+        check_weights(self, checkpoint["state_dict"], path, strict=False)  # type: ignore[arg-type]
+        if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"checkpoint {path} holds weights alone (save_weights_only), and a fit cannot go on from it: "
+                f"start a new one from its weights, {type(self).__name__}.load_from_checkpoint(path)"
+            )
 
     @classmethod
     def load_from_checkpoint(
-        cls, checkpoint_path: str | Path, map_location: Any = None, strict: bool = True, **arguments: Any
+        cls,
+        checkpoint_path: File,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trusted: Iterable[Trusted] | Trusted = (),
+        **kwargs: Any,
     ) -> Self:
-        """Make the module of a checkpoint again, with its weights.
+        """Make the module of a checkpoint again, with its weights. Runs no code from the file.
 
         Args:
             checkpoint_path: File.
-            map_location: As in torch.load; None keeps each tensor's device where the machine has it, else the CPU.
-            strict: Whether the names of the weights must match exactly.
-            arguments: Replace arguments of the stored module.
+            map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU.
+            hparams_file: YAML or CSV file with arguments by name, in place of those in the checkpoint.
+            strict: Whether the names of the weights must match exactly; None: the module's ``strict_loading``.
+            weights_only: False opens a file with arbitrary objects, which **runs the code it holds**; None is True.
+            trusted: Classes, or import paths of classes, modules or packages, whose objects are built beside those of
+                simo_lightning, torch, torchvision, timm and pytorch_metric_learning.
+            kwargs: Arguments of the module, in place of those in the checkpoint.
 
         Returns:
             The module, on the device of its weights.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is cut short or no checkpoint of such a module.
+            ValueError: If the file is damaged or holds more than plain data, is of no such module, or names a class
+                that is not trusted; if an argument is not stored and not passed; if the weights do not fit.
         """
-        checkpoint = read_checkpoint(checkpoint_path, map_location)
-        stored = _stored(checkpoint, checkpoint_path)["arguments"]
+        checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
+        stored = {**_stored(checkpoint, checkpoint_path)["init_args"], **_from_hparams_file(cls, hparams_file)}
         weights = checkpoint["state_dict"]
-        given = {name: _unpack(name, value, weights) for name, value in stored.items() if name not in arguments}
-        module = cls(**given, **arguments)
-        module.on_load_checkpoint(checkpoint)  # type: ignore[attr-defined]
-        module.load_state_dict(weights, strict=strict)  # type: ignore[attr-defined]
-        return module
+        stored = {name: value for name, value in stored.items() if name not in kwargs}
+        with _MemoryLimit(weights):
+            refuse_paths(cls, stored)
+            arguments = {name: _argument(name, value, trusted, checkpoint_path) for name, value in stored.items()}
+            try:
+                module: Any = cls(**arguments, **kwargs)
+            except TypeError as error:  # names that are missing or unknown
+                raise ValueError(f"checkpoint {checkpoint_path} does not fit {cls.__name__}: {error}") from error
+        if is_overridden("configure_model", module):
+            module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        strict = module.strict_loading if strict is None else strict
+        check_weights(module, weights, checkpoint_path, strict)
+        module.load_state_dict(weights, strict=strict)
+        return module.to(_device(weights))
 
 
-def read_checkpoint(path: str | Path, map_location: Any = None) -> dict[str, Any]:
+def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
     """Read a checkpoint file.
 
     Args:
         path: File.
-        map_location: As in torch.load; None keeps each tensor's device where the machine has it, else the CPU.
+        map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU.
+        weights_only: None or True: the file may hold tensors, numbers, strings, lists and dictionaries, and runs no
+            code. False: it may hold any object, and **runs the code it holds**.
 
     Returns:
         The checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or holds something else; the message says which class.
     """
-    if not Path(path).is_file():
+    if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if map_location is None and not torch.accelerator.is_available():
         map_location = "cpu"
+    safe = weights_only is None or weights_only
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {path} cannot be read: cut short, or not a checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        size = _check_archive(path) if safe else 0
+        checkpoint = torch.load(path, map_location=map_location, weights_only=safe)
+        if safe:
+            _check_sizes(checkpoint, size)
+    except Exception as error:  # a damaged file fails anywhere
+        raise ValueError(f"checkpoint {path} cannot be read: {_reason(path, error)}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"checkpoint {path} must hold a state_dict, as Lightning writes it, got none")
     return checkpoint
 
 
-def load_module(path: str | Path, map_location: Any = None) -> Any:
+def load_module(
+    path: File, map_location: Any = None, trusted: Iterable[Trusted] | Trusted = (), weights_only: bool | None = None
+) -> Any:
     """Make the module of a checkpoint again, whatever its class.
 
     Args:
         path: File.
-        map_location: As in torch.load.
+        map_location: As in ``torch.load``.
+        trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`; names the module's own class too, if it is not one
+            of simo_lightning.
+        weights_only: As in :func:`read_checkpoint`.
 
     Returns:
         The module.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut short, or its class cannot be imported.
+        ValueError: As :meth:`CheckpointMixin.load_from_checkpoint`.
     """
-    home, _, name = _stored(read_checkpoint(path, map_location), path)["class"].partition(":")
-    try:
-        found: Any = importlib.import_module(home)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"checkpoint {path} is of class {home}.{name}, which cannot be imported: {error}") from error
-    return found.load_from_checkpoint(path, map_location=map_location)
+    stored = _stored(read_checkpoint(path, "cpu", weights_only), path)
+    cls: Any = _import(stored["class_path"], trusted, path)
+    if not issubclass(cls, CheckpointMixin):
+        raise ValueError(f"checkpoint {path} must be of a module of simo_lightning, got {class_path(cls)}")
+    return cls.load_from_checkpoint(path, map_location, weights_only=weights_only, trusted=trusted)
 
 
-def _stored(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    if _KEY not in checkpoint:
+def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted] | Trusted = ()) -> nn.Module:
+    """The encoder of a checkpoint alone, with its weights; loss, optimizer and the rest are not built.
+
+    Args:
+        path: File.
+        map_location: As in ``torch.load``.
+        trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`.
+
+    Returns:
+        The module's ``encoder``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As :meth:`CheckpointMixin.load_from_checkpoint`, or if the module has no encoder.
+    """
+    checkpoint = read_checkpoint(path, map_location)
+    description = _stored(checkpoint, path)["init_args"].get("encoder")
+    if description is None:  # made inside of the module
+        encoder = getattr(load_module(path, map_location, trusted), "encoder", None)
+        if not isinstance(encoder, nn.Module):
+            raise ValueError(f"checkpoint {path} must be of a module with an encoder, got none")
+        return encoder
+    prefix, weights = "encoder.", checkpoint["state_dict"]
+    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    with _MemoryLimit(weights):
+        encoder = _argument("encoder", description, trusted, path)
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"the encoder of checkpoint {path} must be an nn.Module, got {type(encoder).__name__}")
+    check_weights(encoder, weights, path)
+    encoder.load_state_dict(weights)
+    return encoder.to(_device(weights))
+
+
+def check_weights(module: nn.Module, weights: Mapping[str, Any], path: Any, strict: bool = True) -> None:
+    """Raise ValueError, in one line, if weights do not fit a module.
+
+    Args:
+        module: Which shall take them.
+        weights: A ``state_dict``.
+        path: Their file, for the message.
+        strict: Whether the names must match exactly.
+    """
+    own = module.state_dict()
+    shared = [name for name in own if isinstance(own[name], Tensor) and isinstance(weights.get(name), Tensor)]
+    found = [
+        f"{name} has shape {tuple(weights[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        for name in shared
+        if own[name].shape != weights[name].shape
+    ]
+    if strict:
+        found += [f"{name} is not in the file" for name in own if name not in weights]
+        found += [f"{name} is not in the model" for name in weights if name not in own]
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(f"checkpoint {path} does not fit {type(module).__name__}: {'; '.join(found[:3])}{more}")
+
+
+def _stored(checkpoint: dict[str, Any], path: File) -> dict[str, Any]:
+    stored = checkpoint.get(_KEY)
+    if stored is None:
         raise ValueError(f"checkpoint {path} was not written by a module of simo_lightning: it has no {_KEY!r} entry")
-    stored: dict[str, Any] = checkpoint[_KEY]
+    if isinstance(stored, dict) and "class" in stored:
+        raise ValueError(
+            f"checkpoint {path} is of simo_lightning 0.1, which stored the module's arguments as code: make the "
+            "module, and give it the weights alone, module.load_state_dict(read_checkpoint(path)['state_dict'])"
+        )
+    if not isinstance(stored, dict) or not isinstance(stored.get("init_args"), dict):
+        raise ValueError(
+            f"checkpoint {path} must hold class_path and init_args in {_KEY!r}, got {type(stored).__name__}"
+        )
     return stored
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles an argument with each tensor that is a weight replaced by that weight's name."""
-
-    def __init__(self, buffer: io.BytesIO, weights: dict[str, Tensor]) -> None:
-        super().__init__(buffer)
-        self.names = {id(weight): name for name, weight in weights.items()}
-
-    def persistent_id(self, value: Any) -> tuple[str, bool, bool] | None:
-        if isinstance(value, Tensor) and id(value) in self.names:
-            return self.names[id(value)], isinstance(value, nn.Parameter), value.requires_grad
-        return None
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, weights: dict[str, Tensor]) -> None:
-        super().__init__(buffer)
-        self.weights = weights
-
-    def persistent_load(self, key: tuple[str, bool, bool]) -> Tensor:
-        name, is_parameter, requires_grad = key
-        weight = self.weights[name].clone()
-        return nn.Parameter(weight, requires_grad) if is_parameter else weight
-
-
-def _pack(name: str, value: Any, weights: dict[str, Tensor]) -> Tensor:
-    """The pickled value as a uint8 tensor, which torch.load(weights_only=True) lets pass."""
-    buffer = io.BytesIO()
+def _argument(name: str, description: Any, trusted: Iterable[Trusted] | Trusted, path: File) -> Any:
     try:
-        _Pickler(buffer, weights).dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, a local class, an open file
-        buffer = io.BytesIO()
-        pickle.dump(NotStored(name), buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        return build(description, trusted, name)
+    except Exception as error:  # a class may refuse its arguments by any
+        if "does not hold the argument" in str(error):
+            raise
+        raise ValueError(f"the argument {name!r} of checkpoint {path} cannot be built: {_first_line(error)}") from error
 
 
-def _unpack(name: str, packed: Tensor, weights: dict[str, Tensor]) -> Any:
+def _import(name: Any, trusted: Iterable[Trusted] | Trusted, path: File) -> type:
     try:
-        return _Unpickler(io.BytesIO(packed.cpu().numpy().tobytes()), weights).load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the argument {name!r} of the checkpoint cannot be made again ({error}): "
-            f"import its code first, or pass load_from_checkpoint(path, {name}=...)"
-        ) from error
+        return import_class(name, [trusted] if isinstance(trusted, Trusted) else list(trusted))
+    except ValueError as error:
+        raise ValueError(f"the class of checkpoint {path} cannot be used: {error}") from error
+
+
+def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
+    """Arguments of a class from a file, as Lightning's loggers write it; entries that begin with _ are Lightning's."""
+    if path is None:
+        return {}
+    if Path(path).suffix.lower() == ".csv":
+        found = load_hparams_from_tags_csv(path)
+    elif Path(path).suffix.lower() in (".yaml", ".yml"):
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    else:
+        raise ValueError(f"hparams_file must end in .yaml, .yml or .csv, got {path}")
+    if not isinstance(found, dict):
+        raise ValueError(f"hparams_file {path} must hold arguments by name, got {type(found).__name__}")
+    parameters = signature(cls).parameters
+    takes_all = any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+    found = {str(name): value for name, value in found.items() if not str(name).startswith("_")}
+    unknown = [name for name in found if name not in parameters and not takes_all]
+    if unknown:
+        raise ValueError(f"hparams_file {path} must hold arguments of {cls.__name__}, got {', '.join(unknown)}")
+    return found
+
+
+def _check_archive(file: File) -> int:
+    """Size of a file in bytes, after a look at the table of contents: nothing may become larger when it is read."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if entry.filename.startswith("/") or ".." in PurePosixPath(entry.filename).parts or "\\" in entry.filename:
+                raise ValueError(f"its entry {entry.filename!r} lies outside of it")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its entry {entry.filename!r} is compressed, as torch.save never writes it")
+        assert archive.fp is not None
+        size = archive.fp.seek(0, 2)
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError(f"its entries claim more than the {size} bytes of the file")
+        for entry in entries:  # of what torch reads, this alone makes large objects from small numbers
+            if entry.filename.endswith("data.pkl") and b"bytearray\n" in archive.read(entry):
+                raise ValueError("it holds a bytearray, which is not plain data")
+    if not isinstance(file, str | Path):
+        file.seek(0)
+    return size
+
+
+def _check_sizes(checkpoint: Any, size: int) -> None:
+    """Raise if tensors claim more memory than the file has bytes, which they would take when they are copied."""
+    storages: dict[int, int] = {}
+    for tensor in _tensors(checkpoint):
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            continue
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.nbytes > storage.nbytes() or sum(storages.values()) > size:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} claims more than the {size} bytes of the file")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    seen, pending = set(), [value]
+    while pending:
+        each = pending.pop()
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, dict | list | tuple | set) and id(each) not in seen:
+            seen.add(id(each))
+            pending += [*each.keys(), *each.values()] if isinstance(each, dict) else each
+
+
+def _reason(path: File, error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    if isinstance(error, zipfile.BadZipFile):
+        return f"it is cut short, or not a checkpoint ({_first_line(error)})"
+    if not str(error).startswith("Weights only load failed"):
+        return _first_line(error)
+    names: list[str] = []
+    if isinstance(path, str | Path):
+        with suppress(Exception):  # of a damaged file
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    what = f"it holds {', '.join(names[:3])}" if names else _first_line(error.__context__ or error)
+    return (
+        f"{what}; only tensors, numbers, strings, lists and dictionaries are read, unless you trust the file: "
+        "weights_only=False reads it, and runs the code it holds"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _MemoryLimit(TorchDispatchMode):
+    """Limits the memory of new tensors by that of the weights, so that no number in a file can claim all there is."""
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.limit = _ROOM + 4 * sum(weight.nbytes for weight in weights.values() if isinstance(weight, Tensor))
+        self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {each.untyped_storage().data_ptr() for each in _dense(args, kwargs)}
+        claimed = []
+        if not given:  # a new tensor: ask for its size before its memory is taken
+            with suppress(Exception):  # an operator without size or without such a device
+                claimed = _dense(func(*args, **{**kwargs, "device": torch.device("meta")}))
+        self._count(claimed)
+        result = func(*args, **kwargs)
+        if not claimed:
+            self._count([each for each in _dense(result) if each.untyped_storage().data_ptr() not in given])
+        return result
+
+    def _count(self, tensors: list[Tensor]) -> None:
+        self.made += sum(tensor.nbytes for tensor in tensors)
+        if self.made > self.limit:
+            raise ValueError(f"what it describes takes {self.made:,} bytes or more; its weights allow {self.limit:,}")
+
+
+def _dense(*values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor) and each.layout is torch.strided]
+
+
+def _device(weights: Mapping[str, Any]) -> torch.device:
+    return next((weight.device for weight in weights.values() if isinstance(weight, Tensor)), torch.device("cpu"))
+
+
+def _plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``save_hyperparameters()`` keeps, without Lightning's own entries and what cannot be described."""
+    named = {str(name): value for name, value in arguments.items() if not str(name).startswith("_")}
+    config = {name: value for name, value in named.items() if isinstance(value, dict) and "class_path" in value}
+    described = {name: config.get(name, describe(value)) for name, value in named.items()}
+    return {name: value for name, value in described.items() if name in config or is_plain(value)}
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, set)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A part of a checkpoint with numpy's numbers as Python's and its arrays as tensors, so that it can be opened."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        items = {key: _plain(each, f"{where}.{key}") for key, each in value.items()}
+        return OrderedDict(items) if type(value) is OrderedDict else items
+    if type(value) in (list, tuple):
+        return type(value)(_plain(each, f"{where}.{place}") for place, each in enumerate(value))
+    if type(value) not in _PLAIN and not isinstance(value, Tensor):
+        rank_zero_warn(
+            f"the checkpoint holds a {type(value).__module__}.{type(value).__qualname__} in {where}: it can be opened "
+            "with weights_only=False alone"
+        )
+    return value

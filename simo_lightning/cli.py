@@ -1,17 +1,25 @@
 """The ``simo`` command: fit, validate, test, predict and plot from a config."""
 
+import hashlib
+import inspect
+import json
 import logging
 import os
+import re
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from simo_lightning.callbacks import (
@@ -20,62 +28,72 @@ from simo_lightning.callbacks import (
     EmbeddingPlots,
     EmbeddingWriter,
     GeometryMonitor,
+    GracefulShutdown,
     ImagesPerSecond,
     LastCheckpoint,
     OnlineKNN,
     OnlineProbe,
-    RequeueAtTimeLimit,
-    StopSafely,
 )
+from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
-from simo_lightning.parser import SimoParser, in_one_line
-from simo_lightning.report import ReportTrainer
+from simo_lightning.parser import SimoParser, user_error
+from simo_lightning.report import write_report
 from simo_lightning.run_folder import (
-    choose_run_folder,
+    Start,
+    claim_run_folder,
     forget_run_folder,
+    in_job,
+    inherited_run_folder,
     make_writable,
-    remove_if_empty,
+    missing_folders,
+    newest_run,
+    remove_failed_start,
     run_folder_of,
+    use_run_folder,
 )
 
+# Callbacks that a config can set, or switch off with null.
+CALLBACKS: dict[str, type[pl.Callback]] = {
+    "best": BestCheckpoint,
+    "last": LastCheckpoint,
+    "knn": OnlineKNN,
+    "probe": OnlineProbe,
+    "geometry": GeometryMonitor,
+    "alarm": CollapseAlarm,
+    "plots": EmbeddingPlots,
+}
 
-class SimoCLI(LightningCLI):
+
+class SimoCLI(FunctionCLI):
     """LightningCLI with this package's callbacks, one folder per run and a summary at the end.
 
-    A run's folder holds config.yaml, metrics.csv, TensorBoard events, checkpoints/ (best, last) and plots/.
+    A run's folder holds config.yaml, metrics.csv, TensorBoard events, checkpoints/ (best, last), plots/ and starts/.
     """
 
     run_dir: Path
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Run the command; a start that failed leaves no empty folder behind.
-
-        Args:
-            args: Of LightningCLI.
-            kwargs: Of LightningCLI.
-        """
-        try:
-            super().__init__(*args, **kwargs)
-        except BaseException:
-            remove_if_empty(getattr(self, "run_dir", None))
-            raise
+        self._is_new = False  # whether this start made the run's folder
+        self._missing: list[Path] = []  # folders that did not exist before it
+        self._resumed_step = 0
+        with tempfile.TemporaryDirectory(prefix="simo_") as self._scratch:  # for a run that leaves nothing
+            try:
+                super().__init__(*args, **kwargs)
+            except BaseException:
+                trainer: pl.Trainer | None = getattr(self, "trainer", None)
+                if self._is_new and (trainer is None or trainer.global_step == 0):
+                    remove_failed_start(self.run_dir, self._missing)
+                raise
 
     @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``plot``.
-
-        Returns:
-            Methods of the trainer, each with those of its arguments that are no words of the command.
-        """
-        return {**LightningCLI.subcommands(), "plot": {"model", "datamodule", "config_name"}}
+    def functions() -> dict[str, tuple[Callable[..., Any], set[str]]]:
+        """``plot``."""
+        return {"plot": (write_report, {"trainer", "model", "datamodule", "config_name"})}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_dir`` and the callbacks that a config can set.
-
-        Args:
-            parser: Of one subcommand.
-        """
+        """Add ``--run_dir`` and the callbacks that a config can set."""
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -83,75 +101,94 @@ class SimoCLI(LightningCLI):
             help="Folder of the run. Default: runs/<name of the config>/version_N, or job_ID under a scheduler; "
             "for validate, test, predict and plot the folder of the checkpoint.",
         )
-        parser.add_lightning_class_args(BestCheckpoint, "best")
-        parser.add_lightning_class_args(LastCheckpoint, "last")
-        parser.add_lightning_class_args(OnlineKNN, "knn")
-        parser.add_lightning_class_args(OnlineProbe, "probe")
-        parser.add_lightning_class_args(GeometryMonitor, "geometry")
-        parser.add_lightning_class_args(CollapseAlarm, "alarm")
-        parser.add_lightning_class_args(EmbeddingPlots, "plots")
+        for name, kind in CALLBACKS.items():
+            summary = (kind.__doc__ or "").strip().splitlines()[0]
+            options = ", ".join(f"--{name}.{option}" for option in inspect.signature(kind).parameters)
+            parser.add_argument(
+                f"--{name}",
+                type=kind | None,
+                default={"class_path": f"simo_lightning.callbacks.{kind.__name__}"},
+                help=f"{summary} Set its arguments by {options}; null switches it off.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then find the run's folder and the checkpoint, before anything slow happens.
-
-        Args:
-            parser: The command's.
-            args: None for the command line.
-        """
+        """Parse, then find the run's folder and the checkpoint, before anything slow happens."""
         super().parse_arguments(parser, args)
-        config = self.config[self.config.subcommand]
-        self.run_dir = self._find_run_folder(config)
-        config.ckpt_path = self._find_checkpoint(config.ckpt_path)
+        command: str = self.config.subcommand
+        config = self.config[command]
+        _expand_home(config)
+        _check_settings(command, config)
+        own_run = self._run_of_config()
+        if command in ("validate", "test", "predict") and own_run is not None and config.ckpt_path is None:
+            config.ckpt_path = "best" if (own_run / "checkpoints" / "best.ckpt").is_file() else "last"
+        source, self.run_dir = self._find_run_folder(config, own_run)
+        config.ckpt_path = self._find_checkpoint(config.ckpt_path, source)
         config.run_dir = str(self.run_dir)
-        config.trainer.default_root_dir = str(self.run_dir)
-        if self.config.subcommand != "fit":
+        if command != "fit":
             self.save_config_callback = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make the trainer: loggers as the config says, TensorBoard unless it does, and in training metrics.csv always.
-
-        Args:
-            kwargs: For the trainer.
-
-        Returns:
-            The trainer.
-        """
-        fitting, folder = self.subcommand == "fit", str(self.run_dir)
-        loggers = self._get(self.config_init, "trainer").logger
-        if loggers in (None, True):
+        """Make the trainer: loggers as the config says, TensorBoard unless it does, and in training metrics.csv."""
+        config, folder = self.of_command("trainer"), str(self.run_dir)
+        fitting = self.subcommand == "fit"
+        loggers = config.logger
+        if config.barebones or self.subcommand == "plot":
+            loggers = False
+        elif loggers in (None, True):
             loggers = TensorBoardLogger(folder, name="", version="") if fitting else False
         if loggers and fitting:  # metrics.csv always, unless the config says false: no logger
-            kwargs["logger"] = [*(loggers if isinstance(loggers, list) else [loggers]), RunCSVLogger(folder)]
-        else:
-            kwargs["logger"] = False if self.subcommand == "plot" else loggers
-        return super().instantiate_trainer(**kwargs, callbacks=self._with_progress_bar())
+            loggers = [*(loggers if isinstance(loggers, list) else [loggers]), RunCSVLogger(folder)]
+        kwargs |= {"default_root_dir": folder, "logger": loggers, "callbacks": self._callbacks(config)}
+        if config.barebones:
+            kwargs["log_every_n_steps"] = None  # Lightning refuses a number, which most configs have
+        elif not any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"]):
+            kwargs["enable_checkpointing"] = False  # Lightning would add a callback of its own
+        return super().instantiate_trainer(**kwargs)
 
-    def _with_progress_bar(self) -> list[pl.Callback]:
-        """The config's callbacks, with a bar that moves at every tenth step; Lightning's own redraws at every one."""
-        config = self._get(self.config_init, "trainer")
-        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
-        callbacks = [callback for callback in callbacks if callback is not None]
+    def _callbacks(self, config: Any) -> list[pl.Callback]:
+        """The config's callbacks and those that a run always has; in a barebones run the config's list alone."""
+        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        callbacks = [callback for callback in own if callback is not None]
+        if config.barebones:
+            self._note("barebones: no checkpoints, metrics or pictures are written, and the run cannot be resumed")
+            return callbacks
         if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
-            callbacks.append(TQDMProgressBar(refresh_rate=10))
-        return callbacks
+            callbacks.append(TQDMProgressBar(refresh_rate=10))  # Lightning's own redraws at every step
+        off = {"best", "last"} if config.enable_checkpointing is False else set()
+        named = {name: None if name in off else self.of_command(name) for name in CALLBACKS}
+        if named["last"] is None:
+            why = "--last null" if not off else "--trainer.enable_checkpointing false"
+            self._note(f"{why}: no last.ckpt is written, so a run that ends early cannot be resumed")
+        callbacks += [callback for callback in named.values() if callback is not None]
+        return [*callbacks, GracefulShutdown(save=named["last"] is not None), ImagesPerSecond(), EmbeddingWriter()]
+
+    def _note(self, line: str) -> None:
+        if self.subcommand == "fit":
+            _say(line)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with mismatch_in_one_line(self.config[subcommand].ckpt_path):
+            super()._run_subcommand(subcommand)
 
     def plot(self, **arguments: Any) -> None:
-        """Write the report and print where it lies.
-
-        Args:
-            arguments: Of :meth:`~simo_lightning.report.ReportTrainer.plot`.
-        """
-        assert isinstance(self.trainer, ReportTrainer)
-        page = self.trainer.plot(config_name=self._config_name(), **arguments)
+        """Write the report and print where it lies."""
+        page = write_report(self.trainer, config_name=self._config_name(), **arguments)
         _say("", f"report      {page}")
 
     def after_fit(self) -> None:
         """Print what came out and where it lies."""
+        if self._resumed_step and self.trainer.global_step == self._resumed_step:
+            _say("", f"nothing was trained: the run was complete at step {self._resumed_step} already")
         checkpoints, plots = self.run_dir / "checkpoints", self.run_dir / "plots"
         lines = [f"{name:<28}{float(value):>12.4g}" for name, value in sorted(self.trainer.callback_metrics.items())]
-        for name, path in (("best", checkpoints / "best.ckpt"), ("last", checkpoints / "last.ckpt"), ("plots", plots)):
-            if path.exists():
-                lines.append(f"{name:<12}{path}")
+        if not self._leaves_nothing():
+            for name, path in (
+                ("best", checkpoints / "best.ckpt"),
+                ("last", checkpoints / "last.ckpt"),
+                ("plots", plots),
+            ):
+                if path.exists():
+                    lines.append(f"{name:<12}{path}")
         _say("", *lines)
 
     def after_test(self) -> None:
@@ -160,42 +197,114 @@ class SimoCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Print where the pictures lie."""
-        if (self.run_dir / "plots").exists():
+        if (self.run_dir / "plots").exists() and not self._leaves_nothing():
             _say("", f"plots       {self.run_dir / 'plots'}")
 
-    def _config_name(self) -> str:
-        files = [Path(str(path)) for path in self.config[self.config.subcommand].get("config") or []]
-        return files[-1].stem if files else "simo"
+    def _leaves_nothing(self) -> bool:
+        config = self.config[self.config.subcommand]
+        return bool(config.trainer.fast_dev_run) and self.config.subcommand != "plot"
 
-    def _find_run_folder(self, config: Any) -> Path:
-        named = config.ckpt_path in ("best", "last")
-        root = Path("runs", self._config_name())
-        of_checkpoint = run_folder_of(Path(config.ckpt_path)) if config.ckpt_path and not named else None
+    def _config_file(self) -> Path | None:
+        files = [Path(str(path)) for path in self.config[self.config.subcommand].get("config") or []]
+        return files[-1] if files else None
+
+    def _run_of_config(self) -> Path | None:
+        """The run that the config file was written for, if it is the config.yaml in a run's folder."""
+        file = self._config_file()
+        is_of_run = file is not None and file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()
+        return file.parent if file is not None and is_of_run else None
+
+    def _config_name(self) -> str:
+        """Stem of the config file; for a run's own config, what the run is called."""
+        file, run = self._config_file(), self._run_of_config()
+        if run is not None:
+            run = run.absolute()
+            return run.parent.name if re.fullmatch(r"(version|job)_.+", run.name) else run.name
+        return file.stem if file is not None else "simo"
+
+    def _given_folder(self, config: Any, own_run: Path | None, root: Path) -> Path | None:
+        """The folder that the arguments determine; None where a training run takes one of the root's."""
+        command, asked = self.config.subcommand, config.ckpt_path
+        named = asked in ("best", "last")
+        folder = None
         if config.run_dir is not None:
             folder = Path(config.run_dir)
-            if self.config.subcommand == "fit" and config.ckpt_path is None and (folder / "checkpoints").exists():
-                raise ValueError(
-                    f"--run_dir {folder} holds a run already: give --ckpt_path last to go on with it, or another folder"
-                )
-        elif of_checkpoint is not None:
-            folder = of_checkpoint
-        elif self.config.subcommand == "fit" or named:
-            folder = choose_run_folder(root, resume=named)
-        else:
-            folder = root / self.config.subcommand
-        make_writable(folder)
-        return folder
+        elif asked and not named:
+            folder = run_folder_of(Path(asked))
+        elif own_run is not None and (command != "fit" or (named and not in_job())):
+            folder = own_run
+        elif named and (command != "fit" or self._leaves_nothing()):
+            folder = newest_run(root, asked)
+        return root / command if folder is None and command != "fit" else folder
 
-    def _find_checkpoint(self, asked: str | None) -> str | None:
+    def _find_run_folder(self, config: Any, own_run: Path | None) -> tuple[Path, Path]:
+        """The folder that "best" and "last" are looked up in, and the one that the command writes to."""
+        command, asked = self.config.subcommand, config.ckpt_path
+        root = Path(config.trainer.default_root_dir or "", "runs", self._config_name())
+        folder = self._given_folder(config, own_run, root)
+        inherited = inherited_run_folder()
+        if self._leaves_nothing():
+            target = inherited or Path(self._scratch)
+            use_run_folder(target)
+            return folder or target, target
+        if inherited is not None:
+            return inherited, inherited
+        self._missing = missing_folders(folder or root)
+        if folder is None:
+            start = Start.of_this_process(_fingerprint(self._settings()))
+            folder, is_new = claim_run_folder(root, start, resume=asked in ("best", "last"))
+        elif command == "fit" and asked is None and (folder / "checkpoints").exists():
+            raise ValueError(
+                f"--run_dir {folder} holds a run already: give --ckpt_path last to go on with it, or another folder"
+            )
+        else:
+            is_new = folder in self._missing
+        make_writable(folder)
+        self.run_dir, self._is_new = folder, is_new
+        if command == "fit":
+            use_run_folder(folder)
+        return folder, folder
+
+    def _settings(self) -> dict[str, Any]:
+        """The configuration, without where the run is kept and what it goes on from."""
+        config = self.config[self.config.subcommand].clone()
+        config.run_dir = config.ckpt_path = None
+        config.pop("config", None)
+        text = self._subcommand_parsers[self.config.subcommand].dump(config, skip_none=False, format="json")
+        settings: dict[str, Any] = json.loads(text)
+        return settings
+
+    def _say_what_changed(self, folder: Path) -> None:
+        """Tell which settings a run goes on with that are not those it began with."""
+        with suppress(OSError, yaml.YAMLError):
+            former = dict(_leaves(yaml.safe_load((folder / "config.yaml").read_text())))
+            now = dict(_leaves(yaml.safe_load(yaml.safe_dump(self._settings()))))
+            names = sorted(name for name in former.keys() & now.keys() if former[name] != now[name])
+            changed = [f"{name} {former[name]} -> {now[name]}" for name in names]
+            if changed:
+                _say(f"with settings that differ from config.yaml: {', '.join(changed)}")
+
+    def _find_checkpoint(self, asked: str | None, folder: Path) -> str | None:
         if asked is None:
             return None
+        fitting = self.config.subcommand == "fit"
         path = Path(asked)
         if asked in ("best", "last"):
-            path = self.run_dir / "checkpoints" / f"{asked}.ckpt"
-            if not path.is_file() and self.config.subcommand == "fit":
+            path = folder / "checkpoints" / f"{asked}.ckpt"
+            if not path.is_file() and fitting:
                 _say(f"no checkpoint at {path} yet: starting from the beginning")
                 return None
-        read_checkpoint(path, map_location="cpu")  # a damaged file is told now, not after the data is loaded
+        checkpoint = read_checkpoint(path, map_location="cpu")  # a damaged file is told now, not after the data is read
+        if fitting:
+            missing = [name for name in ("loops", "optimizer_states", "lr_schedulers") if name not in checkpoint]
+            if missing:
+                raise ValueError(
+                    f"--ckpt_path {path} must hold the state of a run for fit to go on from it, got weights only "
+                    f"(no {', '.join(missing)})"
+                )
+            self._resumed_step = int(checkpoint["global_step"])
+            _say(f"going on from {path}: epoch {checkpoint['epoch']}, step {self._resumed_step}")
+            self._say_what_changed(path.parent.parent)
         return str(path)
 
 
@@ -217,9 +326,7 @@ def main(args: Any = None) -> None:
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_defaults={"callbacks": [StopSafely(), RequeueAtTimeLimit(), ImagesPerSecond(), EmbeddingWriter()]},
             seed_everything_default=0,
-            trainer_class=ReportTrainer,
             save_config_callback=RunConfigWriter,
             save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
@@ -230,11 +337,52 @@ def main(args: Any = None) -> None:
             },
             args=args,
         )
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("SIMO_TRACEBACK"):
+    except Exception as error:
+        line = None if os.environ.get("SIMO_TRACEBACK") else user_error(error)
+        if line is None:
             raise
-        print(f"simo: error: {in_one_line(str(error))} (SIMO_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"simo: error: {line} (SIMO_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _check_settings(command: str, config: Any) -> None:
+    """Refuse what cannot be followed."""
+    if command != "fit":
+        return
+    for name in ("limit_train_batches", "max_epochs", "max_steps"):
+        if config.trainer[name] == 0 and config.trainer[name] is not False:
+            raise ValueError(f"--trainer.{name} must leave something to train, got {config.trainer[name]}")
+    if config.best is not None and config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
+        for name in ("knn", "probe"):
+            if config[name] is None and config.best.init_args.get("monitor") == f"val/{name}":
+                raise ValueError(
+                    f"--best monitors val/{name}, which --{name} null switches off: give --best.monitor METRIC "
+                    "or --best null"
+                )
+
+
+def _expand_home(values: Any) -> None:
+    """Replace ~ at the start of every path of a config."""
+    items = enumerate(values) if isinstance(values, list) else vars(values).items()
+    for key, value in list(items):
+        if isinstance(value, Namespace | list):
+            _expand_home(value)
+        elif isinstance(value, str) and re.match(r"~[^/\s]*/", value):
+            values[key] = os.path.expanduser(value)
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    """Tells configurations apart."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, values
 
 
 @rank_zero_only
@@ -243,7 +391,7 @@ def _say(*lines: str) -> None:
 
 
 def _hush() -> None:
-    """Leave out what Lightning says of itself to every user of every command."""
+    """Leave out Lightning's notes that concern no user of the command."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from simo_lightning.class_paths import InitArgumentsMixin
+
 Norm = Literal["batch", "layer", "group"]
 Stem = Literal["imagenet", "small", "small_stride2"]
 
@@ -23,7 +25,7 @@ _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(InitArgumentsMixin, nn.Module):
     """Images to embeddings: ``projector(backbone(images))``.
 
     The classifier of a torchvision backbone (its last ``nn.Linear``) is removed; what went into it are the features.

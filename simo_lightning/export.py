@@ -1,7 +1,7 @@
 """An encoder as a file that needs nothing of this package: torch.export's .pt2, or ONNX."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simo_lightning.checkpoints import load_module
+from simo_lightning.checkpoints import load_encoder
+from simo_lightning.class_paths import Trusted
 from simo_lightning.extras import missing_extra
 
 Format = Literal["torch", "onnx"]
@@ -59,6 +60,7 @@ def export_encoder(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     in_channels: int | None = None,
+    trusted: Iterable[Trusted] = (),
 ) -> Path:
     """Write an encoder, in evaluation mode and float32, with a free batch size.
 
@@ -74,6 +76,7 @@ def export_encoder(
             takes uint8 images in 0..255 and normalises them itself. None: it takes normalised float32 images.
         std: Standard deviation of each channel on the same scale; with ``mean``.
         in_channels: Channels of the images; None: of ``mean``, else the encoder's ``in_channels``, else 3.
+        trusted: For a checkpoint, as in :func:`~simo_lightning.checkpoints.load_encoder`.
 
     Returns:
         The path.
@@ -98,7 +101,7 @@ def export_encoder(
         raise ValueError(f"format must be 'torch' or 'onnx', or the path end in .pt2 or .onnx, got {format!r}, {path}")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given both or neither, got {mean} and {std}")
-    model = _encoder_of(source)
+    model = _encoder_of(source, trusted)
     channels = in_channels or (len(mean) if mean is not None else getattr(model, "in_channels", None) or 3)
     if mean is not None and std is not None:
         model = RawImageEncoder(model, mean, std)
@@ -112,11 +115,9 @@ def export_encoder(
     return path
 
 
-def _encoder_of(source: str | Path | nn.Module) -> nn.Module:
+def _encoder_of(source: str | Path | nn.Module, trusted: Iterable[Trusted]) -> nn.Module:
     if isinstance(source, (str, Path)):
-        source = load_module(source, map_location="cpu")
-        if not isinstance(getattr(source, "encoder", None), nn.Module):
-            raise ValueError(f"the checkpoint must be of a module with an encoder, got {type(source).__name__}")
+        return load_encoder(source, map_location="cpu", trusted=trusted).float()
     if not isinstance(source, nn.Module):
         raise ValueError(f"source must be a checkpoint, a module or an encoder, got {type(source).__name__}")
     encoder = getattr(source, "encoder", source)

@@ -1,20 +1,21 @@
-"""What a run writes down of itself: metrics.csv, config.yaml, and pictures in whichever logger it has."""
+"""What a run records: metrics.csv, config.yaml, and figures in the loggers that take them."""
 
-import csv
 import io
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
+from simo_lightning.lightning_private import AppendingCSVLogger
 
-class RunCSVLogger(CSVLogger):
-    """Lightning's CSV logger, but a run that goes on in its folder keeps the rows it has.
+
+class RunCSVLogger(AppendingCSVLogger):
+    """Lightning's CSV logger, but a run that goes on in its folder keeps its rows.
+
+    A row that a killed process left unfinished is removed.
 
     Args:
         save_dir: The run's folder; ``metrics.csv`` lies directly in it.
@@ -24,22 +25,6 @@ class RunCSVLogger(CSVLogger):
     def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100) -> None:
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """The writer of ``metrics.csv``."""
-        if not isinstance(self._experiment, ExperimentWriter):
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)
-        return self._experiment
-
-
-class _AppendingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():  # Lightning deletes it here
-            with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
-
 
 class RunConfigWriter(SaveConfigCallback):
     """Writes config.yaml into the run's folder; Lightning's own would follow the first logger, to ``mlruns`` say.
@@ -47,24 +32,31 @@ class RunConfigWriter(SaveConfigCallback):
     Give the command line ``save_config_kwargs={"save_to_log_dir": False}`` with it.
     """
 
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the file, over an older one: a run that goes on has one already.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that all processes work in one folder, then write."""
+        folder = str(trainer.default_root_dir)
+        of_first = trainer.strategy.broadcast(folder)
+        if folder != of_first:
+            raise RuntimeError(
+                f"all processes must work in one folder, got {of_first} in the first and {folder} in process "
+                f"{trainer.global_rank}: give --run_dir"
+            )
+        super().setup(trainer, pl_module, stage)
 
-        Args:
-            trainer: Its ``default_root_dir`` is the run's folder.
-            pl_module: Unused.
-            stage: Unused.
-        """
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the settings, without the folder and the checkpoint of this start, over an older file."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, overwrite=True)
+        config = self.config.clone()
+        config.run_dir = config.ckpt_path = None
+        self.parser.save(config, str(folder / self.config_filename), skip_none=False, overwrite=True)
 
 
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Hand a picture to TensorBoard, Weights & Biases or MLflow; any other logger takes none and is left alone.
+    """Log a figure to TensorBoard, Weights & Biases or MLflow; other loggers are left alone.
 
-    Call it where ``trainer.is_global_zero``. MLflow gets it as a time-stepped image, so that its page can go back and
-    forth in training.
+    Call it where ``trainer.is_global_zero``. MLflow gets it as a time-stepped image, which its page shows along
+    training.
 
     Args:
         logger: One of ``trainer.loggers``.

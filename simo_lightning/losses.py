@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from simo_lightning.class_paths import InitArgumentsMixin
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.prototypes import class_prototypes
 from simo_lightning.functional.simo import (
@@ -28,7 +29,7 @@ from simo_lightning.functional.simo import (
 Level = Literal["group", "class", "centroid", "pair"]
 
 
-class SimOLoss(nn.Module):
+class SimOLoss(InitArgumentsMixin, nn.Module):
     """SimO: similar pairs minimize distance per alignment, dissimilar pairs minimize alignment per distance.
 
     With d the squared distance and o the squared dot product, at each level the loss is

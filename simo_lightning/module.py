@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.checkpoints import SelfContained
+from simo_lightning.checkpoints import CheckpointMixin
 from simo_lightning.distributed import gather_rows
 from simo_lightning.losses import SimOLoss
 from simo_lightning.schedules import with_schedule
@@ -22,38 +22,44 @@ from simo_lightning.schedules import with_schedule
 Batch = tuple[Tensor, Tensor]
 
 
-class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # its load_from_checkpoint takes less
+class SimOModule(CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
-    Everything is injected, so a subclass overrides one method and a config swaps one part. Validation and test return
-    ``{"embeddings": (N, D), "labels": (N,)}``: the callbacks judge them.
+    All parts are passed in, so a subclass overrides one method and a config swaps one part. Validation and test steps
+    return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate.
 
     Args:
-        encoder: From images ``(N, C, H, W)`` to embeddings ``(N, D)``.
+        encoder: Maps images ``(N, C, H, W)`` to embeddings ``(N, D)``.
         loss: ``(embeddings, labels) -> scalar``; SimOLoss by default, or any other, such as those of
-            pytorch-metric-learning. Where it has ``terms(embeddings, labels)``, its parts are logged by name.
-        optimizer: From parameters to an optimizer.
-        lr_scheduler: From an optimizer to a scheduler, None for a constant rate. One with a method ``stretch``, such
-            as OneCycle, is told the length of the run and moves at every step; others move at every epoch.
-        channels_last: Keep images and convolutions in the memory layout (N, H, W, C), which most hardware runs faster;
-            the result is the same up to rounding.
-        micro_batch_size: Images that are embedded at a time in training; None for all at once. The loss stays that of
-            the whole batch over all processes, and the gradient is exact, but only so many images' activations are in
-            memory: each micro-batch is embedded again on the way back, which costs one more forward pass. A process's
-            batch is cut into as few and as equal parts as may be. BatchNorm takes its statistics from each part, so
-            that they are noisier than of the whole batch, and its running ones move once per part; choose norm "layer"
-            or "group" where the result must not depend on the size. Dropout draws the same both times.
-        compile: Compile the encoder by ``torch.compile`` when a fit starts: the first steps take long, the others are
-            faster on a GPU. Needs a C++ compiler, on a GPU Triton.
+            pytorch-metric-learning. If it has ``terms(embeddings, labels)``, each term is logged by its name.
+        optimizer: Maps parameters to an optimizer.
+        lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. A scheduler with a method
+            ``set_total_steps``, such as OneCycle, gets the length of the run and steps once per batch; others step
+            once per epoch.
+        channels_last: Keep images and convolutions in the memory layout (N, H, W, C), which is faster on most hardware.
+            The result is the same up to rounding.
+        micro_batch_size: Images that are embedded at a time in training; None for the whole batch. This is gradient
+            caching (GradCache, arXiv 2101.06983): the loss and its gradient are those of the whole batch over all
+            processes, but only the activations of one micro-batch are in memory. Each micro-batch is embedded a second
+            time in the backward pass, so a step costs one more forward pass. The batch is split into the fewest parts
+            of nearly equal size. BatchNorm normalises each part by its own statistics and updates its running ones
+            once per part; choose norm "layer" or "group" if the result must not depend on this size. Dropout draws the
+            same masks in both passes.
+        compile: Compile the encoder with ``torch.compile`` when a fit starts. Needs a C++ compiler, on a GPU Triton.
 
     Raises:
-        ValueError: If ``micro_batch_size`` is under 1.
+        ValueError: If ``micro_batch_size`` is less than 1.
 
     Example:
         >>> from simo_lightning.encoders import ImageEncoder
         >>> module = SimOModule(ImageEncoder("resnet10", width=0.125), SimOLoss(form="log"))
         >>> module.embed(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 16])
+
+    Source:
+        Gradient caching: Gao et al., arXiv 2101.06983. There the embeddings' gradients are stored between two explicit
+        passes; here ``torch.utils.checkpoint`` repeats the forward pass inside autograd, so DDP, gradient scaling and
+        accumulation see one backward pass.
     """
 
     def __init__(
@@ -78,31 +84,20 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         self.compile_encoder = compile
 
     def setup(self, stage: str) -> None:
-        """Compile the encoder, if asked to; its weights keep their names.
-
-        Args:
-            stage: Only "fit" compiles: what validates or plots a checkpoint needs no compiler.
-        """
+        """Compile the encoder for a fit; the names of its weights stay."""
         if self.compile_encoder and stage == "fit":
             self.encoder.compile()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of images.
-
-        Args:
-            images: ``(N, C, H, W)``, as the data module normalises them.
-
-        Returns:
-            ``(N, D)``.
-        """
+        """Embeddings ``(N, D)`` of normalised images ``(N, C, H, W)``."""
         embeddings: Tensor = self.encoder(images.to(self.dtype, memory_format=self.memory_format))
         return embeddings
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings in float32 or better, as validation, kNN and the plots see them.
+        """Embeddings in float32 or better, as the loss and the metrics take them.
 
         Args:
-            images: ``(N, C, H, W)``.
+            images: Normalised, ``(N, C, H, W)``.
 
         Returns:
             ``(N, D)``.
@@ -111,20 +106,9 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Loss of the global batch: the rows of all processes together.
-
-        Args:
-            batch: This process's images ``(N, C, H, W)`` and labels ``(N,)``.
-            batch_idx: Number of the batch.
-
-        Returns:
-            ``loss``; and this process's ``embeddings`` and ``labels`` for callbacks, detached.
-
-        Raises:
-            ValueError: If the loss or an embedding is nan or infinite; the message names the step.
-        """
+        """Loss of the global batch, and this process's embeddings and labels for the callbacks."""
         images, labels = batch
-        embeddings = self._embed_in_parts(images)
+        embeddings = self._embed_micro_batches(images)
         terms = self.loss_terms(gather_rows(embeddings), gather_rows(labels))
         first, *others = terms.values()
         loss = sum(others, first)
@@ -137,27 +121,23 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels}
 
     def _is_reported(self, batch_idx: int) -> bool:
-        """Whether anybody looks at this step's loss: a logger, the progress bar, or who monitors the epoch's last.
-
-        A call of ``log`` costs 0.4 ms, and a step of a small encoder 50.
-        """
+        """Whether a logger, the progress bar or a monitor reads this step's loss: a call of ``log`` takes 0.4 ms."""
         trainer: Any = self._trainer
-        if trainer is None:  # a loop of one's own
+        if trainer is None:  # called without a trainer
             return False
         every, step = trainer.log_every_n_steps, self.global_step + 1
         return batch_idx % 10 == 9 or trainer.is_last_batch or bool(every and step % every == 0)
 
-    def _embed_in_parts(self, images: Tensor) -> Tensor:
-        """Embeddings ``(N, D)`` of a training batch, by micro-batches that each forget their activations."""
+    def _embed_micro_batches(self, images: Tensor) -> Tensor:
+        """Embeddings ``(N, D)`` of a training batch; micro-batches are embedded again in the backward pass."""
         if self.micro_batch_size is None or len(images) <= self.micro_batch_size:
             return self.embed(images)
         parts = images.tensor_split(-(-len(images) // self.micro_batch_size))
-        passes = partial(_two_passes, self)
-        # The recomputation runs inside autograd, part by part, so DDP, GradScaler and accumulation see one backward.
-        return torch.cat([checkpoint(self.embed, part, use_reentrant=False, context_fn=passes) for part in parts])
+        contexts = partial(_forward_contexts, self)
+        return torch.cat([checkpoint(self.embed, part, use_reentrant=False, context_fn=contexts) for part in parts])
 
     def loss_terms(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Parts of the loss by name, outside any autocast; what is minimised is their sum.
+        """Terms of the loss by name, computed outside autocast. Their sum is minimised.
 
         Args:
             embeddings: Of the global batch, ``(N, D)``.
@@ -179,90 +159,58 @@ class SimOModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # it
                 raise ValueError(f"at step {self.global_step}: {error}") from error
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Embeddings and labels for the callbacks.
-
-        Args:
-            batch: Images ``(N, C, H, W)`` and labels ``(N,)``.
-            batch_idx: Number of the batch.
-
-        Returns:
-            ``embeddings (N, D)`` and ``labels (N,)``.
-        """
+        """Embeddings ``(N, D)`` and labels ``(N,)`` for the callbacks."""
         images, labels = batch
         return {"embeddings": self.embed(images), "labels": labels}
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """As :meth:`validation_step`.
-
-        Args:
-            batch: Images and labels.
-            batch_idx: Number of the batch.
-
-        Returns:
-            ``embeddings`` and ``labels``.
-        """
+        """As :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """As :meth:`validation_step`.
-
-        Args:
-            batch: Images and labels.
-            batch_idx: Number of the batch.
-
-        Returns:
-            ``embeddings`` and ``labels``.
-        """
+        """As :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make dropout and the like a function of (seed, epoch, batch, rank), so that a resumed run draws the same.
-
-        Args:
-            batch: Unused.
-            batch_idx: Number of the batch.
-        """
+        """Seed dropout and the like by (seed, epoch, batch, rank), so that a resumed run draws the same."""
         seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything and so by the command line
         if seed is not None:
             key = (int(seed), self.current_epoch, batch_idx, self.global_rank)
             mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
-            # torch.manual_seed would ask all kinds of devices, 0.3 ms
+            # torch.manual_seed asks all kinds of devices, which takes 0.3 ms
             torch.default_generator.manual_seed(mixed)
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).manual_seed(mixed)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer over the encoder's and the loss's parameters, and the schedule.
-
-        Returns:
-            What Lightning wants.
-        """
+        """Optimizer of the encoder's and the loss's parameters, and its schedule."""
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         return with_schedule(optimizer, self.lr_scheduler, self.trainer)
 
 
-def _two_passes(module: nn.Module) -> tuple[Any, Any]:
-    """Contexts of a part's two forward passes: the second sees the buffers that the first saw, and leaves no trace.
+def _forward_contexts(module: nn.Module) -> tuple[Any, Any]:
+    """Contexts for the two forward passes of a micro-batch.
 
-    So running statistics move once per part and whatever else a forward pass keeps in a buffer is the same in both.
+    The second pass starts from the buffers that the first one saw and its updates are discarded, so running statistics
+    change once per micro-batch and both passes compute the same.
     """
     buffers: list[tuple[nn.Module, str, Tensor]] = []
-    return _remember(module, buffers), _revisit(buffers)
+    return _save_buffers(module, buffers), _with_saved_buffers(buffers)
 
 
 @contextmanager
-def _remember(module: nn.Module, buffers: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+def _save_buffers(module: nn.Module, buffers: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     for part in module.modules():
         buffers += [(part, name, buffer.clone()) for name, buffer in part.named_buffers(recurse=False)]
     yield
 
 
 @contextmanager
-def _revisit(buffers: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+def _with_saved_buffers(buffers: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     current = [getattr(part, name) for part, name, _ in buffers]
     try:
-        for part, name, former in buffers:
-            setattr(part, name, former)
+        for part, name, saved in buffers:
+            setattr(part, name, saved)
         yield
     finally:
         for (part, name, _), buffer in zip(buffers, current, strict=True):

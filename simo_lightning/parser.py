@@ -1,16 +1,61 @@
-"""The command's parser, which tells a mistake in one line."""
+"""The command's parser and its errors, told in one line."""
 
+import linecache
 import re
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from simo_lightning.extras import missing_extra
 
 
 class SimoParser(LightningArgumentParser):
-    """Says what is wrong and where in one line, where jsonargparse prints its whole search."""
+    """Says what is wrong and where in one line, and takes the config file of any other subcommand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._others: list[SimoParser] = []
+
+    def share_options(self, others: "list[SimoParser]") -> None:
+        """Accept in config files, and leave out, the options that only other subcommands have.
+
+        Args:
+            others: Parsers of the other subcommands.
+        """
+        self._others = others
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's; keeps the action, to which further commands can be added."""
+        self.commands = super().add_subcommands(*args, **kwargs)
+        return self.commands
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse's, after :meth:`share_options`."""
+        name = next((name for name in ("content", "cfg_str") if name in kwargs), None)
+        content = kwargs.pop(name) if name is not None else args[0]
+        return super().parse_string(self._own_options(content), *args[1:], **kwargs)
+
+    def _own_options(self, content: str) -> str:
+        """A config file without what another subcommand's has more, and without a null folder or checkpoint."""
+        try:
+            config = yaml.safe_load(content)
+        except yaml.YAMLError:
+            return content  # jsonargparse says what is wrong
+        if not self._others or not isinstance(config, dict):
+            return content
+        known = set().union(*(other._option_names() for other in self._others)) - self._option_names()
+        dropped = known | {name for name in ("ckpt_path", "run_dir") if config.get(name, "") is None}
+        if not dropped & config.keys():
+            return content
+        kept: str = yaml.safe_dump({name: value for name, value in config.items() if name not in dropped})
+        return kept
+
+    def _option_names(self) -> set[str]:
+        return {action.dest.split(".")[0] for action in self._actions}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the command.
@@ -58,3 +103,55 @@ def in_one_line(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     kept = [re.sub(r"<class '([\w.]+)'>", r"\1", line) for line in lines if line and not line.startswith(_SEARCH)]
     return "; ".join(kept).replace(":; ", ": ")
+
+
+_PACKAGE = Path(__file__).parent
+
+
+def user_error(error: Exception) -> str | None:
+    """What to tell about an error that lies in what the user gave; None for an error in code.
+
+    What the user gave is refused on purpose, by a ``raise`` statement of a layer that checks it: this package and
+    Lightning, with any exception, and every installed library with a ValueError. The state of the machine, such as a
+    full disk, comes as an OSError. All else is an error in code, and so is what a user's own classes raise.
+
+    Args:
+        error: Raised by a command, perhaps in a worker of a data loader.
+
+    Returns:
+        One line.
+    """
+    if isinstance(error, OSError | MisconfigurationException):
+        return in_one_line(str(error))
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    path, statement = _raised_at(error)
+    if "Original Traceback (most recent call last):" in message:  # from a data loader's worker, as text
+        path, statement, message = _raised_in_worker(message)
+    if not statement.startswith("raise ") or isinstance(error, AssertionError | NotImplementedError):
+        return None
+    installed = re.search(
+        r"/(site|dist)-packages/(lightning|lightning_fabric|pytorch_lightning)?\b", Path(path).as_posix()
+    )
+    if _PACKAGE in Path(path).parents or (installed and (installed[2] or isinstance(error, ValueError))):
+        return in_one_line(message)
+    return None
+
+
+def _raised_at(error: Exception) -> tuple[str, str]:
+    """File and statement that raised it."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return "", ""
+    path = traceback.tb_frame.f_code.co_filename
+    return path, linecache.getline(path, traceback.tb_lineno).strip()
+
+
+def _raised_in_worker(message: str) -> tuple[str, str, str]:
+    """File and statement of the innermost frame of a traceback's text, and what it says."""
+    frames = list(re.finditer(r'^  File "(.+)", line \d+, in .+\n    (.*)$', message, re.MULTILINE))
+    if not frames:
+        return "", "", message
+    said = re.findall(r"^[\w.]+(?:Error|Exception): (.*)", message[frames[-1].end() :], re.MULTILINE | re.DOTALL)
+    return frames[-1][1], frames[-1][2], said[-1] if said else message

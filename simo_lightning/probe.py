@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
-from simo_lightning.checkpoints import SelfContained, load_module
+from simo_lightning.checkpoints import CheckpointMixin, load_encoder
+from simo_lightning.class_paths import describe
 from simo_lightning.schedules import with_schedule
 
 Head = Literal["linear", "mlp"]
 
 
-class ProbeModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # its load_from_checkpoint takes less
+class ProbeModule(CheckpointMixin, pl.LightningModule):
     """Trains a linear or MLP head on a frozen encoder with cross-entropy.
 
     One epoch of the MLP head is the paper's protocol. Logs ``train/loss``, ``val/accuracy`` and ``test/accuracy``.
@@ -30,6 +31,8 @@ class ProbeModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # i
         layer: What is probed: the "embedding", or the backbone's "features" (the encoder's ``features(images)``).
         optimizer: From parameters to an optimizer.
         lr_scheduler: From an optimizer to a scheduler, None for a constant rate; see SimOModule.
+        trusted: Import paths of classes, modules or packages whose encoders are built from `checkpoint`, beside those
+            of simo_lightning, torch, torchvision, timm and pytorch_metric_learning.
 
     Raises:
         ValueError: If not exactly one of `checkpoint` and `encoder` is given, or an argument is out of its range.
@@ -38,6 +41,8 @@ class ProbeModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # i
         Linear evaluation as usual; the MLP head trained for one epoch after arXiv 2410.05233, whose width is not
         public.
     """
+
+    path_arguments = ("checkpoint",)  # which no checkpoint may set
 
     def __init__(
         self,
@@ -49,6 +54,7 @@ class ProbeModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # i
         layer: Literal["embedding", "features"] = "embedding",
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        trusted: list[str] | None = None,
     ) -> None:
         super().__init__()
         if (checkpoint is None) == (encoder is None):
@@ -59,9 +65,9 @@ class ProbeModule(SelfContained, pl.LightningModule):  # type: ignore[misc]  # i
         if num_classes < 2:
             raise ValueError(f"num_classes must be >= 2, got {num_classes}")
         if encoder is None:
-            encoder = _encoder_of(str(checkpoint))
-            # The probe's own checkpoints bring the encoder along: the first checkpoint may move.
-            self.__dict__["_given"] |= {"checkpoint": None, "encoder": encoder}
+            encoder = load_encoder(str(checkpoint), map_location="cpu", trusted=trusted or ())
+            # The probe's own checkpoints describe the encoder itself: the first file may move.
+            self.__dict__["_init_arguments"] |= {"checkpoint": None, "encoder": describe(encoder)}
         if layer == "features" and not hasattr(encoder, "features"):
             raise ValueError(f"layer 'features' needs an encoder with features(images), got {type(encoder).__name__}")
         self.encoder = encoder.requires_grad_(False).eval()
@@ -168,10 +174,3 @@ def _input_dim(encoder: nn.Module, layer: str) -> int:
     if not isinstance(size, int):
         raise ValueError(f"encoder must say its size as the attribute {name}, got {type(encoder).__name__} without")
     return size
-
-
-def _encoder_of(checkpoint: str) -> nn.Module:
-    encoder = getattr(load_module(checkpoint, map_location="cpu"), "encoder", None)
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"checkpoint {checkpoint} must be of a module with an encoder, got none")
-    return encoder

@@ -1,43 +1,149 @@
-"""Where a run lives: a new folder for a new run, the same one for a run that goes on."""
+"""Where a run is kept: a new folder for a new run, the folder of the run for a restart.
+
+A run's folder holds ``starts/0.json``, ``starts/1.json`` and so on, one file for each start of the command in it. All
+processes of a start compute the same :class:`Start` from their environment, and the first of them that writes the file
+decides for the others; they need no communication.
+"""
 
 import contextlib
+import itertools
+import json
 import os
 import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 # Processes that Lightning starts later learn the folder that the first one chose.
 _CHOSEN = "SIMO_RUN_DIR"
 
 
-def choose_run_folder(root: Path, resume: bool) -> Path:
+@dataclass(frozen=True)
+class Start:
+    """One start of ``simo fit``, the same on all of its processes.
+
+    Attributes:
+        job: Id of the scheduler's job or of torchrun's run; None outside of both.
+        restarts: How often SLURM and torchrun have restarted it so far.
+        launch: Tells starts of one job apart: the SLURM step or torchrun's address; unique where there is one process.
+        config: Fingerprint of the configuration.
+        elastic: Whether the job is a torchrun run, whose id the user chose.
+    """
+
+    job: str | None
+    restarts: tuple[int, int]
+    launch: str
+    config: str
+    elastic: bool
+
+    @classmethod
+    def of_this_process(cls, config: str) -> "Start":
+        """The start that this process belongs to.
+
+        Args:
+            config: Fingerprint of its configuration.
+
+        Returns:
+            The start.
+        """
+        environment = os.environ
+        step, port = environment.get("SLURM_STEP_ID"), environment.get("MASTER_PORT")
+        if "TORCHELASTIC_RUN_ID" in environment:
+            launch = f"torchrun {environment['TORCHELASTIC_RUN_ID']} {step or ''} {port}"
+        elif step is not None and int(environment.get("SLURM_NTASKS", "1")) > 1:
+            launch = f"step {step}"
+        else:
+            launch = uuid.uuid4().hex
+        restarts = (_count("SLURM_RESTART_COUNT"), _count("TORCHELASTIC_RESTART_COUNT"))
+        return cls(_job(), restarts, launch, config, elastic="SLURM_JOB_ID" not in environment)
+
+    def is_restart_of(self, earlier: "Start") -> bool:
+        """Whether this start goes on with the run of an earlier one.
+
+        Args:
+            earlier: Start of a run.
+
+        Returns:
+            True for the same job and configuration with a higher restart count. A torchrun run may also be launched
+            again under its id, which sets the count back to 0.
+        """
+        same = self.job is not None and (self.job, self.config) == (earlier.job, earlier.config)
+        return same and (self.elastic or self.restarts > earlier.restarts)
+
+
+def claim_run_folder(root: Path, start: Start, resume: bool) -> tuple[Path, bool]:
     """The folder for a training run when the user named none.
 
     Args:
         root: Holds the runs of one config.
-        resume: Whether the newest run that has a checkpoint goes on.
+        start: Of this process.
+        resume: Whether a run may go on in its folder.
 
     Returns:
-        ``root/version_N`` with N one over the largest, or the newest with ``checkpoints/last.ckpt`` to resume; under a
-        scheduler ``root/job_ID``, the same at every start of the job.
+        The folder, and whether this start made it: ``root/job_ID`` in a job, ``root/job_ID-2`` and so on for further
+        runs of the job; else ``root/version_N`` with N one over the largest, or the newest with
+        ``checkpoints/last.ckpt`` to resume.
 
     Raises:
         ValueError: If several processes were started at once without a job to name the folder after.
     """
     if _CHOSEN in os.environ:
-        return Path(os.environ[_CHOSEN])
-    job = _job()
-    if job is not None:
-        return root / f"job_{job}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return Path(os.environ[_CHOSEN]), False
+    if start.job is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "--run_dir must be given where several processes start at once without a job id to name the folder after"
         )
-    versions = _versions(root)
-    resumable = [number for number in versions if (root / f"version_{number}" / "checkpoints" / "last.ckpt").is_file()]
-    number = max(resumable) if resume and resumable else max(versions, default=-1) + 1
-    folder = root / f"version_{number}"
+    if start.job is None and resume:
+        resumable = [folder for folder in _versions(root) if (folder / "checkpoints" / "last.ckpt").is_file()]
+        if resumable:
+            return _chosen(resumable[-1]), False
+    for folder in _candidates(root, start.job):
+        number = _claim(folder, start, resume)
+        if number is not None:
+            return _chosen(folder), number == 0
+    raise AssertionError("unreachable: there is always another candidate")
+
+
+def newest_run(root: Path, checkpoint: str) -> Path:
+    """The run that ``--ckpt_path best`` or ``last`` means where the user named none.
+
+    Args:
+        root: Holds the runs of one config.
+        checkpoint: "best" or "last".
+
+    Returns:
+        The newest run of this job with such a checkpoint; else the newest version; else where it would be.
+    """
+    job, versions = _job(), _versions(root)
+    of_job = list(itertools.takewhile(Path.is_dir, _candidates(root, job))) if job else []
+    of_job.sort(key=lambda folder: max(path.stat().st_mtime_ns for path in (folder, *folder.glob("starts/*.json"))))
+    found = [folder for folder in versions + of_job if (folder / "checkpoints" / f"{checkpoint}.ckpt").is_file()]
+    if found:
+        return found[-1]
+    return of_job[-1] if of_job else versions[-1] if versions else root / (f"job_{job}" if job else "version_0")
+
+
+def in_job() -> bool:
+    """Whether this process belongs to a scheduler's job or a named torchrun run."""
+    return _job() is not None
+
+
+def use_run_folder(folder: Path) -> None:
+    """Tell the processes that Lightning starts later which folder is in use.
+
+    Args:
+        folder: Of the run.
+    """
     os.environ[_CHOSEN] = str(folder)
-    return folder
+
+
+def inherited_run_folder() -> Path | None:
+    """The folder that the process which started this one chose, if any."""
+    return Path(os.environ[_CHOSEN]) if _CHOSEN in os.environ else None
 
 
 def forget_run_folder() -> None:
@@ -75,15 +181,86 @@ def make_writable(folder: Path) -> None:
         raise PermissionError(f"the run's folder {folder} cannot be written: {error.strerror or error}") from error
 
 
-def remove_if_empty(folder: Path | None) -> None:
-    """Take back the folder of a run that never began; one that holds anything stays.
+def missing_folders(folder: Path) -> list[Path]:
+    """Those of the folder and its parents that do not exist, the innermost first.
 
     Args:
-        folder: Of the run; None: no folder was chosen.
+        folder: Any.
+
+    Returns:
+        The folders.
     """
-    if folder is not None:
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_failed_start(folder: Path, missing: list[Path]) -> None:
+    """Remove the folder of a run that never began.
+
+    Args:
+        folder: Made by this start.
+        missing: Folders that did not exist before it; they go too where they are empty.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in missing:
         with contextlib.suppress(OSError):  # not empty, or not there
-            folder.rmdir()
+            path.rmdir()
+
+
+def _claim(folder: Path, start: Start, resume: bool) -> int | None:
+    """The number of this start in the folder; None if the folder belongs to another run."""
+    starts = folder / "starts"
+    while True:
+        numbers = sorted(int(path.stem) for path in starts.glob("*.json") if path.stem.isdigit())
+        if numbers:
+            file = starts / f"{numbers[-1]}.json"
+            earlier = _read(file)
+            if earlier == start and not _has_trained_since(folder, file):
+                return numbers[-1]  # another process of this start was here first
+            if not (resume and start.is_restart_of(earlier)):
+                return None
+        elif folder.exists() and any(path.name != "starts" for path in folder.iterdir()):
+            return None
+        number = numbers[-1] + 1 if numbers else 0
+        make_writable(starts)
+        content = {**asdict(start), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        with contextlib.suppress(FileExistsError), (starts / f"{number}.json").open("x") as target:
+            target.write(json.dumps(content, indent=1) + "\n")
+            return number
+
+
+def _read(path: Path) -> Start:
+    """A start; another process may be writing it at this moment."""
+    for _ in range(100):
+        with contextlib.suppress(json.JSONDecodeError):
+            content = json.loads(path.read_text())
+            content.pop("time")
+            return replace(Start(**content), restarts=tuple(content["restarts"]))
+        time.sleep(0.1)
+    raise ValueError(f"{path} must hold a JSON object, as simo fit writes it; remove the file to start anew")
+
+
+def _has_trained_since(folder: Path, start: Path) -> bool:
+    """Whether a run wrote results after a start: then that start is over, since no process trains before all chose."""
+    results = (folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt", folder / "metrics.csv")
+    return any(path.exists() and path.stat().st_mtime_ns > start.stat().st_mtime_ns for path in results)
+
+
+def _candidates(root: Path, job: str | None) -> Iterator[Path]:
+    if job is not None:
+        yield root / f"job_{job}"
+        yield from (root / f"job_{job}-{number}" for number in itertools.count(2))
+    versions = _versions(root)
+    first = int(versions[-1].name.removeprefix("version_")) + 1 if versions else 0
+    yield from (root / f"version_{number}" for number in itertools.count(first))
+
+
+def _chosen(folder: Path) -> Path:
+    use_run_folder(folder)
+    return folder
+
+
+def _count(name: str) -> int:
+    return int(os.environ.get(name) or 0)
 
 
 def _job() -> str | None:
@@ -95,8 +272,9 @@ def _job() -> str | None:
     return None if elastic == "none" else elastic
 
 
-def _versions(root: Path) -> list[int]:
+def _versions(root: Path) -> list[Path]:
+    """Folders ``version_N`` in the order of N."""
     if not root.is_dir():
         return []
-    matches = (re.fullmatch(r"version_(\d+)", path.name) for path in root.iterdir())
-    return [int(match.group(1)) for match in matches if match]
+    folders = [path for path in root.iterdir() if re.fullmatch(r"version_\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("version_")))

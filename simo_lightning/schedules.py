@@ -10,12 +10,12 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 
 def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None, trainer: pl.Trainer) -> Any:
-    """What Lightning's configure_optimizers returns for an optimizer and a schedule that moves at the right times.
+    """The return value of Lightning's ``configure_optimizers`` for an optimizer and its schedule.
 
     Args:
-        optimizer: Made.
-        lr_scheduler: From an optimizer to a scheduler, or None. One with a method ``stretch`` is told the number of
-            steps of the run and moves at every step; others move at every epoch.
+        optimizer: The optimizer.
+        lr_scheduler: Maps an optimizer to a scheduler, or None. A scheduler with a method ``set_total_steps`` gets the
+            number of steps of the run and steps once per batch; others step once per epoch.
         trainer: Knows the length of the run.
 
     Returns:
@@ -25,8 +25,8 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
         return optimizer
     scheduler: Any = lr_scheduler(optimizer)
     config = {"scheduler": scheduler, "interval": "epoch"}
-    if hasattr(scheduler, "stretch"):
-        scheduler.stretch(trainer.estimated_stepping_batches)
+    if hasattr(scheduler, "set_total_steps"):
+        scheduler.set_total_steps(trainer.estimated_stepping_batches)
         config["interval"] = "step"
     elif isinstance(scheduler, ReduceLROnPlateau):
         config["monitor"] = getattr(scheduler, "monitor", "train/loss")
@@ -36,8 +36,8 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
 class OneCycle(LambdaLR):
     """Warm-up to the optimizer's own learning rate, then a cosine to almost nothing, over the whole run.
 
-    torch's OneCycleLR wants the number of steps when it is made, which a config file cannot know. Here a module calls
-    :meth:`stretch` once the trainer knows it.
+    torch's OneCycleLR takes the number of steps at construction, which a config file cannot know. This one takes it by
+    :meth:`set_total_steps`, which the module calls once the trainer knows it.
 
     Args:
         optimizer: Its learning rate is the peak.
@@ -49,7 +49,7 @@ class OneCycle(LambdaLR):
         ValueError: If warmup is not in 0..1.
 
     Source:
-        Smith & Topin, arXiv 1708.07120, with cosine flanks as torch has them; momentum is left alone.
+        Smith & Topin, arXiv 1708.07120, with cosine annealing as in torch; momentum is not changed.
     """
 
     def __init__(self, optimizer: Optimizer, warmup: float = 0.3, start: float = 0.04, end: float = 1e-4) -> None:
@@ -59,25 +59,25 @@ class OneCycle(LambdaLR):
         self.total_steps: int | None = None
         super().__init__(optimizer, self._share)
 
-    def stretch(self, total_steps: int) -> None:
+    def set_total_steps(self, total_steps: int) -> None:
         """Set the length of the run.
 
         Args:
             total_steps: Optimizer steps of the whole run, >= 1.
 
         Raises:
-            ValueError: If it is under 1.
+            ValueError: If it is less than 1 or infinite.
         """
         if total_steps < 1 or math.isinf(total_steps):
             raise ValueError(
-                "OneCycle needs a run of known length: set the trainer's max_epochs or max_steps, "
-                f"got {total_steps} steps"
+                "OneCycle needs a run of known length, at least one step: set the trainer's max_epochs or max_steps, "
+                f"and limit_train_batches above 0, got {total_steps} steps"
             )
         self.total_steps = int(total_steps)
 
     def _share(self, step: int) -> float:
         """Learning rate at a step as a share of the peak."""
-        if self.total_steps is None:  # before the run is known only the first step is asked for
+        if self.total_steps is None:  # at construction only the first step's rate is computed
             return self.start
         progress = min(1.0, step / max(1, self.total_steps - 1))
         if progress < self.warmup:

@@ -5,12 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from simo_lightning.class_paths import InitArgumentsMixin
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.pseudo_labels import pseudo_label_term
 from simo_lightning.losses import SimOLoss
 
 
-class SemiSupervisedLoss(nn.Module):
+class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
     """A supervised loss on the labelled embeddings, and two losses between the views of unlabelled images.
 
         labelled + unlabelled_weight * unlabelled + pseudo_label_weight * pseudo_label

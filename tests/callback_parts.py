@@ -10,6 +10,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from simo_lightning.functional.moments import ClassMoments, class_moments
+from tests.bounds import assert_float32_error
+
 NUM_CLASSES = 3
 
 
@@ -124,6 +127,34 @@ class History(pl.Callback):
     on_sanity_check_end = on_train_epoch_end
 
 
+class Returned(pl.Callback):
+    """The embeddings, in float64, and labels that the steps of the last validation, test or training epoch returned.
+
+    Values computed from them differ from those of a callback by float64's rounding alone, whatever the processor: not
+    by how the encoder rounds, which depends on the batch size.
+    """
+
+    def on_validation_epoch_start(self, run: pl.Trainer, module: pl.LightningModule) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def on_validation_batch_end(self, run, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.batches.append((outputs["embeddings"].detach().double(), outputs["labels"]))
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+
+    @property
+    def rows(self) -> np.ndarray:
+        return torch.cat([rows for rows, _ in self.batches]).numpy()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return torch.cat([labels for _, labels in self.batches]).numpy()
+
+    def moments(self, num_classes: int = NUM_CLASSES) -> ClassMoments:
+        return class_moments(torch.from_numpy(self.rows), torch.from_numpy(self.labels), num_classes)
+
+
 def trainer(folder: Path, *callbacks: pl.Callback, **options) -> pl.Trainer:
     quiet = {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
     defaults = {"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "logger": False, **quiet}
@@ -144,3 +175,32 @@ def cosine_loop(rows: np.ndarray, labels: np.ndarray) -> list[float]:
 def neighbours(module: Encoder, known: TensorDataset, asked: TensorDataset, k: int) -> float:
     theirs = KNeighborsClassifier(k, metric="cosine").fit(*embedded(module, known))
     return theirs.score(*embedded(module, asked))
+
+
+def adam_loop(
+    batches: list[tuple[Tensor, Tensor]], lr: float, dtype: type[np.floating] = np.float64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax regression on directions by Adam as Kingma & Ba write it."""
+    dim = batches[0][0].shape[1]
+    theta, first, second = (np.zeros((NUM_CLASSES, dim + 1), dtype) for _ in range(3))
+    for step, (rows, labels) in enumerate(batches, start=1):
+        gradient = np.zeros_like(theta)
+        known = [index for index, label in enumerate(labels.tolist()) if 0 <= label < NUM_CLASSES]
+        for index in known:
+            row = rows[index].double().numpy().astype(dtype)
+            row = np.append(row / np.linalg.norm(row) * np.sqrt(dtype(dim)), dtype(1))
+            p = np.exp(theta @ row - (theta @ row).max())
+            gradient += np.outer(p / p.sum() - np.eye(NUM_CLASSES, dtype=dtype)[labels[index]], row) / dtype(len(known))
+        first = dtype(0.9) * first + dtype(0.1) * gradient
+        second = dtype(0.999) * second + dtype(0.001) * gradient**2
+        corrected = first / dtype(1 - 0.9**step), second / dtype(1 - 0.999**step)
+        theta = theta - dtype(lr) * corrected[0] / (np.sqrt(corrected[1]) + dtype(1e-8))
+    assert theta.dtype == dtype
+    return theta[:, :-1], theta[:, -1]
+
+
+def assert_learned(head: torch.nn.Linear, batches: list[tuple[Tensor, Tensor]], lr: float) -> None:
+    """Weight and bias err as much as Adam in float32 does: eight times at most, as the sums have another order."""
+    exact, plain = (adam_loop(batches, lr, dtype) for dtype in (np.float64, np.float32))
+    for actual, *expected in zip((head.weight, head.bias), plain, exact, strict=True):
+        assert_float32_error(actual, *map(torch.from_numpy, expected), factor=8)

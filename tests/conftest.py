@@ -1,24 +1,35 @@
 import os
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-# Nothing here may reach a network, and every process of a test runs on one thread.
+# Every process of a test runs on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning itself calls
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls inside Lightning
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test runs in a folder of its own: runs/ and data/ are relative."""
+    """Run each test in its own folder, since runs/ and data/ are relative paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.delenv("SIMO_RUN_DIR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ``simo fit`` of two epochs, one for the whole session: read it, or copy it to change it."""
+    from tests.digits_run import make_run
+
+    base = tmp_path_factory.getbasetemp()
+    return make_run(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Said by Lightning of itself or of a test's small run, not by the package.
+    # Emitted by Lightning about its own code or the small size of a test's run.
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*does not have many workers.*",

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from simo_lightning import DigitsPairDataModule, OneCycle, SimOModule
-from simo_lightning.callbacks import LastCheckpoint, StopSafely
+from simo_lightning.callbacks import GracefulShutdown, LastCheckpoint
 
 BATCHES = 8  # of an epoch on each rank
 
@@ -74,7 +74,7 @@ def fit(
     data = DigitsPairDataModule(samples_per_class=6, num_workers=workers)
     module = SimOModule(encoder(), optimizer=partial(torch.optim.AdamW, lr=1e-2), lr_scheduler=OneCycle)
     witness = Witness(folder / f"{name}.{rank}.txt")
-    callbacks = [witness, Signal(signals or {}), StopSafely(), LastCheckpoint(every)]
+    callbacks = [witness, Signal(signals or {}), GracefulShutdown(), LastCheckpoint(every)]
     trainer = pl.Trainer(
         **{"max_epochs": 2, "limit_train_batches": BATCHES, "default_root_dir": folder / name, "logger": False}
         | {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": world}

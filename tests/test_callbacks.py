@@ -1,4 +1,7 @@
-"""Callbacks in real, tiny Trainer runs, with a module and a data module that the package does not know."""
+"""Callbacks in real, tiny Trainer runs, with a module and a data module that the package does not know.
+
+Logged values are float64 numbers that Lightning rounds to float32: they are right to one unit of float32's rounding.
+"""
 
 import os
 import re
@@ -27,14 +30,15 @@ from simo_lightning.callbacks import (
     OnlineProbe,
 )
 from simo_lightning.functional.geometry import GEOMETRY
-from simo_lightning.functional.moments import ClassMoments, class_moments
-from simo_lightning.plotting import load_frames
-from tests.bounds import assert_float32_error
+from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.plotting import load_snapshots
+from tests.bounds import UNIT
 from tests.callback_parts import (
     NUM_CLASSES,
     Encoder,
     History,
     Pictures,
+    Returned,
     cosine_loop,
     embedded,
     neighbours,
@@ -45,21 +49,20 @@ from tests.callback_parts import (
 
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_values_are_those_of_numpy_and_scikit_learn(tmp_path, stage):
-    module, data, monitor = Encoder(), Pictures(), GeometryMonitor()
-    run = trainer(tmp_path, monitor, OnlineKNN(k=1))
+    module, data, monitor, returned = Encoder(), Pictures(), GeometryMonitor(), Returned()
+    run = trainer(tmp_path, monitor, OnlineKNN(k=1), returned)
     logged = (run.validate if stage == "val" else run.test)(module, data, verbose=False)[0]
     asked = data.val if stage == "val" else data.train
-    cosines = cosine_loop(*embedded(module, asked))
-    assert logged[f"{stage}/class_cosine"] == pytest.approx(np.mean(cosines), rel=1e-5)
-    assert logged[f"{stage}/class_cosine_max"] == pytest.approx(np.max(cosines), rel=1e-5)
+    cosines = cosine_loop(returned.rows, returned.labels)
+    assert logged[f"{stage}/class_cosine"] == pytest.approx(np.mean(cosines), rel=UNIT)
+    assert logged[f"{stage}/class_cosine_max"] == pytest.approx(np.max(cosines), rel=UNIT)
     assert logged[f"{stage}/knn"] == pytest.approx(neighbours(module, data.train, asked, k=1))
     centroids = NearestCentroid().fit(*embedded(module, data.train))
     assert logged[f"{stage}/nearest_class_mean"] == pytest.approx(centroids.score(*embedded(module, asked)))
     assert set(logged) == {f"{stage}/{name}" for name in [*GEOMETRY, "knn", "nearest_class_mean"]}
-    moments = class_moments(*map(torch.from_numpy, embedded(module, asked)), NUM_CLASSES)
-    expected = {f"{stage}/{name}": function(moments).item() for name, function in GEOMETRY.items()}
-    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(monitor.moments.sums, moments.sums, rtol=1e-5, atol=1e-5)
+    expected = {f"{stage}/{name}": metric(returned.moments()).item() for name, metric in GEOMETRY.items()}
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=UNIT)
+    torch.testing.assert_close(monitor.moments.sums, returned.moments().sums, rtol=1e-12, atol=1e-12)
 
 
 # of a bank of one image the first process has no share
@@ -69,7 +72,7 @@ def test_two_processes_log_what_one_logs(tmp_path, k, bank_size):
     for options in ({}, {"strategy": "ddp_spawn", "devices": 2}):
         folder = tmp_path / str(len(options))
         callbacks = (GeometryMonitor(), OnlineKNN(k=k, bank_size=bank_size), EmbeddingPlots(max_points=12))
-        run = trainer(folder, *callbacks, **options)
+        run = trainer(folder, *callbacks, precision="64-true", **options)  # so that batches of other sizes agree
         values.append(run.validate(Encoder(), Pictures(), verbose=False)[0])
         assert sorted(path.name for path in (folder / "plots").iterdir()) == [
             "norms.png",
@@ -77,18 +80,19 @@ def test_two_processes_log_what_one_logs(tmp_path, k, bank_size):
             "similarity.png",
             "spectrum.png",
         ]
-    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    assert values[1] == pytest.approx(values[0], rel=UNIT)
     assert len(values[0]) == len(GEOMETRY) + 2
 
 
 def test_fit_logs_once_an_epoch_and_nothing_of_the_sanity_check(tmp_path):
-    module, data, history = Encoder(), Pictures(), History()
-    trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), history, max_epochs=2).fit(module, data)
+    module, data, history, returned = Encoder(), Pictures(), History(), Returned()
+    trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), history, returned, max_epochs=2).fit(module, data)
     sanity, first, second = history.seen
     assert sanity == {}
     assert set(first) == set(second) == {f"val/{name}" for name in [*GEOMETRY, "knn", "nearest_class_mean"]}
     assert second["val/rms_norm"] < first["val/rms_norm"]  # the loss is the square of the embeddings
-    assert second["val/class_cosine"] == pytest.approx(np.mean(cosine_loop(*embedded(module, data.val))), rel=1e-4)
+    cosines = cosine_loop(returned.rows, returned.labels)
+    assert second["val/class_cosine"] == pytest.approx(np.mean(cosines), rel=UNIT)
     assert second["val/knn"] == pytest.approx(neighbours(module, data.train, data.val, k=1))
 
 
@@ -172,24 +176,19 @@ def test_pictures_of_every_epoch_and_the_latest(tmp_path):
 
 
 def test_frames_of_training_show_the_same_images_and_the_means_of_all(tmp_path):
-    class Seen(pl.Callback):
-        def on_validation_end(self, run, module):
-            self.rows, self.labels = embedded(module, Pictures.val)
-
-    seen, callback = Seen(), EmbeddingPlots(every_n_epochs=2, frame_points=6)
-    run = trainer(tmp_path, callback, seen, max_epochs=4)
+    returned, callback = Returned(), EmbeddingPlots(every_n_epochs=2, snapshot_points=6)
+    run = trainer(tmp_path, callback, returned, max_epochs=4)
     run.fit(Encoder(), Pictures())
-    frames = load_frames(tmp_path / "plots" / "frames")
-    assert [frame.epoch for frame in frames] == [1, 3]
-    assert frames[1].step == run.global_step == 2 * frames[0].step
-    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(seen.labels == label)[:2]]
-    np.testing.assert_allclose(frames[1].points.numpy(), seen.rows[first], rtol=1e-4, atol=1e-6)
-    for label in range(NUM_CLASSES):
-        of_class = seen.rows[seen.labels == label]
-        np.testing.assert_allclose(frames[1].means[label].numpy(), of_class.mean(axis=0), rtol=1e-4, atol=1e-6)
-        assert frames[1].counts[label] == len(of_class)
-    assert torch.equal(frames[0].labels, frames[1].labels)
-    assert not torch.equal(frames[0].points, frames[1].points)
+    snapshots = load_snapshots(tmp_path / "plots" / "snapshots")
+    assert [snapshot.epoch for snapshot in snapshots] == [1, 3]
+    assert snapshots[1].step == run.global_step == 2 * snapshots[0].step
+    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(returned.labels == label)[:2]]
+    assert snapshots[1].points.double().numpy().tolist() == returned.rows[first].tolist()
+    # means are kept in float32: half a unit of rounding
+    torch.testing.assert_close(snapshots[1].means.double(), returned.moments().means, rtol=UNIT, atol=0)
+    assert snapshots[1].counts.tolist() == np.bincount(returned.labels).tolist()
+    assert torch.equal(snapshots[0].labels, snapshots[1].labels)
+    assert not torch.equal(snapshots[0].points, snapshots[1].points)
 
 
 def test_points_are_the_first_of_each_class_over_batches(tmp_path):
@@ -197,13 +196,12 @@ def test_points_are_the_first_of_each_class_over_batches(tmp_path):
         def _draw(self, run, moments, points, labels):
             self.points, self.labels, self.moments = points, labels, moments
 
-    module, data, callback = Encoder(), Pictures(), Kept(max_points=6)
-    trainer(tmp_path, callback).validate(module, data, verbose=False)
-    rows, labels = embedded(module, data.val)
-    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(labels == label)[:2]]
-    np.testing.assert_allclose(callback.points.numpy(), rows[first], rtol=1e-5)
-    assert callback.labels.tolist() == labels[first].tolist()
-    assert callback.moments.counts.sum() == len(labels)
+    returned, callback = Returned(), Kept(max_points=6)
+    trainer(tmp_path, callback, returned).validate(Encoder(), Pictures(), verbose=False)
+    first = [index for label in range(NUM_CLASSES) for index in np.flatnonzero(returned.labels == label)[:2]]
+    assert callback.points.double().numpy().tolist() == returned.rows[first].tolist()
+    assert callback.labels.tolist() == returned.labels[first].tolist()
+    assert callback.moments.counts.sum() == len(returned.labels)
 
 
 def of_plots(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -242,7 +240,7 @@ def test_a_picture_that_cannot_be_written_is_named_once_and_the_run_goes_on(tmp_
     assert re.search(r"cannot draw scatter: IsADirectoryError: .*scatter\.png'; the training goes on", taken)
     assert run.current_epoch == 2
     assert (folder / "norms_epoch=001.png").is_file()
-    assert (folder / "frames" / "epoch=001.npz").is_file()
+    assert (folder / "snapshots" / "epoch=001.npz").is_file()
 
 
 @pytest.mark.skipif(shutil.which("latex") is not None, reason="needs a machine without LaTeX")
@@ -287,21 +285,16 @@ class Plain(Encoder):
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_moments_are_summed_once_for_all_callbacks_in_any_order(tmp_path, order):
-    first, second, plots = KeptMoments(), KeptMoments(num_classes=NUM_CLASSES), EmbeddingPlots()
+    first, second, plots, returned = KeptMoments(), KeptMoments(num_classes=NUM_CLASSES), EmbeddingPlots(), Returned()
     callbacks = (first, second, plots)
-    run = trainer(tmp_path, *(callbacks[place] for place in order))
-    module, data = Plain(), TwoLoaders()
-    run.validate(module, data, verbose=False)
+    run = trainer(tmp_path, *(callbacks[place] for place in order), returned)
+    run.validate(Plain(), TwoLoaders(), verbose=False)
     ((stage, moments),), ((_, same),) = first.kept, second.kept
     assert stage == "val"
     assert same is moments
-    rows, labels = (
-        np.concatenate(parts) for parts in zip(embedded(module, data.val), embedded(module, data.train), strict=True)
-    )
-    assert moments.counts.tolist() == np.bincount(labels).tolist()
-    # float64 sums of float32 embeddings, which other batch sizes change by float32's rounding
-    exact = class_moments(torch.from_numpy(rows), torch.from_numpy(labels), NUM_CLASSES).sums
-    assert_float32_error(moments.sums, exact.float(), exact, factor=16)
+    assert moments.counts.sum() == 100
+    for value, expected in zip(moments, returned.moments(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_callbacks_evaluate_in_their_own_epochs_and_share_those_in_common(tmp_path):
@@ -381,7 +374,7 @@ def test_what_a_callback_misses_is_named(tmp_path):
         (OnlineKNN, {"k": 0}, "k must be at least 1, got 0"),
         (OnlineKNN, {"k": 20, "bank_size": 10}, "k must be at most bank_size=10, got k=20"),
         (EmbeddingPlots, {"max_points": 0}, "max_points must be at least 1, got 0"),
-        (EmbeddingPlots, {"frame_points": 0}, "frame_points must be at least 1, got 0"),
+        (EmbeddingPlots, {"snapshot_points": 0}, "snapshot_points must be at least 1, got 0"),
         (EmbeddingPlots, {"projection": "lda"}, "projection must be one of pca, tsne, umap, got 'lda'"),
     ],
 )

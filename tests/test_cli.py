@@ -1,11 +1,10 @@
-import csv
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,43 +12,10 @@ import torch
 import yaml
 
 from simo_lightning.cli import SimoCLI, main
+from tests.digits_run import QUIET, ROOT, SIMO, SMALL, assert_equal_weights, copy_of, fit, rows, weights
 
-ROOT = Path(__file__).parent.parent
-SIMO = str(Path(sys.executable).parent / "simo")
 # cifar10_lars.yaml needs an extra: tests/test_lars.py
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "cifar10_lars")
-# Digits with an encoder small enough for a test: 12 batches of 10 x 10 an epoch.
-SMALL = [
-    "--config",
-    str(ROOT / "configs" / "digits.yaml"),
-    "--model.encoder.width",
-    "0.125",
-    "--plots.every_n_epochs",
-    "4",
-]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-
-
-def fit(*words: str, epochs: int = 1) -> None:
-    main(["fit", *SMALL, *QUIET, "--trainer.max_epochs", str(epochs), *words])
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(path, weights_only=True)
-    state: dict[str, torch.Tensor] = checkpoint["state_dict"]
-    return state
-
-
-def assert_equal_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def said(capfd: pytest.CaptureFixture[str]) -> str:
@@ -59,27 +25,11 @@ def said(capfd: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-@pytest.fixture(autouse=True)
-def _no_words_of_pytest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
-    yield
-    os.environ.pop("SIMO_RUN_DIR", None)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs that was never stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    words = ["fit", *SMALL, *QUIET, "--trainer.max_epochs", "2", "--run_dir", str(folder)]
-    subprocess.run([SIMO, *words], check=True, capture_output=True)
-    return folder
-
-
-def test_a_run_leaves_config_metrics_events_checkpoints_and_plots(run: Path) -> None:
-    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
-    assert len(list(run.glob("events.out.tfevents.*"))) == 1
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    logged = {name for row in rows(run) for name, value in row.items() if value}
+def test_a_run_leaves_config_metrics_events_checkpoints_and_plots(digits_run: Path) -> None:
+    assert yaml.safe_load((digits_run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert len(list(digits_run.glob("events.out.tfevents.*"))) == 1
+    assert sorted(path.name for path in (digits_run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    logged = {name for row in rows(digits_run) for name, value in row.items() if value}
     assert {"train/loss", "train/images_per_second", "val/knn", "val/class_cosine", "val/effective_rank"} <= logged
 
 
@@ -119,7 +69,7 @@ def wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
     raise TimeoutError(path)
 
 
-def test_a_run_killed_in_the_middle_goes_on_to_the_same_weights(run: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_weights(digits_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     process = start(folder)
     wait_for(folder / "checkpoints" / "last.ckpt", process)  # one of two epochs is done
@@ -127,10 +77,10 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_weights(run: Path, tmp_p
     process.communicate()
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 12
     fit("--run_dir", str(folder), "--ckpt_path", "last", epochs=2)
-    assert_equal_weights(folder / "checkpoints" / "last.ckpt", run / "checkpoints" / "last.ckpt")
+    assert_equal_weights(folder / "checkpoints" / "last.ckpt", digits_run / "checkpoints" / "last.ckpt")
 
 
-def test_ctrl_c_saves_last_and_the_run_goes_on_to_the_same_weights(run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_last_and_the_run_goes_on_to_the_same_weights(digits_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     process = start(folder)
     wait_for(folder / "checkpoints" / "last.ckpt", process)
@@ -142,10 +92,11 @@ def test_ctrl_c_saves_last_and_the_run_goes_on_to_the_same_weights(run: Path, tm
     step = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 12 < step < 24  # in the middle of the second epoch
     fit("--run_dir", str(folder), "--ckpt_path", "last", epochs=2)
-    assert_equal_weights(folder / "checkpoints" / "last.ckpt", run / "checkpoints" / "last.ckpt")
+    assert_equal_weights(folder / "checkpoints" / "last.ckpt", digits_run / "checkpoints" / "last.ckpt")
 
 
-def test_validate_test_and_predict_from_a_checkpoint(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_validate_test_and_predict_from_a_checkpoint(digits_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = copy_of(digits_run)
     best = str(run / "checkpoints" / "best.ckpt")
     main(["validate", *SMALL, *QUIET, "--ckpt_path", best])
     knn = max(float(row["val/knn"]) for row in rows(run) if row["val/knn"])
@@ -159,7 +110,7 @@ def test_validate_test_and_predict_from_a_checkpoint(run: Path, capfd: pytest.Ca
         assert set(file["labels"].tolist()) == set(range(10))
 
 
-def test_a_probe_of_the_encoder(run: Path) -> None:
+def test_a_probe_of_the_encoder(digits_run: Path) -> None:
     config = {
         "trainer": {
             "max_epochs": 1,
@@ -172,7 +123,7 @@ def test_a_probe_of_the_encoder(run: Path) -> None:
         "data": {"class_path": "simo_lightning.DigitsPairDataModule", "init_args": {"samples_per_class": 10}},
     }
     Path("probe.yaml").write_text(yaml.safe_dump(config))
-    checkpoint = run / "checkpoints" / "best.ckpt"
+    checkpoint = digits_run / "checkpoints" / "best.ckpt"
     main(["fit", "--config", "probe.yaml", "--model.checkpoint", str(checkpoint), "--run_dir", "probe"])
     trained = weights(Path("probe/checkpoints/best.ckpt"))
     for name, weight in weights(checkpoint).items():
@@ -182,19 +133,34 @@ def test_a_probe_of_the_encoder(run: Path) -> None:
 
 
 class ParseOnly(SimoCLI):
+    """Makes all parts, runs nothing."""
+
+    last: Any = None
+
     def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        ParseOnly.last = self
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ParseOnly]:
+    """The command up to where it would run."""
+
+    def parsed(*words: str) -> ParseOnly:
+        with monkeypatch.context() as patch:
+            patch.setattr("simo_lightning.cli.SimoCLI", ParseOnly)
+            main([*words, "--trainer.accelerator", "cpu"])
+        found: ParseOnly = ParseOnly.last
+        return found
+
+    return parsed
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_makes_its_parts(config: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import simo_lightning.cli
-
-    monkeypatch.setattr(simo_lightning.cli, "SimoCLI", ParseOnly)
-    words = ["fit", "--config", str(config), "--trainer.accelerator", "cpu"]
+def test_every_config_makes_its_parts(config: Path, digits_run: Path, parse: Callable[..., ParseOnly]) -> None:
+    words = ["fit", "--config", str(config)]
     if config.stem.endswith("probe"):
-        words += ["--model.checkpoint", str(run / "checkpoints" / "best.ckpt")]
-    main(words)
+        words += ["--model.checkpoint", str(digits_run / "checkpoints" / "best.ckpt")]
+    parse(*words)
 
 
 @pytest.mark.parametrize(
@@ -230,15 +196,158 @@ def test_a_wrong_argument_is_told_in_a_line(words: list[str], message: str, capf
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_run_that_cannot_be_is_told_in_a_line(
-    words: list[str], message: str, run: Path, capfd: pytest.CaptureFixture[str]
+    words: list[str], message: str, digits_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
     Path("used/checkpoints").mkdir(parents=True)
-    Path("cut.ckpt").write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:9999])
+    Path("cut.ckpt").write_bytes((digits_run / "checkpoints" / "last.ckpt").read_bytes()[:9999])
     with pytest.raises(SystemExit) as stop:
         fit(*words)
     assert stop.value.code == 1
     line = said(capfd)
     assert line.startswith("simo: error:")
     assert message in line
-    assert all(list(folder.iterdir()) for folder in Path("runs").rglob("version_*"))  # none is left empty
+    started = {path.parent for path in Path("runs").rglob("metrics.csv")}
+    assert set(Path("runs").glob("*/*")) == started  # a start that failed leaves nothing
+
+
+def test_a_home_is_expanded_in_every_path(
+    digits_run: Path, monkeypatch: pytest.MonkeyPatch, parse: Callable[..., ParseOnly]
+) -> None:
+    run, home = copy_of(digits_run), Path("home").absolute()
+    home.mkdir()
+    (home / "one.yaml").write_bytes((ROOT / "configs" / "digits.yaml").read_bytes())
+    monkeypatch.setenv("HOME", str(home))
+    assert parse("fit", "--config", "~/one.yaml", "--run_dir", "~/my run").run_dir == home / "my run"
+    assert parse("fit", "--config", "~/one.yaml", "--trainer.default_root_dir", "~/all").run_dir.is_relative_to(home)
+    words = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "~/logs", "--plots.dirname", "~/plots"]
+    cli = parse("fit", *SMALL, *words)
+    assert Path(cli.trainer.loggers[0].log_dir).is_relative_to(home / "logs")
+    assert cli.config.fit.plots.init_args.dirname == str(home / "plots")
+    run.rename(home / "run")
+    last = parse("plot", *SMALL, "--ckpt_path", "~/run/checkpoints/last.ckpt", "--out", "~/page").config.plot
+    assert (last.ckpt_path, last.out) == (str(home / "run/checkpoints/last.ckpt"), str(home / "page"))
+    probe = ["--model", "simo_lightning.ProbeModule", "--model.checkpoint", "~/run/checkpoints/best.ckpt"]
+    probe += ["--model.num_classes", "10", "--data", "simo_lightning.DigitsPairDataModule"]
+    parse("fit", *probe, "--data.samples_per_class", "10", "--best.monitor", "val/accuracy")
+    assert not Path("~").exists()
+
+
+def test_the_root_of_the_runs_can_be_named(parse: Callable[..., ParseOnly]) -> None:
+    cli = parse("fit", *SMALL, "--trainer.default_root_dir", "elsewhere")
+    assert cli.run_dir == Path("elsewhere/runs/digits/version_0")
+    assert cli.trainer.default_root_dir == "elsewhere/runs/digits/version_0"
+    assert not Path("runs").exists()
+
+
+def test_every_command_takes_a_runs_own_config(digits_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = copy_of(digits_run)
+    config = ["--config", str(run / "config.yaml"), *QUIET]
+    knn = {name: value for row in rows(run) for name, value in row.items() if name == "val/knn" and value}
+    main(["validate", *config])  # of the best weights, not of new ones
+    assert f"{float(max(knn.values())):.4f}"[:5] in capfd.readouterr().out
+    main(["test", *config])
+    assert "test/knn" in capfd.readouterr().out
+    main(["predict", *config])
+    assert (run / "predictions" / "embeddings.npz").is_file()
+    main(["plot", *config, "--projections", "[pca]"])
+    assert f"report      {run}/plots/report/index.html" in capfd.readouterr().out
+    main(["fit", *config, "--trainer.max_epochs", "1", "--plots", "null"])  # a new run with the same settings
+    assert Path("runs/digits/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_every_command_takes_what_print_config_of_another_printed(
+    digits_run: Path, capsys: pytest.CaptureFixture[str], parse: Callable[..., ParseOnly]
+) -> None:
+    run = copy_of(digits_run)
+    commands = ["fit", "validate", "test", "predict", "plot"]
+    for printed in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([printed, *SMALL, "--print_config"])
+        assert stop.value.code == 0
+        Path(f"{printed}.yaml").write_text(capsys.readouterr().out)
+    for command, printed in zip(commands, [*commands[1:], commands[0]], strict=True):
+        cli = parse(command, "--config", f"{printed}.yaml", "--run_dir", str(run), "--ckpt_path", "last")
+        assert cli.config[command].model.init_args.encoder.init_args.width == 0.125
+    assert parse("plot", "--config", "fit.yaml", "--run_dir", str(run)).config.plot.ckpt_path.endswith("best.ckpt")
+
+
+def test_a_misspelt_key_of_a_config_is_refused(digits_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((digits_run / "config.yaml").read_text())
+    Path("wrong.yaml").write_text(yaml.safe_dump({**config, "weights_onyl": True}))
+    with pytest.raises(SystemExit) as stop:
+        main(["plot", "--config", "wrong.yaml"])
+    assert stop.value.code == 2
+    assert "weights_onyl" in said(capfd)
+
+
+def test_checkpoints_loggers_and_every_callback_can_be_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
+    off = ["best", "last", "knn", "probe", "geometry", "alarm", "plots"]
+    words = [word for name in off for word in (f"--{name}", "null")]
+    fit(*words, "--trainer.logger", "false", "--run_dir", "off")
+    assert "--last null: no last.ckpt is written, so a run that ends early cannot be resumed" in capfd.readouterr().out
+    assert [path.name for path in Path("off").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("option", ["--trainer.enable_checkpointing=false", "--trainer.barebones=true"])
+def test_a_run_without_checkpoints(option: str, capfd: pytest.CaptureFixture[str]) -> None:
+    fit(option, "--plots=null", "--run_dir", "bare", *(["--trainer.max_steps", "3"] if "bare" in option else []))
+    assert "cannot be resumed" in capfd.readouterr().out
+    assert not list(Path("bare").rglob("*.ckpt"))
+    assert ("metrics.csv" in {path.name for path in Path("bare").iterdir()}) == ("checkpointing" in option)
+
+
+def test_a_trial_run_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.fast_dev_run", "1", "--plots.every_n_epochs", "1")
+    assert not Path("runs").exists()
+    fit("--trainer.fast_dev_run", "1", "--run_dir", "named")
+    assert not Path("named").exists()
+
+
+BROKEN = """
+import simo_lightning
+
+class Broken(simo_lightning.SimOModule):
+    def training_step(self, batch, batch_idx):
+        raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ckpt_path", "last.ckpt", "--model.encoder.width", "0.25"], "last.ckpt does not fit the model"),
+        (["--ckpt_path", "weights.ckpt"], "--ckpt_path weights.ckpt must hold the state of a run"),
+        (["--trainer.limit_train_batches", "0"], "--trainer.limit_train_batches must leave something to train, got 0"),
+        (["--knn.every_n_epochs=2", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/knn"],
+         "Early stopping conditioned on metric `val/knn` which is not available"),
+        (["--trainer.callbacks", "LearningRateFinder"], "learning rate"),
+        (["--knn", "null"], "--best monitors val/knn, which --knn null switches off"),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1"),
+    ],
+    ids=["wrong shape", "weights only", "nothing to train", "early stopping", "rate finder", "no metric", "rate"],
+)  # fmt: skip
+def test_what_a_user_causes_is_told_in_a_line(
+    words: list[str], message: str, digits_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("last.ckpt").write_bytes((digits_run / "checkpoints" / "last.ckpt").read_bytes())
+    torch.save({"state_dict": weights(Path("last.ckpt")), "epoch": 1, "global_step": 24}, "weights.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        fit(*words, epochs=3)
+    assert stop.value.code == 1
+    line = said(capfd)
+    assert line.startswith("simo: error:")
+    assert message in line
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('mine')", "ValueError('mine')", "KeyError('mine')"])
+def test_an_error_in_a_users_own_code_keeps_its_traceback(
+    error: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN.format(error=error))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(Exception, match="mine") as caught:
+        fit("--model", "broken.Broken", "--model.encoder", "ImageEncoder", "--model.encoder.in_channels", "1")
+    assert type(caught.value).__name__ == error.partition("(")[0]
+    assert not Path("runs").exists()

@@ -1,9 +1,5 @@
 """``simo plot`` as a user runs it."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,32 +10,12 @@ from simo_lightning.cli import main
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.knn import knn_accuracy
 from simo_lightning.functional.moments import class_moments
+from tests.digits_run import QUIET, SMALL, copy_of
 from tests.test_report import Page, pictures
-
-ROOT = Path(__file__).parent.parent
-SIMO = str(Path(sys.executable).parent / "simo")
-WORDS = ["--config", str(ROOT / "configs" / "digits.yaml"), "--model.encoder.width", "0.125"]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-
-
-@pytest.fixture(autouse=True)
-def _no_words_of_pytest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
-    yield
-    os.environ.pop("SIMO_RUN_DIR", None)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs."""
-    folder = tmp_path_factory.mktemp("plot") / "run"
-    words = ["fit", *WORDS, *QUIET, "--trainer.max_epochs", "2", "--plots.every_n_epochs", "1"]
-    subprocess.run([SIMO, *words, "--run_dir", str(folder)], check=True, capture_output=True)
-    return folder
 
 
 def plot(*words: str) -> None:
-    main(["plot", *WORDS, *QUIET, *words])
+    main(["plot", *SMALL, *QUIET, *words])
 
 
 def embed(checkpoint: Path, stage: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -59,8 +35,9 @@ def embed(checkpoint: Path, stage: str) -> tuple[torch.Tensor, torch.Tensor, flo
 
 @pytest.mark.parametrize(("stage", "which"), [("val", "last"), ("test", "best")])
 def test_the_table_holds_the_numbers_of_the_embeddings(
-    run: Path, stage: str, which: str, capfd: pytest.CaptureFixture[str]
+    digits_run: Path, stage: str, which: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    run = copy_of(digits_run)
     plot("--run_dir", str(run), "--ckpt_path", which, "--stage", stage, "--projections", "[pca]", "--out", "here")
     assert "report      here/index.html" in capfd.readouterr().out
     page = Page(Path("here/index.html"))
@@ -77,7 +54,8 @@ def test_the_table_holds_the_numbers_of_the_embeddings(
     assert str(run) not in page.source
 
 
-def test_all_pictures_are_in_the_folder_of_the_run_by_default(run: Path) -> None:
+def test_all_pictures_are_in_the_folder_of_the_run_by_default(digits_run: Path) -> None:
+    run = copy_of(digits_run)
     before = {path for path in run.rglob("*") if "report" not in path.parts}
     plot("--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--queries", "[3,17]", "--max_points", "50")
     assert {path for path in run.rglob("*") if "report" not in path.parts} == before
@@ -118,10 +96,10 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_what_cannot_be_is_told_in_a_line(
-    words: list[str], code: int, message: str, run: Path, capfd: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, digits_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
-    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    whole = (digits_run / "checkpoints" / "last.ckpt").read_bytes()
     Path("good.ckpt").write_bytes(whole)
     Path("cut.ckpt").write_bytes(whole[:9999])
     with pytest.raises(SystemExit) as stop:

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from simo_lightning.callbacks import RequeueAtTimeLimit
-from simo_lightning.callbacks.requeue import in_slurm_job
+from simo_lightning.callbacks.shutdown import in_slurm_job
 from simo_lightning.cli import main
 from simo_lightning.run_folder import make_writable
 
@@ -80,7 +79,11 @@ def test_validation_on_two_processes_counts_every_image_once(
 @pytest.mark.slow  # half a minute: five processes import torch
 def test_two_torchrun_agents_train_as_two_processes_of_one_machine(tmp_path: Path) -> None:
     (tmp_path / "each.py").write_text(EACH)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
     words = ["fit", *SMALL, "--trainer.max_epochs", "2", "--trainer.callbacks+=each.Each"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -91,10 +94,38 @@ def test_two_torchrun_agents_train_as_two_processes_of_one_machine(tmp_path: Pat
     assert [process.wait(timeout=300) for process in agents] == [0, 0]
     simo(*words, *DDP, "2", "--run_dir", "local", env=environment)
     run = Path("runs/digits/job_pair")
+    assert [path.name for path in (run / "starts").iterdir()] == ["0.json"]
     for rank in range(2):
         assert_equal(state(run / f"{rank}.pt"), state(Path(f"local/{rank}.pt")))
     assert_equal(state(run / "0.pt"), state(run / "1.pt"))
     assert_equal(state(run / "checkpoints" / "last.ckpt"), state(Path("local/checkpoints/last.ckpt")))
+
+
+def own_address() -> str:
+    """This machine's address, to which its name need not resolve (Debian's default is 127.0.1.1)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def test_torchrun_starts_without_nvidias_tools_at_an_address_that_the_hosts_name_does_not_resolve_to() -> None:
+    address = own_address()
+    with socket.socket() as free:
+        free.bind((address, 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC_PER_NODE"}
+    environment |= {"PATH": f"{BIN}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "RUN_ID": "alone"}
+    script = ["bash", ROOT / "configs" / "slurm" / "torchrun.sh", *SMALL, "--trainer.max_steps", "2", "--best", "null"]
+    done = subprocess.run(
+        [*script, "--trainer.limit_val_batches", "0"], env=environment | {"HEAD": f"{address}:{port}"},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "torchrun.sh: 0 GPUs here, so 1 process(es)" in done.stderr
+    assert Path("runs/digits/job_alone/checkpoints/last.ckpt").is_file()
 
 
 def has_slurm() -> bool:
@@ -125,6 +156,7 @@ def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights() -> 
     assert "JobState=COMPLETED" in shown, log[-3000:]
     assert not re.search(r"Restarts=0\b", shown), "the run ended before its time limit"
     stops = [int(step) for step in re.findall(rf"job {job} stopped at step (\d+), .* is requeued", log)]
+    assert stops, log[-3000:]
     starts = [int(step) for step in re.findall(rf"job {job} goes on after step (\d+) ", log)]
     assert stops == starts
     assert any(step % 6 for step in stops)  # in the middle of an epoch
@@ -138,7 +170,7 @@ def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights() -> 
 def test_outside_a_job_nobody_listens_and_in_an_interactive_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
-    assert not RequeueAtTimeLimit().listening
+    assert not in_slurm_job()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert not in_slurm_job()  # a shell in the job, but no task of it
     monkeypatch.setenv("SLURM_PROCID", "0")

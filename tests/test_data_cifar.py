@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 
-from simo_lightning.data import load_cifar
+from simo_lightning.data import CIFAR10PairDataModule, load_cifar
 from tests.test_data_sources import write_folder
 
 
@@ -55,8 +55,8 @@ def make_cifar(root, monkeypatch, name="cifar10"):
 @pytest.mark.parametrize("download", [True, False])
 def test_cifar_from_torchvisions_archive(tmp_path, monkeypatch, name, download):
     made, truth = make_cifar(tmp_path / "data", monkeypatch, name)
-    train = load_cifar(tmp_path / "data", name, train=True, download=download)
-    test = load_cifar(tmp_path / "data", name, train=False, download=download)
+    train, test = (load_cifar(tmp_path / "data", name, split, download) for split in ("train", "test"))
+    assert load_cifar(tmp_path / "data", name, "val", download) is None
     for data, files in ((train, made.train_list), (test, made.test_list)):
         expected = np.concatenate([truth[file][0] for file, _ in files]).reshape(-1, 3, 32, 32)
         assert np.array_equal(data.images.numpy(), expected)
@@ -71,24 +71,33 @@ def test_cifar_that_is_not_there_says_what_to_put_where(tmp_path, monkeypatch, d
     tried = "the download failed" if download else "download is False"
     expected = rf"cifar10 is not there in data_dir '.*none' and {tried}.*Put cifar-10-python.tar.gz .*train/<class>/\*"
     with pytest.raises(FileNotFoundError, match=expected):
-        load_cifar(tmp_path / "none", "cifar10", True, download)
+        load_cifar(tmp_path / "none", "cifar10", "train", download)
     archive = tmp_path / "data" / made.filename
     archive.write_bytes(archive.read_bytes()[:1000])
     with pytest.raises(FileNotFoundError, match="is damaged or half downloaded"):
-        load_cifar(tmp_path / "data", "cifar10", True, download)
+        load_cifar(tmp_path / "data", "cifar10", "train", download)
     archive.unlink()
     (tmp_path / "data" / made.base_folder).mkdir()
     (tmp_path / "data" / made.base_folder / "data_batch_1").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match="is incomplete or damaged"):
-        load_cifar(tmp_path / "data", "cifar10", True, download)
+        load_cifar(tmp_path / "data", "cifar10", "train", download)
 
 
 def test_cifar_from_class_folders(tmp_path):
     write_folder(tmp_path / "train", ("cat", "dog"), 4, 32, ".jpg")
     write_folder(tmp_path / "test", ("cat", "dog"), 2, 32, ".jpg")
-    train, test = (load_cifar(tmp_path, "cifar10", train, download=True) for train in (True, False))
+    train, test = (load_cifar(tmp_path, "cifar10", split, download=True) for split in ("train", "test"))
     assert (len(train), len(test)) == (8, 4)
     assert train.class_names == ["cat", "dog"]
+
+
+def test_cifar_folders_go_by_their_usual_names(tmp_path, monkeypatch):
+    for name, count in (("Training", 4), ("validation", 3), ("TEST", 2)):
+        write_folder(tmp_path / "home" / name, ("cat", "dog"), count, 32, ".jpg")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = CIFAR10PairDataModule(data_dir="~", classes_per_batch=2, samples_per_class=2, download=False)
+    data.setup("test")
+    assert [len(data._splits[split]) for split in ("train", "val", "test")] == [8, 6, 4]
 
 
 @pytest.mark.slow
@@ -102,14 +111,14 @@ def test_sixty_thousand_images(tmp_path):
                 (tmp_path / split).mkdir(exist_ok=True)
                 (tmp_path / split / name).symlink_to(Path(folder, split, name).absolute())
     start = time.perf_counter()
-    train, test = (load_cifar(tmp_path, "cifar10", train, download=False) for train in (True, False))
+    train, test = (load_cifar(tmp_path, "cifar10", split, download=False) for split in ("train", "test"))
     first = time.perf_counter() - start
     assert train.labels.bincount().tolist() == [5000] * 10
     assert test.labels.bincount().tolist() == [1000] * 10
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = load_cifar(tmp_path, "cifar10", True, download=False)
+        again = load_cifar(tmp_path, "cifar10", "train", download=False)
     assert torch.equal(again.images, train.images)
     assert time.perf_counter() - start < first / 2
     assert first < 60

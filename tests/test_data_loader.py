@@ -31,7 +31,7 @@ def make_loader(workers=0, persistent=False, seed=0, rank=0, world_size=1, proce
 
 def epoch_of(loader, epoch):
     loader.sampler.set_epoch(epoch)
-    return [images[:, 0, 0, 0].tolist() for images, _ in loader]
+    return [images[:, 0, 0, 0].tolist() for images, *_ in loader]
 
 
 WORKERS = pytest.mark.parametrize("workers, persistent", [(0, False), (2, False), (2, True)])
@@ -53,7 +53,7 @@ def test_resume_within_an_epoch(workers, persistent):
     early = iter(resumed)  # as Lightning does: before the epoch is set
     resumed.sampler.set_epoch(2)
     assert len(resumed) == 8
-    assert taken + [images[:, 0, 0, 0].tolist() for images, _ in early] == expected[2]
+    assert taken + [images[:, 0, 0, 0].tolist() for images, *_ in early] == expected[2]
     assert resumed.batches_yielded == 8
     assert epoch_of(resumed, 3) == expected[3]
 
@@ -63,7 +63,7 @@ def test_iter_before_set_epoch_gives_the_epoch_that_is_set(workers, persistent):
     loader = make_loader(workers, persistent)
     batches = iter(loader)
     loader.sampler.set_epoch(5)
-    assert [images[:, 0, 0, 0].tolist() for images, _ in batches] == epoch_of(make_loader(), 5)
+    assert [images[:, 0, 0, 0].tolist() for images, *_ in batches] == epoch_of(make_loader(), 5)
 
 
 def test_an_abandoned_epoch_leaves_nothing_behind():
@@ -83,7 +83,7 @@ def test_state_at_the_ends_of_an_epoch():
     assert (state["epoch"], state["batches_yielded"]) == (2, 8)
     resumed = make_loader()
     resumed.load_state_dict(state)
-    assert [images[:, 0, 0, 0].tolist() for images, _ in resumed] == epoch_of(make_loader(), 3)
+    assert [images[:, 0, 0, 0].tolist() for images, *_ in resumed] == epoch_of(make_loader(), 3)
     loader.sampler.set_epoch(3)
     assert (loader.state_dict()["epoch"], loader.state_dict()["batches_yielded"]) == (3, 0)
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
+from simo_lightning import SimOLoss, SimOModule
 from simo_lightning.data import (
     BatchAugment,
     ClassBalancedSampler,
     LabelledImages,
     SemiBalancedSampler,
-    TensorPairDataModule,
+    SemiSupervisedDigitsPairDataModule,
+    SemiSupervisedTensorPairDataModule,
 )
 from simo_lightning.semi_supervised import SemiSupervisedLoss
 from simo_lightning.testing import check_resume
@@ -115,9 +116,9 @@ def test_errors_of_the_sampler(change: dict[str, Any], message: str) -> None:
 # ---- the data module
 
 
-def semi(**arguments: Any) -> DigitsPairDataModule:
+def semi(**arguments: Any) -> SemiSupervisedDigitsPairDataModule:
     given = {"samples_per_class": 2, "views": 2, "label_fraction": 0.1, "unlabelled_per_batch": 60}
-    return DigitsPairDataModule(**{**given, **arguments})
+    return SemiSupervisedDigitsPairDataModule(**{**given, **arguments})
 
 
 def test_a_batch_holds_views_of_labelled_and_of_unlabelled_images() -> None:
@@ -143,22 +144,22 @@ def test_the_labelled_part_alone() -> None:
     with_hidden.setup("fit")
     assert data.mean == with_hidden.mean  # of all training images
     batches = list(data.train_dataloader())
-    assert all(labels.bincount().tolist() == [2] * 10 for _, labels in batches)
+    assert all(labels.bincount().tolist() == [2] * 10 for _, labels, _ in batches)
     banks = [torch.cat([images for images, _ in each.bank_dataloader()]) for each in (data, with_hidden)]
     assert torch.equal(*banks)
     known = {image.numpy().tobytes() for image in banks[0]}
-    assert {image.numpy().tobytes() for images, _ in batches for image in images} <= known
+    assert {image.numpy().tobytes() for images, *_ in batches for image in images} <= known
 
 
 def test_as_many_unlabelled_as_labelled_unless_told() -> None:
     data = semi(unlabelled_per_batch=None)
     data.setup("fit")
-    _, labels = next(iter(data.train_dataloader()))
+    labels = next(iter(data.train_dataloader())).labels
     assert (len(labels), int((labels >= 10).sum())) == (40, 20)
 
 
 def test_errors_of_arguments() -> None:
-    with pytest.raises(ValueError, match=r"views must be at least 2 where label_fraction hides labels.*got 1"):
+    with pytest.raises(ValueError, match=r"views must be at least 2 with unlabelled images.*got 1"):
         semi(views=1)
     with pytest.raises(ValueError, match="unlabelled_per_batch must be at least 0, got -1"):
         semi(unlabelled_per_batch=-1)
@@ -227,8 +228,8 @@ class Model(pl.LightningModule):
 
 def run(folder: Path) -> None:
     images = torch.zeros(120, 1, 8, 8, dtype=torch.uint8)
-    data = TensorPairDataModule(
-        LabelledImages(images, torch.arange(120) % 4, list("abcd")), classes_per_batch=4, samples_per_class=2,
+    data = SemiSupervisedTensorPairDataModule(
+        train=LabelledImages(images, torch.arange(120) % 4, list("abcd")), classes_per_batch=4, samples_per_class=2,
         views=2, label_fraction=0.2, unlabelled_per_batch=7, val_fraction=0, mean=[0.0], std=[1.0],
     )  # fmt: skip
     model = Model()
@@ -250,11 +251,10 @@ def test_two_processes_hide_the_same_labels_and_share_no_image(tmp_path: Path) -
         assert all(len(labels) == 2 * 7 for labels in own)
         assert not set(own[0]) & set(own[1])
         hidden |= {*own[0], *own[1]}
-    train = TensorPairDataModule(
-        LabelledImages(torch.zeros(120, 1, 8, 8, dtype=torch.uint8), torch.arange(120) % 4, list("abcd")),
+    train = SemiSupervisedTensorPairDataModule(
+        train=LabelledImages(torch.zeros(120, 1, 8, 8, dtype=torch.uint8), torch.arange(120) % 4, list("abcd")),
         classes_per_batch=4, samples_per_class=2, views=2, label_fraction=0.2, val_fraction=0, mean=[0.0], std=[1.0],
     )  # fmt: skip
     train.setup("fit")
-    assert train._training is not None
-    assert hidden <= set(train._training.train.labels[~train._training.labelled].tolist())
+    assert hidden <= set(train._training.labels[~train._labelled].tolist())
     assert len(hidden) > 80

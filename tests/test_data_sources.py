@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
 from simo_lightning.data import FolderImages, LabelledImages, load_digits, load_image_folder
-from simo_lightning.data.folder import decode_image
+from simo_lightning.data.decode import Decoder
 from simo_lightning.data.sources import channel_statistics, stratified_split, stratified_subset
 
 
@@ -113,7 +113,7 @@ def test_folder_is_read_as_pillow_reads_it(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "ant" / "deeper").mkdir()
     Image.fromarray(pixels(7)).save(tmp_path / "ant" / "deeper" / "x.JPEG", quality=90)
-    Image.fromarray(pixels(8)).convert("RGBA").save(tmp_path / "bee" / "alpha.png")
+    Image.fromarray(pixels(8)).convert("RGBA").save(tmp_path / "bee" / "alpha.png")  # all of it opaque
     Image.fromarray(pixels(9)).convert("L").save(tmp_path / "bee" / "grey.png")
     for hidden in (".DS_Store", "bee/.DS_Store", "bee/Thumbs.db", "readme.txt"):
         (tmp_path / hidden).write_bytes(b"no image")
@@ -132,7 +132,7 @@ def test_other_sizes_are_resized_by_the_shorter_side_and_cropped(tmp_path):
     for name, (width, height) in {"a": (20, 10), "b": (7, 31), "c": (5, 5), "d": (10, 16)}.items():
         image = Image.fromarray(pixels(1, height, width))
         image.save(tmp_path / f"{name}.png")
-        decoded = decode_image(tmp_path / f"{name}.png", 10)
+        decoded = Decoder(10)(tmp_path / f"{name}.png")[0]
         short = torchvision.transforms.Resize(10)(image)
         expected = np.asarray(torchvision.transforms.CenterCrop(10)(short)).transpose(2, 0, 1).astype(int)
         assert decoded.shape == (3, 10, 10)

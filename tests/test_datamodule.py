@@ -13,6 +13,7 @@ from simo_lightning.data import (
     PairDataModule,
     TensorPairDataModule,
 )
+from tests.bounds import assert_float32_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning 2.6 under torch 2.15
@@ -110,8 +111,15 @@ def test_without_augmentation_a_batch_is_the_normalised_images():
 def test_statistics_are_those_of_the_training_split():
     data = ready(small(val_fraction=0.2))
     images, labels = data.prepare((images_of(data.bank_dataloader()), torch.zeros(32)), augment=False)
-    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(images.var((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-5, rtol=0)
+    raw = images_of(data.bank_dataloader())
+    exact, plain = (
+        (raw.to(dtype) / 255 - torch.tensor(data.mean, dtype=dtype).view(-1, 1, 1))
+        / torch.tensor(data.std, dtype=dtype).view(-1, 1, 1)
+        for dtype in (torch.float64, torch.float32)
+    )
+    torch.testing.assert_close(exact.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(exact.var((0, 2, 3), unbiased=False), torch.ones(3).double(), atol=1e-12, rtol=0)
+    assert_float32_error(images, plain, exact, factor=4)
     assert images.dtype == torch.float32
     assert len(labels) == 32
 
@@ -158,8 +166,8 @@ def test_the_draws_depend_on_seed_epoch_and_batch_alone():
     loader = data.train_dataloader()
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
-        for _ in loader:
-            generators.add(data._generator(torch.device("cpu")).initial_seed())
+        for batch in loader:
+            generators.add(batch.draw)
     assert len(generators) == 3 * len(loader)
 
 
@@ -258,7 +266,7 @@ def test_the_smallest_class_is_named():
         ({"views": 0}, "views must be at least 1, got 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
         ({"val_fraction": 1.0}, r"val_fraction must lie in \[0, 1\), got 1.0"),
-        ({"seed": -1}, "non-negative, got -1 and 0"),
+        ({"seed": -1}, "seed must be non-negative, got -1"),
         ({"mean": [0.5]}, r"both or neither, got \[0.5\] and None"),
         ({"mean": [0.5], "std": [0.0]}, r"std must be positive, got \[0.0\]"),
     ],
@@ -266,6 +274,19 @@ def test_the_smallest_class_is_named():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**arguments)
+
+
+def test_only_the_draw_in_the_batch_decides_the_augmentation():
+    data = ready(small(views=2))
+    first, second, *_ = data.train_dataloader()
+    assert first.draw != second.draw
+    once = data.prepare(first, augment=True)[0]
+    assert torch.equal(data.prepare(first, augment=True)[0], once)  # whatever the loader returned since
+    assert torch.equal(data.prepare(tuple(first), augment=True)[0], once)
+    assert not torch.equal(data.prepare(first._replace(draw=second.draw), augment=True)[0], once)
+    assert torch.equal(data.prepare(first, augment=False)[0], data.prepare(first[:2], augment=False)[0])
+    with pytest.raises(ValueError, match=r"batch must be \(images, labels, draw\) to be augmented"):
+        data.prepare(first[:2], augment=True)
 
 
 def test_errors_of_use():

@@ -2,8 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from simo_lightning.data import LabelledImages, Relabelled, TensorPairDataModule
-from simo_lightning.data.labels import coarse_index, training_labels
+from simo_lightning.data import (
+    LabelledImages,
+    Relabelled,
+    SemiSupervisedTensorPairDataModule,
+    TensorPairDataModule,
+)
+from simo_lightning.data.labels import coarse_index
 from simo_lightning.data.sources import stratified_labelled
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -18,7 +23,8 @@ def numbered(count=80, classes=4):
 
 def ready(**arguments):
     given = {"classes_per_batch": 4, "samples_per_class": 2, "augment": None, "mean": [0.0], "std": [1 / 255]}
-    data = TensorPairDataModule(numbered(), **given | arguments)
+    kind = SemiSupervisedTensorPairDataModule if "label_fraction" in arguments else TensorPairDataModule
+    data = kind(train=numbered(), **given | arguments)
     data.setup("fit")
     return data
 
@@ -45,7 +51,7 @@ def test_a_share_out_of_range_is_told(fraction):
     with pytest.raises(ValueError, match=r"label_fraction must lie in \(0, 1\], got"):
         stratified_labelled(torch.tensor([0, 1]), NAMES[:2], fraction, seed=0)
     with pytest.raises(ValueError, match=r"label_fraction must lie in \(0, 1\], got"):
-        TensorPairDataModule(numbered(), label_fraction=fraction, views=2)
+        SemiSupervisedTensorPairDataModule(train=numbered(), label_fraction=fraction, views=2)
 
 
 def test_a_class_without_a_label_is_named():
@@ -58,27 +64,30 @@ def test_a_class_without_a_label_is_named():
 
 def test_hidden_images_have_labels_of_their_own_and_the_bank_is_labelled():
     source = numbered()
-    train, bank, labelled = training_labels(source, 0.25, None, seed=1)
-    assert torch.equal(train.labels[labelled], source.labels[labelled])
-    assert train.labels[~labelled].tolist() == [4 + place for place in range(80) if not labelled[place]]
-    assert torch.equal(bank.labels, source.labels[labelled])
-    assert numbers(bank.__getitems__(range(len(bank)))[0]) == labelled.nonzero().flatten().tolist()
-    images, labels = train.__getitems__([5, 77, 5])
-    assert numbers(images) == [5, 77, 5]
-    assert torch.equal(labels, train.labels[[5, 77, 5]])
-    alone = training_labels(source, 0.25, None, seed=1, hidden_too=False)
-    assert alone.train is alone.bank
-    assert torch.equal(alone.bank.labels, bank.labels)
-    whole = training_labels(source, 1.0, None, seed=1)
-    assert whole.train is source
-    assert whole.bank is source
+    data = ready(label_fraction=0.25, views=2, val_fraction=0, split_seed=1)
+    labelled = stratified_labelled(source.labels, NAMES, 0.25, seed=1)
+    seen = {}
+    for images, labels, _ in data.train_dataloader():
+        seen |= dict(zip(numbers(images), labels.tolist(), strict=True))
+    assert sum(not labelled[number] for number in seen) == 56  # 60 hidden, 8 in each of 7 batches
+    for number, label in seen.items():
+        assert label == (source.labels[number] if labelled[number] else 4 + number)
+    bank = [torch.cat(parts) for parts in zip(*data.bank_dataloader(), strict=True)]
+    assert numbers(bank[0]) == labelled.nonzero().flatten().tolist()
+    assert torch.equal(bank[1], source.labels[labelled])
+
+
+def test_every_label_known_is_the_supervised_data_module():
+    batches = [list(ready(**more).train_dataloader()) for more in ({}, {"label_fraction": 1.0})]
+    assert all(torch.equal(ours.images, plain.images) for plain, ours in zip(*batches, strict=True))
+    assert all(torch.equal(ours.labels, plain.labels) for plain, ours in zip(*batches, strict=True))
 
 
 def test_coarse_classes_train_and_true_ones_judge():
     data = ready(coarse=COARSE, classes_per_batch=2, samples_per_class=8, val_fraction=0.25)
     assert (data.train_class_names, data.class_names, data.num_classes) == (["insect", "mammal"], NAMES, 4)
     seen = set()
-    for images, labels in data.train_dataloader():
+    for images, labels, _ in data.train_dataloader():
         assert labels.bincount().tolist() == [8, 8]
         assert labels.tolist() == [number % 4 // 2 for number in numbers(images)]
         seen |= {number % 4 for number in numbers(images)}
@@ -92,7 +101,7 @@ def test_coarse_labels_can_be_hidden_too():
     data = ready(
         coarse=COARSE, label_fraction=0.2, views=2, classes_per_batch=2, val_fraction=0, unlabelled_per_batch=4
     )
-    labels = torch.cat([labels for _, labels in data.train_dataloader()]).unique()
+    labels = torch.cat([batch.labels for batch in data.train_dataloader()]).unique()
     assert {0, 1} < set(labels.tolist())
     assert not {2, 3} & set(labels.tolist())  # outside of the true classes, not only of the coarse ones
     bank = torch.cat([labels for _, labels in data.bank_dataloader()])

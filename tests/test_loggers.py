@@ -3,7 +3,6 @@
 import csv
 import json
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,6 @@ SMALL = ["--config", str(DIGITS), "--model.encoder.width", "0.125", "--trainer.m
 SMALL += ["--plots.every_n_epochs", "1", "--trainer.enable_progress_bar", "false"]
 SMALL += ["--trainer.enable_model_summary", "false"]
 PICTURES = {"val/scatter", "val/similarity"}
-
-
-@pytest.fixture(autouse=True)
-def _no_words_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
 
 
 def logged_in_csv(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -156,6 +150,32 @@ def test_a_csv_logger_in_the_same_folder_keeps_the_rows_it_has(tmp_path: Path) -
         logger.log_metrics({name: torch.tensor(0.5)}, step)
         logger.finalize("success")
     assert logged_in_csv(tmp_path) == {"train/loss": [(1, 0.5)], "val/knn": [(2, 0.5)]}
+
+
+@pytest.mark.parametrize("cut", [1, 4, 30])
+def test_a_row_that_was_cut_is_removed_and_later_rows_are_whole(tmp_path: Path, cut: int) -> None:
+    file = tmp_path / "metrics.csv"
+    logger = RunCSVLogger(str(tmp_path))
+    for step in range(3):
+        logger.log_metrics({"train/loss": step / 2, "val/knn": step / 4}, step)
+    logger.save()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-cut])  # what a process leaves that was killed while it wrote
+    kept = max(whole[:-cut].count(b"\n") - 1, 0)
+    again = RunCSVLogger(str(tmp_path))
+    again.log_metrics({"train/loss": 9.0}, 9)
+    again.finalize("success")
+    expected = [(step, step / 2) for step in range(kept)] + [(9, 9.0)]
+    assert logged_in_csv(tmp_path)["train/loss"] == expected
+    assert len(file.read_text().splitlines()) == 1 + len(expected)
+
+
+def test_a_header_that_was_cut_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,ste")
+    logger = RunCSVLogger(str(tmp_path))
+    logger.log_metrics({"train/loss": 0.5}, 3)
+    logger.finalize("success")
+    assert logged_in_csv(tmp_path) == {"train/loss": [(3, 0.5)]}
 
 
 class _Made(SimoCLI):

@@ -12,6 +12,7 @@ from simo_lightning.functional.geometry import nc3, uniformity
 from simo_lightning.functional.moments import class_moments
 from simo_lightning.functional.sketch import empty_sample, merge_samples, sample_entries, sampled_rows
 from simo_lightning.metrics import NC3, ClassCosine, NearestClassMeanAccuracy, Uniformity
+from tests.bounds import UNIT
 
 DIM = 6
 
@@ -34,7 +35,7 @@ def test_uniformity_is_exact_while_all_fit_into_the_sample(dtype):
     embeddings, _ = data(n=512)
     found = filled(Uniformity(DIM, sample_size=512, dtype=dtype), embeddings, 100).compute()
     assert found.dtype == dtype
-    assert found.item() == pytest.approx(uniformity(embeddings).item(), rel=1e-6 if dtype == torch.float32 else 1e-12)
+    assert found.item() == pytest.approx(uniformity(embeddings).item(), rel=UNIT if dtype == torch.float32 else 1e-12)
 
 
 def test_copies_take_one_place_and_are_counted():

@@ -9,9 +9,17 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-from simo_lightning.functional.geometry import class_cosine
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.plotting import class_colors, class_markers, class_similarity_figure, scatter_figure
+from simo_lightning.plotting import (
+    class_colors,
+    class_cosines,
+    class_markers,
+    class_similarity_figure,
+    describe_scatter,
+    describe_similarity,
+    norms_figure,
+    scatter_figure,
+)
 
 
 def data(n: int = 80, dim: int = 7, num_classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -36,9 +44,10 @@ def test_heat_map_shows_the_cosines_on_a_fixed_scale():
     image = figure.axes[0].images[0]
     means = moments.means.numpy()
     unit = means / np.linalg.norm(means, axis=1, keepdims=True)
-    np.testing.assert_allclose(image.get_array(), unit @ unit.T, atol=1e-12)
+    np.testing.assert_allclose(image.get_array(), unit @ unit.T, atol=1e-12)  # both in float64
     assert image.get_clim() == (-1, 1)
-    assert f"{class_cosine(moments).item():.3f}" in figure.axes[0].get_title()
+    mean = np.abs(unit @ unit.T)[np.triu_indices(4, 1)].mean()
+    assert figure.axes[0].get_title() == f"Cosine between class means (mean |cos| {mean:.3f})"
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == names()
     assert [float(text) for text in texts(figure)] == [round(value, 2) for value in (unit @ unit.T).flatten().tolist()]
 
@@ -74,16 +83,25 @@ def test_scatter_draws_every_point_in_its_colour_with_the_legend_outside():
     embeddings, labels = data()
     labels[labels == 2] = 3
     figure = scatter_figure(embeddings[:, :2], labels, names(), title="here")
-    drawn = {group.get_label(): group for group in figure.axes[0].collections}
-    assert list(drawn) == ["class 0", "class 1", "class 3"]
-    for name, group in drawn.items():
-        label = int(name[-1])
-        np.testing.assert_array_equal(group.get_offsets(), embeddings[labels == label, :2].numpy())
-        assert tuple(group.get_facecolor()[0][:3]) == to_rgb(class_colors(4)[label])
+    (drawn,) = figure.axes[0].collections
+    np.testing.assert_array_equal(drawn.get_offsets(), embeddings[:, :2].numpy())
+    colors = [to_rgb(class_colors(4)[label]) for label in labels.tolist()]
+    np.testing.assert_array_equal(drawn.get_facecolor()[:, :3], colors)
     figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    assert legend.y1 <= figure.axes[0].get_window_extent().y0
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["class 0", "class 1", "class 3"]
+    shown = [handle.get_markerfacecolor() for handle in legend.legend_handles]
+    assert shown == [class_colors(4)[label] for label in (0, 1, 3)]
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
     assert figure.axes[0].get_title() == "here"
+
+
+def test_classes_beyond_the_tenth_have_another_marker():
+    labels = torch.arange(25)
+    figure = scatter_figure(torch.randn(25, 2, generator=torch.Generator().manual_seed(0)), labels, names(25))
+    assert [len(group.get_offsets()) for group in figure.axes[0].collections] == [10, 10, 5]
+    markers = [handle.get_marker() for handle in figure.legends[0].legend_handles]
+    assert markers == class_markers(25)
 
 
 @pytest.mark.parametrize(("num_classes", "legends"), [(30, 1), (60, 0)])
@@ -99,6 +117,45 @@ def test_too_many_classes_are_named_at_their_points_where_there_is_room(num_clas
         assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
         for text in figure.axes[0].texts:
             assert text.xy == pytest.approx(points[int(text.get_text().split()[1])].tolist())
+
+
+def test_ten_thousand_classes_are_shown_in_part_and_the_picture_says_so(tmp_path):
+    count = 10_000
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(2 * count, 4, generator=generator), torch.arange(2 * count) % count
+    moments = class_moments(rows, labels, count)
+    similarity = class_similarity_figure(moments, names(count))
+    image = similarity.axes[0].images[0].get_array()
+    assert image.shape == (500, 500)
+    np.testing.assert_allclose(image, class_cosines(moments.means[::20]))
+    assert similarity.axes[0].get_title().endswith("\n500 of 10,000 classes")
+    assert describe_similarity(moments, names(count)).startswith("Cosines between the means of 500 of 10,000 classes:")
+    ticks = [tick.get_text() for tick in similarity.axes[0].get_yticklabels()]
+    assert ticks == [f"class {400 * index}" for index in range(25)]
+    norms = norms_figure(moments, names(count))
+    assert len(norms.axes[0].patches) == 500
+    assert norms.axes[0].get_ylabel() == "500 of 10,000 classes"
+    assert norms.axes[0].patches[7].get_facecolor()[:3] == to_rgb(class_colors(count)[140])
+    scatter = scatter_figure(rows[:, :2], labels, names(count))
+    assert len(scatter.axes[0].collections) == 10  # one for each marker
+    assert len(scatter.axes[0].texts) < 50
+    for name, figure in (("similarity", similarity), ("norms", norms), ("scatter", scatter)):
+        figure.savefig(tmp_path / f"{name}.png")
+
+
+def test_a_million_points_are_drawn_in_part_and_the_picture_says_so():
+    generator = torch.Generator().manual_seed(0)
+    points, labels = torch.randn(1_000_000, 2, generator=generator), torch.arange(1_000_000) % 3
+    drawn = []
+    for title, expected in ((None, "20,000 of 1,000,000 embeddings"), ("here", "here\n20,000 of 1,000,000 points")):
+        figure = scatter_figure(points, labels, names(3), title)
+        assert figure.axes[0].get_title() == expected
+        drawn.append(np.asarray(figure.axes[0].collections[0].get_offsets()))
+    assert drawn[0].shape == (20_000, 2)
+    assert np.array_equal(*drawn)
+    known = {tuple(point) for point in points.numpy().tolist()}
+    assert all(tuple(point) in known for point in drawn[0].tolist())
+    assert describe_scatter(points, labels, names(3)).startswith("Map of 20,000 of 1,000,000 embeddings of 3 classes;")
 
 
 def test_nothing_to_draw_is_an_empty_picture(tmp_path):
@@ -155,6 +212,18 @@ def test_drawing_registers_nothing_with_pyplot():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="class_names must name 4 classes, got 3 names"):
         class_similarity_figure(torch.eye(4), names(3))
+    with pytest.raises(ValueError, match=r"means must have shape \(C, D\), got \(4,\)"):
+        class_similarity_figure(torch.ones(4), names())
+    with pytest.raises(ValueError, match="means must be a tensor, got ndarray"):
+        class_similarity_figure(np.eye(4), names())
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        scatter_figure(torch.zeros(2, 2), [0, 1], names())
+    with pytest.raises(ValueError, match=r"class_names must be a sequence of strings, got \[0, 1\]"):
+        class_similarity_figure(torch.eye(2), [0, 1])
+    with pytest.raises(ValueError, match="class_names must be a sequence of strings, got 'ab'"):
+        scatter_figure(torch.zeros(2, 2), torch.arange(2), "ab")
+    with pytest.raises(ValueError, match="points must be finite, got nan or inf in 1 of them"):
+        scatter_figure(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.arange(2), names())
     with pytest.raises(ValueError, match=r"points must have shape \(N, 2\), got \(5, 3\)"):
         scatter_figure(torch.zeros(5, 3), torch.zeros(5, dtype=torch.long), names())
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.3 for 4 class_names, got 0\.\.4"):

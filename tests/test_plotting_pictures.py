@@ -1,4 +1,4 @@
-"""Spectrum, norms and neighbours by what is drawn; alternative texts; and that a telephone shows every word."""
+"""Spectrum, norms and neighbours by what is drawn; alternative texts; and that a phone shows every word."""
 
 from itertools import combinations
 
@@ -23,15 +23,15 @@ from simo_lightning.plotting import (
     neighbors_figure,
     norms_figure,
     scatter_figure,
+    small_multiples_figure,
     spectrum_figure,
-    strip_figure,
 )
 from tests.test_plotting import data, names
 
 
 def test_the_spectrum_is_numpys_with_rank_and_classes_marked():
     embeddings, labels = data()
-    figure = spectrum_figure(class_moments(embeddings, labels, 4), names())
+    figure = spectrum_figure(class_moments(embeddings, labels, 4))
     curve, rank, classes = figure.axes[0].lines
     singular = np.linalg.svd(embeddings.double().numpy(), compute_uv=False)
     np.testing.assert_allclose(curve.get_ydata(), singular / singular[0], rtol=1e-6)
@@ -96,7 +96,7 @@ def pictures(channels: int = 3) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_neighbours_are_drawn_in_their_places_with_the_wrong_framed(channels):
+def test_neighbours_are_drawn_in_their_places_with_the_wrong_marked(channels):
     images, labels = pictures(channels)
     figure = neighbors_figure(images, labels, names(3))
     assert len(figure.axes) == 12
@@ -148,24 +148,24 @@ def all_figures(num_classes: int) -> list[Figure]:
     words = [f"{word} {index}" for index, word in enumerate(["automobile", "cat", "hippopotamus", "ship"] * 25)]
     words = words[:num_classes]
     images = torch.zeros(2, 6, 1, 8, 8, dtype=torch.uint8)
-    frames = [(f"Epoch {epoch}", rows) for epoch in range(6)]
+    sequence = [(f"Epoch {epoch}", rows) for epoch in range(6)]
     matrices = [(f"Epoch {epoch}", torch.eye(num_classes)) for epoch in range(6)]
     return [
         class_similarity_figure(moments, words),
         scatter_figure(rows[:, :2], labels, words),
-        spectrum_figure(moments, words),
+        spectrum_figure(moments),
         norms_figure(moments, words),
         neighbors_figure(images, torch.arange(12).view(2, 6) % num_classes, words),
-        strip_figure(frames, labels, words),
-        strip_figure(matrices, None, words, kind="similarity"),
+        small_multiples_figure(sequence, labels, words),
+        small_multiples_figure(matrices, None, words),
     ]
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])
-def test_a_telephone_shows_every_word_and_none_covers_another(num_classes):
+def test_a_phone_shows_every_word_and_none_covers_another(num_classes):
     for figure in all_figures(num_classes):
         figure.draw_without_rendering()
-        shrunk = 390 / 96 / figure.get_figwidth()  # from inches to a telephone of 390 px
+        shrunk = 390 / 96 / figure.get_figwidth()  # from inches to a phone of 390 px
         for text in (text for axes in figure.axes for text in words_of(axes)):
             assert text.get_fontsize() * shrunk >= 8, text
             extent = text.get_window_extent()
@@ -195,7 +195,7 @@ def words_of(axes: Axes) -> list[Text]:
 def test_errors_name_the_argument():
     images, labels = pictures()
     moments = class_moments(*data(), 4)
-    for draw in (spectrum_figure, describe_spectrum, norms_figure, describe_norms, describe_similarity):
+    for draw in (norms_figure, describe_norms, describe_similarity):
         with pytest.raises(ValueError, match="class_names must name 4 classes, got 3 names"):
             draw(moments, names(3))
     with pytest.raises(ValueError, match=r"images must be uint8 of shape .*, got torch.float32 of shape"):

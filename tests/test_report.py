@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +20,13 @@ from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN
 from simo_lightning.data import DigitsPairDataModule
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.plotting import Frame, save_frame
-from simo_lightning.report import MetricRow, ReportTrainer, metric_rows, write_page
+from simo_lightning.plotting import Snapshot, save_snapshot
+from simo_lightning.report import MetricRow, metric_rows, write_page, write_report
 from simo_lightning.report.collector import as_pixels
-from simo_lightning.report.pictures import choose_queries, nearest_neighbors
+from simo_lightning.report.pictures import EmbeddedImages, choose_queries, draw_sections, nearest_neighbors
 
 NASTY = '<b>&"'
+NAMES = [NASTY, "$$", "_" + os.fsdecode(b"caf\xe9\0\n")]
 
 
 class Page(HTMLParser):
@@ -57,6 +59,26 @@ class Page(HTMLParser):
         return found[2]
 
 
+class Nesting(HTMLParser):
+    """Raises where an element is not closed in its place, or an attribute occurs twice."""
+
+    VOID = ("meta", "img", "br", "hr", "input", "link")
+
+    def check(self, source: str) -> None:
+        self.open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        assert len({name for name, _ in attrs}) == len(attrs), (tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
 class Foreign(pl.LightningModule):
     """A module that is not ours: no ``embed``, and steps that return a dictionary, or something else."""
 
@@ -80,7 +102,7 @@ class Data(pl.LightningDataModule):
         rows = torch.randn(24, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         self.set = TensorDataset(rows if images else rows.flatten(1), torch.arange(24) % 3)
         if named:
-            self.class_names = [NASTY, "cat", "dog"]
+            self.class_names = NAMES
 
     def val_dataloader(self):
         return DataLoader(self.set, batch_size=10)
@@ -88,13 +110,13 @@ class Data(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-def trainer(**named) -> ReportTrainer:
+def trainer(**named) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return ReportTrainer(accelerator="cpu", **quiet, **named)
+    return pl.Trainer(accelerator="cpu", **quiet, **named)
 
 
 def plot(module: pl.LightningModule, data: pl.LightningDataModule, **named) -> Page:
-    return Page(trainer().plot(module, data, ckpt_path=None, out="out", **{"projections": ["pca"], **named}))
+    return Page(write_report(trainer(), module, data, ckpt_path=None, out="out", **{"projections": ["pca"], **named}))
 
 
 def pictures(page: Page) -> list[Image.Image]:
@@ -109,13 +131,13 @@ def pictures(page: Page) -> list[Image.Image]:
     return found
 
 
-def frames(folder: Path, num_classes: int = 3, count: int = 3) -> None:
+def snapshots(folder: Path, num_classes: int = 3, count: int = 3) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12) % num_classes
     for epoch in range(count):
         points = torch.randn(12, 4, generator=generator)
         means = class_moments(points, labels, num_classes).means.float()
-        save_frame(Frame(epoch, 10 * epoch, torch.bincount(labels), means, points, labels), folder)
+        save_snapshot(Snapshot(epoch, 10 * epoch, torch.bincount(labels), means, points, labels), folder)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +150,8 @@ def seeded() -> Foreign:
 def page(seeded: Foreign, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """Of a module, data and class names that are not ours."""
     out = str(tmp_path_factory.mktemp("page"))
-    return Page(trainer().plot(seeded, Data(), None, out, config_name=f"{NASTY}</title><script>"))
+    config_name = f"{NASTY}</title><script>" + os.fsdecode(b"\xff")
+    return Page(write_report(trainer(), seeded, Data(), None, out, config_name=config_name))
 
 
 def test_a_foreign_module_gets_a_page_with_its_own_numbers(page: Page, seeded: Foreign):
@@ -168,8 +191,18 @@ def test_the_page_can_be_read_by_everyone(page: Page):
 
 def test_names_are_escaped(page: Page):
     assert page.all("b") == page.all("script") == []
-    assert any(NASTY in (image["alt"] or "") for image in page.all("img"))  # as the parser undoes it
-    assert page.after("Config") == f"{NASTY}</title><script>"
+    alts = " ".join(image["alt"] or "" for image in page.all("img"))  # as the parser undoes it
+    for shown in (NASTY, r"_caf\udce9\x00"):
+        assert shown in alts
+    assert page.after("Config") == rf"{NASTY}</title><script>\udcff"
+
+
+def test_the_page_is_valid_html(page: Page):
+    """The rules of HTML that a template can break: elements nest and end, attributes and ids occur once."""
+    assert page.source.startswith("<!DOCTYPE html>\n<html lang=")
+    Nesting().check(page.source)
+    assert not any(character in page.source for character in map(chr, [*range(9), 11, 12, *range(14, 32), 127]))
+    assert page.source.encode("utf-8").decode("utf-8") == page.source
 
 
 def test_without_names_images_and_a_second_class():
@@ -184,15 +217,30 @@ def test_without_names_images_and_a_second_class():
     assert "nan" not in page.texts
 
 
-def test_training_is_shown_where_the_run_kept_frames():
-    frames(Path("plots/frames"), num_classes=2)  # of another data set: nothing to show beside this one
+def test_training_is_shown_where_the_run_kept_snapshots():
+    snapshots(Path("plots/snapshots"), num_classes=2)  # of another data set: nothing to show beside this one
     assert "Along training" not in plot(Foreign(), Data()).texts
-    frames(Path("plots/frames"))
+    snapshots(Path("plots/snapshots"))
     page = plot(Foreign(), Data())
     assert "Along training" in page.texts
     moving = [picture for picture in pictures(page) if picture.format == "GIF"]
     assert [getattr(picture, "n_frames", 1) for picture in moving] == [3]
     assert len(page.all("details")) == 1
+
+
+def test_of_a_thousand_classes_a_map_shows_some_with_ten_points_each(tmp_path: Path):
+    labels = torch.arange(20_000) % 1_000
+    rows = torch.randn(1_000, 8, generator=torch.Generator().manual_seed(0))[labels]
+    rows = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+    class_names = [f"class {index}" for index in range(1_000)]
+    moments = class_moments(rows, labels, 1_000)
+    sections = draw_sections(tmp_path, EmbeddedImages(rows, labels), moments, class_names, max_points=500)
+    assert [section.title for section in sections] == ["Classes", "Maps", "Dimensions"]
+    (pca, tsne) = sections[1].pictures
+    expected = "of 500 of 20,000 embeddings 50 of 1,000 classes: map of 500 embeddings of 50 classes"
+    assert pca.alt.startswith(f"PCA {expected}")
+    assert tsne.alt.startswith(f"t-SNE {expected}")
+    assert int(tsne.alt.split("; ")[1].split(" %")[0]) > 90  # the classes are tight
 
 
 @pytest.mark.parametrize(
@@ -219,7 +267,7 @@ def test_steps_without_embeddings_are_told():
 def test_a_checkpoint_of_another_module_is_told():
     torch.save({"state_dict": {"other": torch.zeros(1)}, "pytorch-lightning_version": pl.__version__}, "other.ckpt")
     with pytest.raises(ValueError, match=r"checkpoint other.ckpt does not fit the model"):
-        trainer().plot(Foreign(), Data(), ckpt_path="other.ckpt")
+        write_report(trainer(), Foreign(), Data(), ckpt_path="other.ckpt")
 
 
 def test_the_trainers_callbacks_are_there_again():
@@ -227,7 +275,7 @@ def test_the_trainers_callbacks_are_there_again():
     mine = trainer(enable_checkpointing=False, callbacks=callbacks)
     before = list(mine.callbacks)
     with pytest.raises(ValueError, match="queries must be"):
-        mine.plot(Foreign(), Data(), ckpt_path=None, queries=-1)
+        write_report(mine, Foreign(), Data(), ckpt_path=None, queries=-1)
     assert mine.callbacks == before
     assert set(callbacks) <= set(before)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_report import Data, Foreign, frames, trainer
+from simo_lightning.report import write_report
+from tests.test_report import Data, Foreign, snapshots, trainer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Runs in the page once everything is loaded, and tells the page around it what it saw.
@@ -48,7 +49,7 @@ addEventListener("load", () => {
   }) + "END", "*");
 });
 </script></body>"""
-# No window is narrower than 500 pixels, but a frame in it can be.
+# No window is narrower than 500 pixels, but an iframe in it can be.
 AROUND = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><title></title>
 <script>addEventListener("message", event => { document.title = event.data; });</script>
 <iframe src="probed.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
@@ -63,12 +64,11 @@ pytestmark = [
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything on it, and a class of a long name without a space."""
     folder = tmp_path_factory.mktemp("browser")
-    frames(folder / "plots" / "frames")
+    snapshots(folder / "plots" / "snapshots")
     data = Data()
     data.class_names = ["a_very_long_name_of_a_class_without_any_space_in_it", "cat", "dog"]
-    of_run = trainer()
-    of_run._default_root_dir = str(folder)
-    return of_run.plot(Foreign(), data, None, config_name="a_config_with_a_name_as_long_as_this_one_without_a_space")
+    name = "a_config_with_a_name_as_long_as_this_one_without_a_space"
+    return write_report(trainer(default_root_dir=folder), Foreign(), data, None, config_name=name)
 
 
 def see(page: Path, width: int, dark: bool = False) -> dict[str, Any]:

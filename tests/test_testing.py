@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
-from simo_lightning.data import LabelledImages, ResumableLoader, TensorPairDataModule
+from simo_lightning.data import (
+    LabelledImages,
+    ResumableLoader,
+    SemiSupervisedDigitsPairDataModule,
+    TensorPairDataModule,
+)
 from simo_lightning.data.loader import keep_batch
 from simo_lightning.distributed import world_size
 from simo_lightning.testing import (
@@ -86,7 +91,7 @@ class Repeats(DigitsPairDataModule):
         return DataLoader(data, batch_size=100, sampler=sampler, collate_fn=keep_batch)  # type: ignore[arg-type]
 
 
-class RepeatsUnlabelled(DigitsPairDataModule):
+class RepeatsUnlabelled(SemiSupervisedDigitsPairDataModule):
     """The last image of a batch comes twice."""
 
     def train_dataloader(self) -> Any:
@@ -166,7 +171,7 @@ def test_batches_of_the_data_modules_are_balanced() -> None:
 
 
 def test_batches_with_unlabelled_images_hold_as_many_as_asked() -> None:
-    data = DigitsPairDataModule(samples_per_class=4, views=2, label_fraction=0.1, unlabelled_per_batch=25)
+    data = SemiSupervisedDigitsPairDataModule(samples_per_class=4, views=2, label_fraction=0.1, unlabelled_per_batch=25)
     check_batch_composition(data)
     with pytest.raises(AssertionError, match="batch 0 of epoch 0 must hold 24 unlabelled images, got 25"):
         check_batch_composition(data, unlabelled_per_batch=24)

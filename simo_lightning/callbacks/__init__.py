@@ -5,7 +5,7 @@ They work with any LightningModule whose steps return a dictionary with ``embedd
 """
 
 from simo_lightning.callbacks.alarm import CollapseAlarm
-from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint, StopSafely
+from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
@@ -13,7 +13,7 @@ from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.predictions import EmbeddingWriter
 from simo_lightning.callbacks.probe import OnlineProbe
-from simo_lightning.callbacks.requeue import RequeueAtTimeLimit
+from simo_lightning.callbacks.shutdown import GracefulShutdown
 from simo_lightning.callbacks.speed import ImagesPerSecond
 
 __all__ = [
@@ -24,10 +24,9 @@ __all__ = [
     "EmbeddingWriter",
     "EvaluationCallback",
     "GeometryMonitor",
+    "GracefulShutdown",
     "ImagesPerSecond",
     "LastCheckpoint",
     "OnlineKNN",
     "OnlineProbe",
-    "RequeueAtTimeLimit",
-    "StopSafely",
 ]

@@ -23,12 +23,12 @@ from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.loggers import log_figure
 from simo_lightning.plotting import (
-    Frame,
     Projection,
+    Snapshot,
     class_similarity_figure,
     norms_figure,
     project_2d,
-    save_frame,
+    save_snapshot,
     scatter_figure,
     spectrum_figure,
 )
@@ -42,8 +42,9 @@ class EmbeddingPlots(ClassMomentsCallback):
     Writes ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, always the latest, and in training a
     copy per epoch such as ``scatter_epoch=003.png``; and hands them to TensorBoard, Weights & Biases or MLflow where
     one logs. The scatter plot shows the first few embeddings of each class, the others are of all embeddings. In
-    training it also keeps a small :class:`~simo_lightning.plotting.Frame` per epoch, ``frames/epoch=003.npz``, from
-    which the history can be drawn. A module whose steps return no embeddings is not drawn.
+    training it also keeps a small :class:`~simo_lightning.plotting.Snapshot` per epoch, such as
+    ``snapshots/epoch=003.npz``, from which the history can be drawn. A module whose steps return no embeddings is not
+    drawn.
 
     A picture that cannot be drawn or written does not end the training: a warning names it and the reason, once.
 
@@ -52,7 +53,7 @@ class EmbeddingPlots(ClassMomentsCallback):
         max_points: Points in the scatter plot, over all classes and processes.
         dirname: Folder of the pictures, under ``trainer.default_root_dir``.
         projection: From D dimensions to the plane; see :func:`~simo_lightning.plotting.project_2d`.
-        frame_points: Points in a frame, over all classes, at most `max_points`; the same images in every epoch.
+        snapshot_points: Points in a snapshot, over all classes, at most `max_points`; the same images in every epoch.
 
     Raises:
         ValueError: If a number is below 1, or the projection is unknown or not installed.
@@ -65,10 +66,10 @@ class EmbeddingPlots(ClassMomentsCallback):
         max_points: int = 2000,
         dirname: str = "plots",
         projection: Projection = "pca",
-        frame_points: int = 300,
+        snapshot_points: int = 300,
     ) -> None:
         super().__init__(every_n_epochs=every_n_epochs)
-        for name, value in (("max_points", max_points), ("frame_points", frame_points)):
+        for name, value in (("max_points", max_points), ("snapshot_points", snapshot_points)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if projection not in get_args(Projection):
@@ -78,7 +79,7 @@ class EmbeddingPlots(ClassMomentsCallback):
         self.max_points = max_points
         self.dirname = dirname
         self.projection = projection
-        self.frame_points = frame_points
+        self.snapshot_points = snapshot_points
         self._points: list[tuple[Tensor, Tensor]] = []
         self._seen: Tensor | None = None  # (C,) embeddings of each class so far
         self._failed: set[str] = set()  # pictures that a warning has named
@@ -92,7 +93,7 @@ class EmbeddingPlots(ClassMomentsCallback):
         if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):  # told now, not after the first epoch
             reason = f"no permission in {found}" if found.is_dir() else f"{found} is a file"
             rank_zero_warn(f"EmbeddingPlots cannot write to its folder {folder}: {reason}; change default_root_dir")
-            self._failed |= {"frames", "similarity", "scatter", "spectrum", "norms"}
+            self._failed |= {"snapshots", "similarity", "scatter", "spectrum", "norms"}
 
     @override
     def check(self, trainer: Trainer) -> None:
@@ -137,16 +138,16 @@ class EmbeddingPlots(ClassMomentsCallback):
         names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            few = _few(points, labels, min(self.frame_points, self.max_points), len(names))
-            frame = Frame(trainer.current_epoch, trainer.global_step, moments.counts, moments.means, *few)
-            self._try("frames", save_frame, frame, self._folder(trainer) / "frames")
+            few = _few(points, labels, min(self.snapshot_points, self.max_points), len(names))
+            snapshot = Snapshot.of_moments(trainer.current_epoch, trainer.global_step, moments, *few)
+            self._try("snapshots", save_snapshot, snapshot, self._folder(trainer) / "snapshots")
         points, labels = _few(points, labels, self.max_points, len(names))
         title = f"{len(points)} of {int(moments.counts.sum())} validation embeddings"
         title = f"Epoch {trainer.current_epoch}: {title}" if fitting else title
         drawings: dict[str, Callable[[], Figure]] = {
             "similarity": partial(class_similarity_figure, moments, names),
             "scatter": lambda: scatter_figure(project_2d(points, self.projection), labels, names, title),
-            "spectrum": partial(spectrum_figure, moments, names),
+            "spectrum": partial(spectrum_figure, moments),
             "norms": partial(norms_figure, moments, names),
         }
         for name, draw in drawings.items():

@@ -7,20 +7,29 @@ from simo_lightning.data.datasets import (
     CIFAR100PairDataModule,
     DigitsPairDataModule,
     ImageFolderPairDataModule,
+    SemiSupervisedCIFAR10PairDataModule,
+    SemiSupervisedCIFAR100PairDataModule,
+    SemiSupervisedDigitsPairDataModule,
+    SemiSupervisedImageFolderPairDataModule,
+    SemiSupervisedTensorPairDataModule,
     TensorPairDataModule,
+    load_cifar,
+    load_digits,
 )
-from simo_lightning.data.folder import FolderImages, load_image_folder
+from simo_lightning.data.decode import Decoder
+from simo_lightning.data.folder import FolderImages, find_splits, load_image_folder
 from simo_lightning.data.labels import Relabelled
-from simo_lightning.data.loader import ResumableLoader
+from simo_lightning.data.loader import ResumableLoader, TrainingBatch
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
-from simo_lightning.data.semi import SemiBalancedSampler
-from simo_lightning.data.sources import ImageSource, LabelledImages, load_cifar, load_digits
+from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
+from simo_lightning.data.sources import ImageSource, LabelledImages
 
 __all__ = [
     "BatchAugment",
     "CIFAR10PairDataModule",
     "CIFAR100PairDataModule",
     "ClassBalancedSampler",
+    "Decoder",
     "DigitsPairDataModule",
     "EvaluationSampler",
     "FolderImages",
@@ -31,7 +40,15 @@ __all__ = [
     "Relabelled",
     "ResumableLoader",
     "SemiBalancedSampler",
+    "SemiSupervisedCIFAR10PairDataModule",
+    "SemiSupervisedCIFAR100PairDataModule",
+    "SemiSupervisedDigitsPairDataModule",
+    "SemiSupervisedImageFolderPairDataModule",
+    "SemiSupervisedPairDataModule",
+    "SemiSupervisedTensorPairDataModule",
     "TensorPairDataModule",
+    "TrainingBatch",
+    "find_splits",
     "load_cifar",
     "load_digits",
     "load_image_folder",

@@ -16,7 +16,7 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
 
 @dataclass(frozen=True)
 class BatchAugment:
-    """Zoom, crop, horizontal flip, colour jitter, grey and cutout, in this order, each drawn anew for every image.
+    """Zoom, crop, horizontal flip, colour jitter, grey and cutout, in this order, drawn independently for every image.
 
     Args:
         crop_padding: Pixels added on every side before a crop of the old size; 0 = no crop.
@@ -24,7 +24,7 @@ class BatchAugment:
         flip: Probability in [0, 1] of a horizontal flip.
         brightness: Strength s in [0, 1]: pixels times a factor uniform in 1 - s .. 1 + s; 0 = off.
         contrast: The same for the distance to the mean grey of the image; 0 = off.
-        saturation: The same for the distance to the grey of the pixel; 0 = off; nothing to do for one channel.
+        saturation: The same for the distance to the grey of the pixel; 0 = off; without effect on one channel.
         cutout: Side in pixels of a square, centred on any pixel, that is filled with the image's mean; 0 = off.
         zoom: Least share in (0, 1] of the image's area that a rectangle of sides 3:4 to 4:3, resized to the whole,
             covers; uniform in zoom .. 1; 1 = off.
@@ -143,8 +143,8 @@ class BatchAugment:
         inside = []
         for centre, size in ((_whole(row, height), height), (_whole(column, width), width)):
             first = (centre - self.cutout // 2)[:, None]
-            places = torch.arange(size, device=images.device)
-            inside.append((places >= first) & (places < first + self.cutout))  # (N, size)
+            pixels = torch.arange(size, device=images.device)
+            inside.append((pixels >= first) & (pixels < first + self.cutout))  # (N, size)
         mean = images.mean(dim=(2, 3), keepdim=True, dtype=torch.float32)
         fill = mean.to(images.dtype) if images.is_floating_point() else mean.round().to(images.dtype)
         return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], fill, images)
@@ -160,9 +160,9 @@ def _whole(draw: Tensor, count: int) -> Tensor:
     return (draw * count).long().clamp(max=count - 1)
 
 
-def _reflect(places: Tensor, size: int) -> Tensor:
+def _reflect(index: Tensor, size: int) -> Tensor:
     """Indices outside 0..size - 1 mirrored at the border pixel, which is not doubled."""
-    return (size - 1) - ((size - 1) - places.abs()).abs()
+    return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 def _grey(pixels: Tensor) -> Tensor:

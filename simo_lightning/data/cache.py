@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LAYOUT = 1  # raise when what decoding gives, or what the file holds, changes
+from simo_lightning.data.decode import Decoder
+
+CACHE = ".simo_lightning_"  # how the file's name begins
+LAYOUT = 2  # raise when what decoding gives, or what the file holds, changes
 
 
-def fingerprint(root: Path, names: Iterable[str], image_size: int) -> str:
-    """Hash of the files' relative names, sizes and times of change, and of the decoded size."""
-    digest = hashlib.blake2b(f"{LAYOUT} {image_size}".encode(), digest_size=16)
+def fingerprint(root: Path, names: Iterable[str], decoder: Decoder) -> str:
+    """Hash of the files' relative names, sizes and times of change, and of how they are decoded."""
+    digest = hashlib.blake2b(f"{LAYOUT} {decoder}".encode(), digest_size=16)
     for name in names:
         status = os.stat(os.path.join(root, name))
         digest.update(f"\0{name}\0{status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
@@ -28,18 +31,18 @@ def fingerprint(root: Path, names: Iterable[str], image_size: int) -> str:
 
 def cache_paths(root: Path, image_size: int) -> list[Path]:
     """Where the cache may lie: in ``root`` itself (hidden, so that it is no class), then in the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     place = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
     return [
-        root / f".simo_lightning_{image_size}.pt",
+        root / f"{CACHE}{image_size}.pt",
         home / "simo_lightning" / f"{root.name}_{place}_{image_size}.pt",
     ]
 
 
-def read_cache(root: Path, image_size: int, key: str, count: int) -> Tensor | None:
-    """The ``count`` images kept under ``key``, or ``None`` where there are none; a damaged file is warned about."""
+def read_cache(root: Path, image_size: int, key: str, count: int) -> tuple[Tensor | None, dict[str, int]]:
+    """The ``count`` images stored under ``key`` and their conversions; None without one. Warns of a damaged file."""
     for path in cache_paths(root, image_size):
-        if not path.is_file():
+        if not os.path.isfile(path):  # False also where the folder may not be read
             continue
         try:
             kept = torch.load(path, weights_only=True)
@@ -52,13 +55,13 @@ def read_cache(root: Path, image_size: int, key: str, count: int) -> Tensor | No
         except Exception as error:  # a damaged archive fails in many ways, and none may stop a run
             warnings.warn(f"the cache {str(path)!r} cannot be read and is built again: {error!r}", stacklevel=2)
             continue
-        return images
-    return None
+        return images, dict(kept["changes"])
+    return None, {}
 
 
-def write_cache(root: Path, image_size: int, key: str, images: Tensor) -> None:
-    """Keep ``images`` under ``key`` at the first place that can be written, whole or not at all."""
-    content = {"fingerprint": key, "images": images, "checksum": _checksum(images)}
+def write_cache(root: Path, image_size: int, key: str, images: Tensor, changes: dict[str, int]) -> None:
+    """Store ``images`` under ``key`` in the first file that can be written, whole or not at all."""
+    content = {"fingerprint": key, "images": images, "changes": changes, "checksum": _checksum(images)}
     failures = []
     for path in cache_paths(root, image_size):
         try:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.error import URLError
+
+import torch
 
 from simo_lightning.data.augment import BatchAugment
-from simo_lightning.data.datamodule import PairDataModule, Split
-from simo_lightning.data.folder import load_image_folder
-from simo_lightning.data.sources import ImageSource, LabelledImages, load_cifar, load_digits
+from simo_lightning.data.datamodule import PairDataModule
+from simo_lightning.data.folder import SPLIT_NAMES, find_splits, load_image_folder
+from simo_lightning.data.semi import SemiSupervisedPairDataModule
+from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 
 
 class TensorPairDataModule(PairDataModule):
@@ -16,7 +22,7 @@ class TensorPairDataModule(PairDataModule):
 
     Args:
         train: Training images.
-        val: Validation images; ``None`` = a share of the training images.
+        val: Validation images; None: a share of the training images.
         test: Test images, if there are any.
         **kwargs: Arguments of ``PairDataModule``.
     """
@@ -40,48 +46,43 @@ class CIFAR10PairDataModule(PairDataModule):
     """CIFAR-10: 50,000 training and 10,000 test images, 32 x 32 RGB, ten classes.
 
     Args:
-        data_dir: Folder of torchvision's files, or of class folders of images, ``train/<class>/*`` and
-            ``test/<class>/*``.
+        data_dir: Folder of torchvision's files, or of class folders of images in folders ``train`` and ``test``.
         download: Whether to fetch torchvision's archive into ``data_dir`` where no files are found.
         **kwargs: Arguments of ``PairDataModule``.
     """
 
-    def __init__(self, data_dir: str = "data/cifar10", download: bool = True, **kwargs: Any) -> None:
+    dataset: Literal["cifar10", "cifar100"] = "cifar10"
+
+    def __init__(self, data_dir: str | Path = "data/cifar10", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.data_dir = data_dir
         self.download = download
 
     def load(self, split: Split) -> ImageSource | None:
-        """The training or the test images."""
-        return None if split == "val" else load_cifar(self.data_dir, "cifar10", split == "train", self.download)
+        """The training or the test images; validation images only where ``data_dir`` has a folder of them."""
+        return load_cifar(self.data_dir, self.dataset, split, self.download)
 
 
-class CIFAR100PairDataModule(PairDataModule):
+class CIFAR100PairDataModule(CIFAR10PairDataModule):
     """CIFAR-100: 50,000 training and 10,000 test images, 32 x 32 RGB, a hundred classes.
 
     Args:
-        data_dir: Folder of torchvision's files, or of class folders of images, ``train/<class>/*`` and
-            ``test/<class>/*``.
-        download: Whether to fetch torchvision's archive into ``data_dir`` where no files are found.
-        **kwargs: Arguments of ``PairDataModule``.
+        data_dir: As of ``CIFAR10PairDataModule``.
+        **kwargs: Arguments of ``CIFAR10PairDataModule``.
     """
 
-    def __init__(self, data_dir: str = "data/cifar100", download: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.data_dir = data_dir
-        self.download = download
+    dataset = "cifar100"
 
-    def load(self, split: Split) -> ImageSource | None:
-        """The training or the test images."""
-        return None if split == "val" else load_cifar(self.data_dir, "cifar100", split == "train", self.download)
+    def __init__(self, data_dir: str | Path = "data/cifar100", **kwargs: Any) -> None:
+        super().__init__(data_dir, **kwargs)
 
 
 class DigitsPairDataModule(PairDataModule):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 and one channel: real data with nothing to download.
 
     Args:
-        augment: Augmentation of the training batches; null = none. By default a crop by one pixel and no flip, which
-            would make other signs of digits.
+        augment: Augmentation of the training batches; null: none. By default a crop by one pixel and no flip, as a
+            mirrored digit is another sign.
         **kwargs: Arguments of ``PairDataModule``.
     """
 
@@ -100,7 +101,8 @@ class DigitsPairDataModule(PairDataModule):
 class ImageFolderPairDataModule(PairDataModule):
     """Any folder of class folders of images.
 
-    ``data_dir`` holds ``train/<class>/*`` and, where there are, ``val/<class>/*`` and ``test/<class>/*``; or the class
+    ``data_dir`` holds a folder of class folders for training and, where there are, for validation and test. They go by
+    their usual names in any case: train or training; val, valid or validation; test or testing. Or it holds the class
     folders themselves, which are then the training split.
 
     Args:
@@ -108,20 +110,126 @@ class ImageFolderPairDataModule(PairDataModule):
         image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped.
         max_memory_gib: Decoded size of a split in GiB above which its images stay on disk and are decoded by
             ``num_workers`` processes, batch by batch.
+        background: Colour behind transparent pixels, a name or #rrggbb.
+        max_value: Grey value that becomes white in images of more than 8 bits, such as 4095; null: 65,535 in 16-bit
+            files, and in 32-bit ones the maximum of each file.
         **kwargs: Arguments of ``PairDataModule``.
     """
 
-    def __init__(self, data_dir: str, image_size: int = 32, max_memory_gib: float = 4.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        data_dir: str | Path,
+        image_size: int = 32,
+        max_memory_gib: float = 4.0,
+        background: str = "white",
+        max_value: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.data_dir = data_dir
         self.image_size = image_size
         self.max_memory_gib = max_memory_gib
+        self.background = background
+        self.max_value = max_value
+        self._folders: dict[Split, Path] = {}
 
     def load(self, split: Split) -> ImageSource | None:
-        """One split's folder, or ``data_dir`` itself."""
-        folder = Path(self.data_dir) / split
-        if split == "train" and not folder.is_dir():
-            folder = Path(self.data_dir)
-        if split != "train" and not (folder.is_dir() and (Path(self.data_dir) / "train").is_dir()):
+        """The images in the folder of one split."""
+        self._folders = self._folders or find_splits(self.data_dir)
+        if split not in self._folders:
             return None
-        return load_image_folder(folder, self.image_size, int(self.max_memory_gib * 2**30))
+        limit = int(self.max_memory_gib * 2**30)
+        return load_image_folder(
+            self._folders[split], self.image_size, limit, background=self.background, max_value=self.max_value
+        )
+
+
+class SemiSupervisedTensorPairDataModule(SemiSupervisedPairDataModule, TensorPairDataModule):
+    """Images in memory with hidden labels; arguments of both parents, by name."""
+
+
+class SemiSupervisedCIFAR10PairDataModule(SemiSupervisedPairDataModule, CIFAR10PairDataModule):
+    """CIFAR-10 with hidden labels; arguments of both parents, by name."""
+
+
+class SemiSupervisedCIFAR100PairDataModule(SemiSupervisedPairDataModule, CIFAR100PairDataModule):
+    """CIFAR-100 with hidden labels; arguments of both parents, by name."""
+
+
+class SemiSupervisedDigitsPairDataModule(SemiSupervisedPairDataModule, DigitsPairDataModule):
+    """Handwritten digits with hidden labels; arguments of both parents, by name."""
+
+
+class SemiSupervisedImageFolderPairDataModule(SemiSupervisedPairDataModule, ImageFolderPairDataModule):
+    """A folder of images with hidden labels; arguments of both parents, by name."""
+
+
+def load_digits(train: bool) -> LabelledImages:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 and one channel, grey levels 0..16 scaled to 0..255.
+
+    The set has no test split: one fifth of each class (fixed, stratified) is its test split here.
+
+    Args:
+        train: The training split (1,438 images) or the test split (359).
+
+    Returns:
+        The images.
+
+    Source:
+        ``sklearn.datasets.load_digits``, the test set of Alpaydin & Kaynak's optical recognition of handwritten digits.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(digits.target).long()
+    kept, held = stratified_split(labels, 0.2, seed=0)
+    return LabelledImages(images, labels, [str(name) for name in digits.target_names]).subset(kept if train else held)
+
+
+def load_cifar(
+    data_dir: str | Path, name: Literal["cifar10", "cifar100"], split: Split, download: bool
+) -> ImageSource | None:
+    """CIFAR-10 or CIFAR-100 from torchvision's files or from folders of JPEG or PNG images.
+
+    Args:
+        data_dir: Holds either ``train/<class>/*`` and ``test/<class>/*``, with the names that ``find_splits`` knows, or
+            torchvision's archive or what it unpacks to; or nothing yet.
+        name: Which of the two.
+        split: "train", the 50,000 training images; "test", the 10,000 of the test; "val", only in class folders.
+        download: Fetch torchvision's archive where no files are found.
+
+    Returns:
+        uint8 images ``(N, 3, 32, 32)``; None where there are no validation images.
+
+    Raises:
+        FileNotFoundError: If the files are not there, or damaged, and cannot be fetched: says what to put where.
+    """
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    root = Path(data_dir).expanduser()
+    dataset_class = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    archive = root / dataset_class.filename
+    has_folders = root.is_dir() and any(name.lower() in SPLIT_NAMES["train"] for name in os.listdir(root))
+    folders = find_splits(root, report=split == "train") if has_folders else {}
+    if "test" in folders:
+        return load_image_folder(folders[split], image_size=32) if split in folders else None
+    if split == "val":
+        return None
+    archive_is_whole = check_integrity(str(archive), dataset_class.tgz_md5)
+    try:  # torchvision's download unpacks an archive that is there, and fetches none then
+        dataset = dataset_class(str(root), train=split == "train", download=download or archive_is_whole)
+    except (URLError, OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        state = "is not there"
+        if archive.is_file() and not archive_is_whole:
+            state = f"is damaged or half downloaded ({archive.name} has another checksum than the original)"
+        elif (root / dataset_class.base_folder).is_dir():
+            state = f"is incomplete or damaged ({dataset_class.base_folder} lacks files or has wrong checksums)"
+        tried = "the download failed" if download else "download is False"
+        raise FileNotFoundError(
+            f"{name} {state} in data_dir {str(root.absolute())!r} and {tried}: {error}. Put {dataset_class.filename} "
+            f"({dataset_class.url}) into that folder, or class folders of images, train/<class>/* and test/<class>/*"
+        ) from error
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)  # (N, 32, 32, 3) to (N, 3, 32, 32)
+    return LabelledImages(images, torch.tensor(dataset.targets), list(dataset.classes))

@@ -1,4 +1,4 @@
-"""A loader whose place in the epoch is part of a checkpoint."""
+"""A loader whose position in the epoch is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.sampler import ClassBalancedSampler
 from simo_lightning.data.sources import ImageSource, LabelledImages
 
 
+class TrainingBatch(NamedTuple):
+    """A batch of a training loader.
+
+    Attributes:
+        images: uint8 ``(N, C, H, W)``.
+        labels: int64 ``(N,)``.
+        draw: Seed of the batch's augmentation.
+    """
+
+    images: Tensor
+    labels: Tensor
+    draw: int
+
+
 def keep_batch(batch: Any) -> Any:
-    """The batch itself: the sources give batches already."""
+    """The batch itself: the sources return whole batches."""
     return batch
 
 
 def leave_signals_to_the_trainer(worker: int = 0) -> None:
-    """Let a worker outlive the signals that a scheduler, or Ctrl-C, sends to all processes of a job.
+    """Let a worker ignore the signals that a scheduler, or Ctrl-C, sends to all processes of a job.
 
-    The trainer acts on them after the batch, and needs its workers until it has saved; one that dies of a signal ends
-    the run at once. SIGTERM from the process that reads the batches still ends a worker.
-
-    Args:
-        worker: Its number, as ``worker_init_fn`` is given it.
+    The trainer acts on them after the batch and needs its workers until it has saved; a worker that dies of a signal
+    ends the run at once. SIGTERM from the process that reads the batches still ends a worker. For ``worker_init_fn``.
     """
     parent = mp.parent_process()
     for name in ("SIGINT", "SIGUSR1"):
@@ -50,20 +61,23 @@ def _wait_for_the_end(sender: int | None) -> None:
 class ResumableLoader(DataLoader):
     """Batches of a ``ClassBalancedSampler``; a run resumed in mid-epoch goes on with the very next one.
 
-    ``__iter__`` is a generator, so neither sampler nor workers start before the first batch is asked for: Lightning
-    calls ``iter`` before ``set_epoch`` when it resumes, and a common loader would then give the order of epoch 0
-    (Lightning #21938).
+    Each batch carries the seed of its augmentation, a function of the sampler's seed, the epoch and the position of the
+    batch among those of all ranks.
+
+    ``__iter__`` is a generator, so neither sampler nor workers start before the first batch is requested: Lightning
+    calls ``iter`` before ``set_epoch`` when it resumes, and other loaders then return the order of epoch 0
+    (Lightning #21938; torchdata's ``StatefulDataLoader`` too, see docs/data.md).
 
     Args:
-        dataset: Gives whole batches through ``__getitems__``.
-        sampler: Gives the order, the batch size and the epoch.
-        processed: Batches of this epoch that are through the optimiser. Where given, a batch that was handed out but
-            not worked through when the state is saved (from a signal handler) comes again after a resume.
+        dataset: Returns whole batches through ``__getitems__``.
+        sampler: Has the order, the batch size and the epoch.
+        processed: Number of batches of this epoch that the optimizer has processed. Where given, a batch that was
+            returned but not processed when the state is saved (from a signal handler) comes again after a resume.
         **kwargs: Arguments of ``DataLoader``, such as ``num_workers``.
 
     Attributes:
-        epoch: Epoch of the batch last given.
-        batches_yielded: Batches of that epoch given so far, those of an interrupted run included; not what workers
+        epoch: Epoch of the last batch returned.
+        batches_yielded: Batches of that epoch returned so far, those of an interrupted run included; not what workers
             have prefetched.
 
     Raises:
@@ -84,9 +98,9 @@ class ResumableLoader(DataLoader):
         self.processed = processed
         self.epoch = 0
         self.batches_yielded = 0
-        self._resume: tuple[int, int] | None = None  # epoch and batches to leave out in it
+        self._resume: tuple[int, int] | None = None  # epoch and batches to skip in it
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[TrainingBatch]:  # type: ignore[override]
         sampler = self.sampler
         assert isinstance(sampler, ClassBalancedSampler)
         resume, self._resume = self._resume, None
@@ -94,17 +108,17 @@ class ResumableLoader(DataLoader):
         self.batches_yielded = resume[1] if resume is not None and resume[0] == self.epoch else 0
         sampler.start_batch = self.batches_yielded
         try:
-            batches = super().__iter__()
-            for batch in batches:
-                sampler.start_batch = 0  # only now has a loader without workers asked the sampler
+            for images, labels in super().__iter__():
+                sampler.start_batch = 0  # a loader without workers has read the sampler only now
+                position = self.batches_yielded * sampler.num_replicas + sampler.rank
                 self.batches_yielded += 1
-                yield batch
+                yield TrainingBatch(images, labels, mixed_seed(sampler.seed, self.epoch, position))
         finally:
             sampler.start_batch = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches given in it, and what they count: batches of an epoch and the number of ranks."""
-        epoch, batches = self._place()
+        """Epoch and batches returned in it, and what they count: batches of an epoch and the number of ranks."""
+        epoch, batches = self._position()
         return {"epoch": epoch, "batches_yielded": batches, **self._scale()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -118,8 +132,8 @@ class ResumableLoader(DataLoader):
         saved = {name: state_dict[name] for name in self._scale()}
         if 0 < batches < saved["batches_per_epoch"] and saved != self._scale():
             raise ValueError(
-                "a checkpoint from within an epoch resumes only where the epoch is cut alike: saved after batch "
-                f"{batches} with {saved}, but this run has {self._scale()}; resume as it was, or from an epoch's end"
+                "a checkpoint from within an epoch needs the same number of batches and ranks: saved after batch "
+                f"{batches} with {saved}, but this run has {self._scale()}; resume with those, or from an epoch's end"
             )
         if batches >= saved["batches_per_epoch"]:
             epoch, batches = epoch + 1, 0
@@ -127,11 +141,11 @@ class ResumableLoader(DataLoader):
         assert isinstance(self.sampler, ClassBalancedSampler)
         self.sampler.set_epoch(epoch)
 
-    def _place(self) -> tuple[int, int]:
+    def _position(self) -> tuple[int, int]:
         assert isinstance(self.sampler, ClassBalancedSampler)
-        if self._resume is not None:  # loaded, and no batch given since
+        if self._resume is not None:  # loaded, and no batch returned since
             return self._resume
-        if self.sampler.epoch != self.epoch:  # a new epoch that has given none yet
+        if self.sampler.epoch != self.epoch:  # a new epoch without a batch yet
             return self.sampler.epoch, 0
         batches = self.batches_yielded
         return self.epoch, batches if self.processed is None else min(batches, self.processed())
@@ -140,59 +154,14 @@ class ResumableLoader(DataLoader):
         assert isinstance(self.sampler, ClassBalancedSampler)
         return {"batches_per_epoch": self.sampler.batches, "world_size": self.sampler.num_replicas}
 
-    def draw_seed(self, seed: int) -> int:
-        """Seed of the augmentation of the batch last given.
-
-        Args:
-            seed: Of the run.
-
-        Returns:
-            A function of ``seed`` and of the batch's place among all ranks' of its epoch.
-        """
-        assert isinstance(self.sampler, ClassBalancedSampler)
-        block = (self.batches_yielded - 1) * self.sampler.num_replicas + self.sampler.rank
-        return mixed_seed(seed, self.epoch, max(block, 0))
-
 
 def mixed_seed(*numbers: int) -> int:
-    """Non-negative numbers as one seed, below 2^63, that has nothing to do with that of any other numbers."""
+    """One seed below 2^63 from non-negative numbers, independent of that from any other numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def evaluation_loader(source: ImageSource, rank: int, world_size: int, limit: int, **kwargs: Any) -> DataLoader:
-    """A rank's share of a split, in order.
-
-    Args:
-        source: Gives whole batches through ``__getitems__``.
-        rank: Whose share.
-        world_size: Number of shares.
-        limit: Images of a batch; near it where ranks would differ in batches.
-        **kwargs: Arguments of ``DataLoader``.
-
-    Returns:
-        The loader.
-    """
-    return DataLoader(
-        source,  # type: ignore[arg-type]
-        batch_size=evaluation_batch_size(len(source), world_size, limit),
-        sampler=EvaluationSampler(len(source), rank, world_size),
-        collate_fn=keep_batch,
-        **kwargs,
-    )
-
-
-def loader_arguments(num_workers: int, pin_memory: bool) -> dict[str, Any]:
-    """What all loaders of a data module have in common, as arguments of ``DataLoader``."""
-    return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "worker_init_fn": leave_signals_to_the_trainer,
-        "pin_memory": pin_memory,
-    }
-
-
-def hush_lightning(train: ImageSource | None, val: ImageSource | None, num_workers: int) -> None:
-    """Leave out what Lightning advises on loaders where it does not hold."""
+def silence_inapplicable_warnings(train: ImageSource | None, val: ImageSource | None, num_workers: int) -> None:
+    """Silence Lightning's advice on loaders where it does not apply."""
     if num_workers == 0 and isinstance(train, LabelledImages):  # to images in memory workers only add time
         warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers.*")
     if val is None:  # an empty list is how Lightning is told so

@@ -1,4 +1,4 @@
-"""Samplers that know rank and world size themselves, so that Lightning never wraps them."""
+"""Samplers that take rank and world size themselves, so that Lightning never wraps them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ class ClassBalancedSampler(DistributedSampler):
     An epoch is a sequence of blocks that is a function of ``(seed, epoch)`` alone. Block ``b`` goes to rank
     ``b % world_size``; the last ``blocks % world_size`` blocks are left out, so that all ranks have as many.
 
-    Coverage. Each class of ``n_c`` images is shuffled and cut into ``q_c = n_c // K`` chunks; the ``n_c % K`` images
-    left over rest this epoch. Each block takes one chunk of the P classes that have most chunks left, ties at random,
-    until fewer than P classes have any. No image comes twice in an epoch. There are as many blocks as any order could
-    give: the largest B with ``sum_c min(q_c, B) >= P * B``. With classes of equal size that is ``sum_c q_c // P``, so
-    every image comes once, up to what K and P do not divide; a class larger than the others can match is not
-    exhausted, and other images of it come in the next epoch.
+    Coverage. Each class of ``n_c`` images is shuffled and cut into ``q_c = n_c // K`` chunks; the remaining
+    ``n_c % K`` images are not used in this epoch. Each block takes one chunk of each of the P classes that have most
+    chunks left, ties at random, until fewer than P classes have any. No image comes twice in an epoch. The number of
+    blocks is the most that any order allows: the largest B with ``sum_c min(q_c, B) >= P * B``. With classes of equal
+    size that is ``sum_c q_c // P``, so every image comes once, up to remainders of K and P. A class much larger than
+    the others is not exhausted in an epoch; other images of it come in the next.
 
-    It is a ``DistributedSampler`` in name only, because that is what Lightning looks for before it wraps a sampler,
-    whatever ``use_distributed_sampler`` says.
+    It is a ``DistributedSampler`` only because Lightning does not wrap one, whatever ``use_distributed_sampler`` says.
 
     Args:
         labels: Class index of each image, integer ``(N,)``; an index that no image has is no class.
         classes_per_batch: P, at least 1.
-        samples_per_class: K, at least 2: one image has nothing similar in its batch.
+        samples_per_class: K, at least 2: one image alone has no positive pair.
         seed: Non-negative.
         rank: This process, ``0..world_size - 1``.
         world_size: Number of processes.
 
     Attributes:
         epoch: Set by ``set_epoch``.
-        start_batch: Batches of this rank that the next iteration leaves out (a resumed epoch); the length stays.
+        start_batch: Batches of this rank that the next iteration skips (a resumed epoch); the length stays.
 
     Raises:
         ValueError: If ``labels`` are no integers ``(N,)``, P exceeds the number of classes, K is under 2 or over the
@@ -66,7 +65,9 @@ class ClassBalancedSampler(DistributedSampler):
                 f"classes_per_batch must lie in 1..{len(sizes)}, the classes there are, got {classes_per_batch}"
             )
         if samples_per_class < 2:
-            raise ValueError(f"samples_per_class must be at least 2 (1 makes no similar pair), got {samples_per_class}")
+            raise ValueError(
+                f"samples_per_class must be at least 2 (1 makes no positive pair), got {samples_per_class}"
+            )
         if samples_per_class > sizes.min():
             smallest = int(np.where(counts > 0, counts, counts.max() + 1).argmin())
             raise ValueError(
@@ -108,8 +109,8 @@ class ClassBalancedSampler(DistributedSampler):
         schedule = _schedule(counts // self.samples_per_class, self.classes_per_batch, random)  # (B, P) classes
         firsts = np.cumsum(counts) - counts  # where each class begins in order
         starts = firsts[schedule] + self.samples_per_class * _occurrence(schedule)
-        places = starts[..., None] + np.arange(self.samples_per_class)  # (B, P, K)
-        return order[places].reshape(len(schedule), self.classes_per_batch * self.samples_per_class)
+        positions = starts[..., None] + np.arange(self.samples_per_class)  # (B, P, K)
+        return order[positions].reshape(len(schedule), self.classes_per_batch * self.samples_per_class)
 
 
 def _class_counts(labels: Tensor) -> np.ndarray:
@@ -189,8 +190,8 @@ class EvaluationSampler(DistributedSampler):
 def evaluation_batch_size(size: int, world_size: int, limit: int) -> int:
     """The batch size nearest to ``limit`` with which all ranks of an ``EvaluationSampler`` have as many batches.
 
-    Shares differ by one image where ``world_size`` does not divide ``size``; were that image a batch of its own, one
-    rank would wait for the others in vain in whatever its forward pass shares (DDP sends the buffers of BatchNorm).
+    Shares differ by one image where ``world_size`` does not divide ``size``. If that image was a batch of its own, one
+    rank would wait forever in the collectives of its forward pass (DDP broadcasts the buffers of BatchNorm).
 
     Example:
         >>> evaluation_batch_size(201, world_size=2, limit=100)  # shares of 101 and 100
@@ -208,10 +209,10 @@ def evaluation_batch_size(size: int, world_size: int, limit: int) -> int:
 
 
 def pair_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Unordered pairs ``i < j`` of a batch, apart by whether they share a label.
+    """Unordered pairs ``i < j`` of a batch, separated by whether they share a label.
 
     Args:
-        labels: Class index of each row, ``(N,)``.
+        labels: Class index of each image, ``(N,)``.
 
     Returns:
         Similar pairs ``(S, 2)`` and dissimilar pairs ``(T, 2)``, int64, ``S + T = N (N - 1) / 2``.

@@ -1,19 +1,18 @@
-"""Tensors to matplotlib figures; no pyplot, so nothing global and no display."""
+"""Tensors to matplotlib figures, without pyplot: no global state and no display."""
 
-from simo_lightning.plotting.animation import save_animation
 from simo_lightning.plotting.colors import class_colors, class_markers
-from simo_lightning.plotting.frames import Frame, load_frames, pick_frames, save_frame
 from simo_lightning.plotting.neighbors import describe_neighbors, neighbors_figure
 from simo_lightning.plotting.norms import describe_norms, norms_figure
-from simo_lightning.plotting.projections import Projection, project_2d, project_frames, project_wheel
+from simo_lightning.plotting.projections import Projection, project_2d, project_sequence, star_coordinates
 from simo_lightning.plotting.scatter import describe_scatter, scatter_figure
+from simo_lightning.plotting.sequence import describe_sequence, save_animation, small_multiples_figure
 from simo_lightning.plotting.similarity import class_cosines, class_similarity_figure, describe_similarity
+from simo_lightning.plotting.snapshots import Snapshot, load_snapshots, pick_snapshots, save_snapshot
 from simo_lightning.plotting.spectrum import describe_spectrum, spectrum_figure
-from simo_lightning.plotting.strips import describe_strip, strip_figure
 
 __all__ = [
-    "Frame",
     "Projection",
+    "Snapshot",
     "class_colors",
     "class_cosines",
     "class_markers",
@@ -21,19 +20,19 @@ __all__ = [
     "describe_neighbors",
     "describe_norms",
     "describe_scatter",
+    "describe_sequence",
     "describe_similarity",
     "describe_spectrum",
-    "describe_strip",
-    "load_frames",
+    "load_snapshots",
     "neighbors_figure",
     "norms_figure",
-    "pick_frames",
+    "pick_snapshots",
     "project_2d",
-    "project_frames",
-    "project_wheel",
+    "project_sequence",
     "save_animation",
-    "save_frame",
+    "save_snapshot",
     "scatter_figure",
+    "small_multiples_figure",
     "spectrum_figure",
-    "strip_figure",
+    "star_coordinates",
 ]

@@ -1,11 +1,13 @@
-"""Chosen images with the images whose embeddings are nearest to theirs."""
+"""Query images with the images whose embeddings are nearest to theirs."""
 
+from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from simo_lightning.plotting.canvas import WIDTH, check_labels, new_figure, shorten
+from simo_lightning.plotting import canvas
 
 _WRONG = "#D55E00"
 _MARGIN, _GAP = 0.08, 0.07  # inches, at the edges and between images
@@ -15,9 +17,9 @@ _CHARACTER = 0.09  # inches, of a letter of 10 pt
 
 
 def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> Figure:
-    """Chosen images on the left, on the right those nearest to them, the nearest first, each over its class.
+    """Query images on the left, their neighbours on the right, nearest first, each above the name of its class.
 
-    A neighbour of another class than the query's has a thick frame and its name in the frame's colour, with a cross.
+    A neighbour of another class than the query's has a thick border and a cross before its name.
 
     Args:
         images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Up to six neighbours leave
@@ -26,87 +28,86 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
         class_names: Names of all classes.
 
     Returns:
-        Figure with one line per query.
+        Figure with one row per query.
 
     Raises:
         ValueError: If the shapes, or the labels and the number of names, do not fit.
 
     Example:
-        >>> import torch
         >>> images = torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)
         >>> figure = neighbors_figure(images, torch.tensor([[0, 0, 1]]), ["cat", "dog"])
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['cat', 'cat', '✗ dog']
     """
+    images, labels = canvas.on_cpu("images", images), canvas.on_cpu("labels", labels)
     _check(images, labels, class_names)
     queries, columns = labels.shape
-    side = (WIDTH - 2 * _MARGIN - _QUERY_GAP - (columns - 1) * _GAP) / columns
+    side = (canvas.WIDTH - 2 * _MARGIN - _QUERY_GAP - (columns - 1) * _GAP) / columns
     tall = side * images.shape[3] / images.shape[4]
     row = tall + _TEXT + 0.12
     height = _TEXT + 0.15 + queries * row
-    figure = new_figure(height, layout=None)
+    figure = canvas.new_figure(height, layout=None)
     first = _MARGIN + side + _GAP + _QUERY_GAP
     for text, left in (("Image", _MARGIN), ("Nearest neighbours", first)):
-        figure.text(left / WIDTH, 1 - 0.08 / height, text, va="top", fontsize=11)
-    longest = max(3, int(side / _CHARACTER))
+        figure.text(left / canvas.WIDTH, 1 - 0.08 / height, text, va="top", fontsize=11)
+    longest = max(5, int(side / _CHARACTER))
     for query in range(queries):
         for column in range(columns):
             left = _MARGIN + column * (side + _GAP) + (_QUERY_GAP if column else 0)
             bottom = height - _TEXT - 0.15 - query * row - tall
-            axes = figure.add_axes((left / WIDTH, bottom / height, side / WIDTH, tall / height))
-            picture = images[query, column].permute(1, 2, 0).cpu().numpy()  # (height, width, channels)
+            axes = figure.add_axes((left / canvas.WIDTH, bottom / height, side / canvas.WIDTH, tall / height))
+            picture = images[query, column].permute(1, 2, 0).numpy()  # (height, width, channels)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            canvas.remove_ticks(axes)
             wrong = bool(labels[query, column] != labels[query, 0])
             for spine in axes.spines.values():
                 spine.set(linewidth=3.0 if wrong else 0.6, color=_WRONG if wrong else "0.6")
-            name = ("✗ " if wrong else "") + class_names[int(labels[query, column])]
-            axes.set_xlabel(shorten(name, longest), color=_WRONG if wrong else "black", labelpad=3)
+            mark, ink = ("✗ ", _WRONG) if wrong else ("", "black")
+            name = mark + canvas.drawable(class_names[int(labels[query, column])], longest - len(mark))
+            axes.set_xlabel(name, color=ink, labelpad=3, **canvas.LITERAL)
     return figure
 
 
 def describe_neighbors(labels: Tensor, class_names: Sequence[str]) -> str:
-    """What :func:`neighbors_figure` shows, in one sentence for those who do not see it.
+    """Alternative text of :func:`neighbors_figure`, for readers who do not see it.
 
     Args:
-        labels: As there.
-        class_names: As there.
+        labels: As for the figure.
+        class_names: As for the figure.
 
     Returns:
-        How many neighbours share their query's class, and which other classes stand out.
+        How many neighbours share the class of their query, and the most frequent confusion.
 
     Raises:
         ValueError: If the shape, or the labels and the number of names, do not fit.
 
     Example:
-        >>> import torch
         >>> describe_neighbors(torch.tensor([[0, 0, 1]]), ["cat", "dog"])
         '1 image with its 2 nearest neighbours each: 1 of 2 neighbours share the class. Most often wrong: dog for cat.'
     """
+    labels = canvas.on_cpu("labels", labels)
     if labels.ndim != 2 or labels.shape[1] < 2:
         raise ValueError(f"labels must have shape (Q, 1 + K) with K at least 1, got {tuple(labels.shape)}")
-    check_labels(labels, class_names)
-    query, found = labels[:, :1].cpu(), labels[:, 1:].cpu()
-    right = int((query == found).sum())
+    canvas.check_labels(labels, class_names)
+    wrong = Counter((row[0], other) for row in labels.tolist() for other in row[1:] if other != row[0])
+    neighbors = labels[:, 1:].numel()
     text = (
-        f"{len(labels)} image{'s' * (len(labels) != 1)} with {'their' if len(labels) != 1 else 'its'} {found.shape[1]} "
-        f"nearest neighbours each: {right} of {found.numel()} neighbours share the class."
+        f"{len(labels)} image{'s' * (len(labels) != 1)} with {'their' if len(labels) != 1 else 'its'} "
+        f"{labels.shape[1] - 1} nearest neighbours each: {neighbors - wrong.total()} of {neighbors} neighbours share "
+        "the class."
     )
-    pairs = [(own, other) for own, others in zip(query, found, strict=True) for other in others if other != own]
-    wrong = [(class_names[int(own)], class_names[int(other)]) for own, other in pairs]
     if not wrong:
         return text
-    own, other = max(wrong, key=wrong.count)
+    own, other = (canvas.printable(class_names[label]) for label in wrong.most_common(1)[0][0])
     return f"{text} Most often wrong: {other} for {own}."
 
 
 def _check(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    if images.ndim != 5 or images.shape[1] < 2 or images.shape[2] not in (1, 3) or str(images.dtype) != "torch.uint8":
+    if images.ndim != 5 or images.shape[1] < 2 or images.shape[2] not in (1, 3) or images.dtype != torch.uint8:
         raise ValueError(
             f"images must be uint8 of shape (Q, 1 + K, 1 or 3, height, width) with K at least 1, "
             f"got {images.dtype} of shape {tuple(images.shape)}"
         )
     if labels.shape != images.shape[:2]:
         raise ValueError(f"labels must have shape {tuple(images.shape[:2])} to match images, got {tuple(labels.shape)}")
-    check_labels(labels, class_names)
+    canvas.check_labels(labels, class_names)

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from simo_lightning.functional.moments import check_embeddings
-from simo_lightning.plotting.canvas import WIDTH, bare, check_labels, new_figure, shorten
+from simo_lightning.plotting import canvas
 from simo_lightning.plotting.colors import class_colors, class_markers
 
+_MOST_POINTS = 20_000
 _MOST_IN_LEGEND = 30  # classes; of more, names stand at the points where there is room
 _NAME_HEIGHT = 0.2  # inches, of a line of 10 pt
 _CHARACTER = 0.085  # inches, of a wide letter of 10 pt
@@ -20,157 +23,149 @@ _CHARACTER = 0.085  # inches, of a wide letter of 10 pt
 def scatter_figure(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str | None = None) -> Figure:
     """Points in the plane, coloured by class.
 
-    Up to 30 classes are named in a legend below; of more, as many as there is room for are named at their medians.
+    Up to 30 classes are named in a legend below; of more, as many as there is room for are named at their medians. Of
+    more than 20,000 points 20,000 are drawn, the same at every call; the title then gives their number.
 
     Args:
         points: ``(N, 2)``, for example of :func:`project_2d`; one unit is as long on both axes.
         labels: Class of each point, ``(N,)``.
         class_names: Names of all classes; those without a point are not in the legend.
-        title: Title; None: how many points there are.
+        title: Title; None: the number of points.
 
     Returns:
         Figure.
 
     Raises:
-        ValueError: If the shapes, or the labels and the number of names, do not fit.
+        ValueError: If the shapes, or the labels and the number of names, do not fit, or a point is not finite.
 
     Example:
         >>> figure = scatter_figure(torch.zeros(3, 2), torch.tensor([0, 1, 1]), ["cat", "dog", "ship"])
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['cat', 'dog']
     """
-    points, labels = _checked(points, labels, class_names)
-    rows = legend_rows(labels, class_names)
-    figure = new_figure(4.8 + _NAME_HEIGHT * rows)
+    points, labels, total = _checked(points, labels, class_names)
+    figure = canvas.new_figure(4.8 + legend_height(labels, class_names))
     axes = figure.add_subplot()
-    draw_points(axes, points, labels, class_names, limits_of([points]))
-    axes.set_title(f"{len(points)} embeddings" if title is None else title, fontsize=11)
-    name_classes(figure, axes, points, labels, class_names)
+    draw_points(axes, points, labels, class_names, square_around(points))
+    count = canvas.share(len(points), total)
+    if title is None:
+        title = f"{count} embeddings"
+    elif len(points) < total:
+        title = f"{title}\n{count} points"
+    canvas.set_title(axes, title)
+    name_classes(figure, points, labels, class_names)
     return figure
 
 
 def describe_scatter(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str | None = None) -> str:
-    """What :func:`scatter_figure` shows, in one sentence for those who do not see it.
+    """Alternative text of :func:`scatter_figure`, for readers who do not see it.
 
     Args:
-        points: As there.
-        labels: As there.
-        class_names: As there.
-        title: As there; what the points are.
+        points: As for the figure.
+        labels: As for the figure.
+        class_names: As for the figure.
+        title: As for the figure.
 
     Returns:
-        The title, the number of points and classes, and how often a point's nearest neighbour in the picture is of its
-        class: 1 where classes lie apart, 1 over the number of classes where they are mixed.
+        One sentence: the title, the number of points and classes, and the share of points whose nearest neighbour in
+        the figure has their class: 1 where classes are separated, 1 over the number of classes where they are mixed.
 
     Raises:
-        ValueError: If the shapes, or the labels and the number of names, do not fit.
+        ValueError: As for the figure.
 
     Example:
         >>> describe_scatter(torch.tensor([[0.0, 0], [1, 0], [9, 0]]), torch.tensor([0, 0, 1]), ["cat", "dog"])
         'Map of 3 embeddings of 2 classes; 67 % of the points have a nearest neighbour of their own class.'
     """
-    points, labels = _checked(points, labels, class_names)
-    head = "" if title is None else f"{title}: "
-    text = f"{head}{'map' if head else 'Map'} of {len(points)} embeddings of {len(labels.unique())} classes"
+    points, labels, total = _checked(points, labels, class_names)
+    head = "Map" if title is None else f"{canvas.printable(title)}: map"
+    text = f"{head} of {canvas.share(len(points), total)} embeddings of {len(labels.unique())} classes"
     if len(points) < 2:
-        return text + "."
-    from sklearn.neighbors import NearestNeighbors
-
-    nearest = torch.from_numpy(NearestNeighbors(n_neighbors=1).fit(points.numpy()).kneighbors()[1]).squeeze(1)  # (N,)
-    share = float((labels[nearest] == labels).double().mean())
+        return f"{text}."
+    share = neighbor_share(points, labels)
     return f"{text}; {100 * share:.0f} % of the points have a nearest neighbour of their own class."
 
 
 def draw_points(
     axes: Axes, points: Tensor, labels: Tensor, class_names: Sequence[str], limits: Tensor, scale: float = 1.0
 ) -> None:
-    """Points of each class in its colour and marker, without names.
-
-    Args:
-        axes: To draw on; ticks are taken off.
-        points: ``(N, 2)``.
-        labels: ``(N,)``.
-        class_names: C names, for a legend.
-        limits: ``(2, 2)``: lowest and highest x, lowest and highest y.
-        scale: Of the markers' area.
-    """
-    size = scale * float(min(30.0, max(9.0, 6000 / max(len(points), 1))))
-    colors, markers = class_colors(len(class_names)), class_markers(len(class_names))
-    for label in labels.unique().tolist():
-        x, y = points[labels == label].T.numpy()
+    """Points (N, 2) in the colour and marker of their class, within `limits` (x and y, low and high)."""
+    size = scale * float(np.interp(len(points), (200, 400, 700, 3_000, 20_000), (30, 15, 9, 9, 2)))  # square points
+    colors = np.array(class_colors(len(class_names)))[labels]
+    markers = np.array(class_markers(len(class_names)))[labels]
+    for marker in dict.fromkeys(markers.tolist()):  # one collection each: thousands of classes would take minutes
+        x, y = points[markers == marker].T.numpy()
         # a thin dark edge: yellow would not show on white
-        style = {"c": colors[label], "marker": markers[label], "edgecolors": "0.2", "linewidths": 0.25}
-        axes.scatter(x, y, s=size, alpha=0.8, label=shorten(class_names[label]), **style)
-    bare(axes)
+        style = {"marker": marker, "edgecolors": "0.2", "linewidths": 0.25, "alpha": 0.8}
+        axes.scatter(x, y, s=size, c=colors[markers == marker], **style)
+    canvas.remove_ticks(axes)
     axes.set_xlim(*limits[0].tolist())
     axes.set_ylim(*limits[1].tolist())
     axes.set_aspect("equal")
 
 
-def limits_of(frames: Sequence[Tensor]) -> Tensor:
-    """Square that holds the points of all frames, with a margin.
-
-    Args:
-        frames: Each ``(N, 2)``.
-
-    Returns:
-        ``(2, 2)``: lowest and highest x, lowest and highest y.
+def square_around(points: Tensor) -> Tensor:
+    """Limits of a square around the points (N, 2), with a margin: ``(2, 2)``, x and y, low and high.
 
     Example:
-        >>> limits_of([torch.tensor([[0.0, 0.0], [10.0, 2.0]])]).tolist()
+        >>> square_around(torch.tensor([[0.0, 0.0], [10.0, 2.0]])).tolist()
         [[-0.5, 10.5], [-4.5, 6.5]]
     """
-    points = torch.cat(list(frames)).double()
     if len(points) == 0:
         return torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
-    low, high = points.min(dim=0).values, points.max(dim=0).values
+    low, high = points.double().aminmax(dim=0)
     half = 0.55 * (high - low).max()
     half = half if half > 0 else torch.ones_like(half)
     center = (low + high) / 2
     return torch.stack([center - half, center + half], dim=1)
 
 
-def legend_rows(labels: Tensor, class_names: Sequence[str]) -> int:
-    """Lines that the legend takes.
+def neighbor_share(points: Tensor, labels: Tensor) -> float:
+    """Share of the points whose nearest other point has their label."""
+    from sklearn.neighbors import NearestNeighbors
 
-    Args:
-        labels: ``(N,)``.
-        class_names: C names.
+    nearest = NearestNeighbors(n_neighbors=1).fit(points.numpy()).kneighbors()[1].squeeze(1)  # (N,)
+    return float((labels[nearest] == labels).double().mean())
 
-    Returns:
-        0 where there is none.
-    """
+
+def legend_height(labels: Tensor, class_names: Sequence[str]) -> float:
+    """Inches that the legend takes."""
     present = labels.unique().tolist()
     if len(present) > _MOST_IN_LEGEND:
-        return 0
-    return -(-len(present) // _legend_columns(present, class_names))
+        return 0.0
+    return _NAME_HEIGHT * -(-len(present) // _legend_columns(present, class_names))
 
 
-def name_classes(figure: Figure, axes: Axes, points: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Legend below the axes; of too many classes names at the medians of those that find room.
-
-    Args:
-        figure: Of the axes.
-        axes: With points drawn by :func:`draw_points`.
-        points: ``(N, 2)``.
-        labels: ``(N,)``.
-        class_names: C names.
-    """
+def name_classes(figure: Figure, points: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
+    """Legend below the axes; of too many classes, names in the first axes at the medians that have room."""
     present = labels.unique().tolist()
     if len(present) > _MOST_IN_LEGEND:
-        _name_medians(axes, points, labels, class_names)
+        _name_medians(figure.axes[0], points, labels, class_names)
     elif present:
-        handles, names = axes.get_legend_handles_labels()
+        colors, markers = class_colors(len(class_names)), class_markers(len(class_names))
+        handles = [
+            Line2D([], [], ls="", marker=markers[label], c=colors[label], mec="0.2", mew=0.25, ms=6.5, alpha=0.8)
+            for label in present
+        ]
         columns = _legend_columns(present, class_names)
-        shape = {"columnspacing": 1.0, "handletextpad": 0.2, "markerscale": 1.5, "frameon": False}
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, **shape)
+        legend = figure.legend(
+            handles,
+            [str(label) for label in present],  # names come after: matplotlib leaves out those that begin with "_"
+            loc="outside lower center",
+            ncols=columns,
+            columnspacing=1.0,
+            handletextpad=0.2,
+            frameon=False,
+        )
+        for text, label in zip(legend.get_texts(), present, strict=True):
+            text.set(text=canvas.drawable(class_names[label]), **canvas.LITERAL)
 
 
 def _legend_columns(present: Sequence[int], class_names: Sequence[str]) -> int:
-    longest = max((len(shorten(class_names[label])) for label in present), default=1)
-    most = max(1, int((WIDTH - 0.3) / (0.45 + _CHARACTER * longest)))
+    longest = max((len(canvas.drawable(class_names[label])) for label in present), default=1)
+    most = max(1, int((canvas.WIDTH - 0.3) / (0.45 + _CHARACTER * longest)))
     rows = max(1, -(-len(present) // most))
-    return max(1, -(-len(present) // rows))  # rows of like length
+    return max(1, -(-len(present) // rows))  # rows of similar length
 
 
 def _name_medians(axes: Axes, points: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
@@ -179,21 +174,37 @@ def _name_medians(axes: Axes, points: Tensor, labels: Tensor, class_names: Seque
     taken: list[tuple[float, float, float]] = []
     for label in labels.unique().tolist():
         x, y = points[labels == label].double().median(dim=0).values.tolist()
-        name = shorten(class_names[label])
+        name = canvas.drawable(class_names[label])
         half = _CHARACTER * len(name) / 2
         across, up = room * (x - left) / (right - left), room * (y - bottom) / (top - bottom)
         inside = half < across < room - half
         if inside and all(abs(across - a) > half + h or abs(up - u) > _NAME_HEIGHT for a, u, h in taken):
             taken.append((across, up, half))
             halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
-            axes.annotate(name, (x, y), (0, 3), textcoords="offset points", ha="center", va="bottom", path_effects=halo)
+            style = {"ha": "center", "va": "bottom", "path_effects": halo, **canvas.LITERAL}
+            axes.annotate(name, (x, y), (0, 3), textcoords="offset points", **style)
 
 
-def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Both on the CPU."""
+def subset(count: int) -> Tensor:
+    """Indices (ascending) of the points that are drawn: all of at most 20,000, else 20,000 at random, always the same.
+
+    Example:
+        >>> len(subset(1_000_000))
+        20000
+    """
+    if count <= _MOST_POINTS:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_MOST_POINTS].sort().values
+
+
+def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor, int]:
+    """Points and labels that are drawn, on the CPU, and the number of all points."""
+    points, labels = canvas.on_cpu("points", points), canvas.on_cpu("labels", labels)
     check_embeddings(points, labels)
     if points.shape[1] != 2:
         raise ValueError(f"points must have shape (N, 2), got {tuple(points.shape)}")
-    check_labels(labels, class_names)
-    points = points.detach().cpu()
-    return points.to(torch.promote_types(points.dtype, torch.float32)), labels.cpu().long()
+    canvas.check_labels(labels, class_names)
+    kept = subset(len(points))
+    if not points.isfinite().all():
+        raise ValueError(f"points must be finite, got nan or inf in {int((~points.isfinite()).any(1).sum())} of them")
+    return points[kept].to(torch.promote_types(points.dtype, torch.float32)), labels[kept].long(), len(points)

@@ -10,73 +10,78 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from simo_lightning.functional.moments import ClassMoments
-from simo_lightning.plotting.canvas import check_names, named_places, new_figure
-from simo_lightning.plotting.colors import ink_on
+from simo_lightning.plotting import canvas
 
-_MOST_NUMBERS = 10  # classes, up to which a heat map says its numbers
+_MOST_NUMBERS = 10  # classes, up to which every cell shows its number
+_DARK = 0.68  # absolute cosine above which white text contrasts more with the cell than black text
 
 
 def class_similarity_figure(means: ClassMoments | Tensor, class_names: Sequence[str]) -> Figure:
     """Heat map of the cosines between class means, on a fixed scale from -1 to 1.
 
+    Of more than 500 classes every n-th is shown; the title then gives their number.
+
     Args:
-        means: Class moments, or class means ``(C, D)``; classes without rows, of ``nan`` mean, are grey.
+        means: Class moments, or class means ``(C, D)``; classes without embeddings, of ``nan`` mean, are grey.
         class_names: C names.
 
     Returns:
-        Figure whose title says the mean absolute cosine of two different classes.
+        Figure whose title gives the mean absolute cosine between two different classes that it shows.
 
     Raises:
-        ValueError: If there are not as many names as classes.
+        ValueError: If the means are not ``(C, D)``, or there are not as many names as classes.
 
     Example:
         >>> figure = class_similarity_figure(torch.eye(3), ["cat", "dog", "ship"])
         >>> figure.axes[0].get_title()
         'Cosine between class means (mean |cos| 0.000)'
     """
-    cosines = class_cosines(means)
-    check_names(class_names, len(cosines))
-    figure = new_figure(5.6)
+    cosines, names = _shown(means, class_names)
+    figure = canvas.new_figure(5.6)
     axes = figure.add_subplot()
     image = draw_cosines(axes, cosines)
     figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.02)
-    mean = float(_pairs(cosines)[2].abs().mean())
-    axes.set_title(f"Cosine between class means (mean |cos| {mean:.3f})", fontsize=11)
-    _name_ticks(axes, class_names)
+    title = f"Cosine between class means (mean |cos| {float(_pairs(cosines)[2].abs().mean()):.3f})"
+    if len(names) < len(class_names):
+        title += f"\n{canvas.share(len(names), len(class_names))} classes"
+    canvas.set_title(axes, title)
+    places, texts = canvas.axis_names(names)
+    horizontal = max(map(len, texts), default=0) <= (3 if len(texts) <= 10 else 1)
+    axes.set_xticks(places, texts, rotation=0 if horizontal else 90, **canvas.LITERAL)
+    axes.set_yticks(places, texts, **canvas.LITERAL)
+    axes.tick_params(length=0)
     if len(cosines) <= _MOST_NUMBERS:
-        _write_numbers(axes, image, cosines)
+        _write_numbers(axes, cosines)
     return figure
 
 
 def describe_similarity(means: ClassMoments | Tensor, class_names: Sequence[str]) -> str:
-    """What :func:`class_similarity_figure` shows, in one sentence for those who do not see it.
+    """Alternative text of :func:`class_similarity_figure`, for readers who do not see it.
 
     Args:
-        means: As there.
-        class_names: As there.
+        means: As for the figure.
+        class_names: As for the figure.
 
     Returns:
-        The number of classes with embeddings, and the pair whose cosine is largest in size, with it.
+        One sentence: the number of classes, the mean absolute cosine and the pair with the largest one.
 
     Raises:
-        ValueError: If there are not as many names as classes.
+        ValueError: As for the figure.
 
     Example:
         >>> describe_similarity(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), ["cat", "dog"])
         'Cosines between the means of 2 classes: mean size 0.60, largest 0.60 between cat and dog.'
     """
-    cosines = class_cosines(means)
-    check_names(class_names, len(cosines))
+    cosines, names = _shown(means, class_names)
     present = int((~cosines.diagonal().isnan()).sum())
+    count = canvas.share(present, len(class_names)) if len(names) < len(class_names) else present
+    head = f"Cosines between the means of {count} class{'es' * (count != 1)}"
     first, second, values = _pairs(cosines)
     if len(values) == 0:
-        return f"Cosines between the means of {present} class{'es' * (present != 1)}: there is no pair."
+        return f"{head}: there is no pair."
     most = int(values.abs().argmax())
-    pair = f"{class_names[int(first[most])]} and {class_names[int(second[most])]}"
-    return (
-        f"Cosines between the means of {present} classes: mean size {float(values.abs().mean()):.2f}, "
-        f"largest {float(values[most]):.2f} between {pair}."
-    )
+    pair = " and ".join(canvas.printable(names[int(index[most])]) for index in (first, second))
+    return f"{head}: mean size {float(values.abs().mean()):.2f}, largest {float(values[most]):.2f} between {pair}."
 
 
 def class_cosines(means: ClassMoments | Tensor) -> Tensor:
@@ -86,28 +91,40 @@ def class_cosines(means: ClassMoments | Tensor) -> Tensor:
         means: Class moments, or class means ``(C, D)``.
 
     Returns:
-        ``(C, C)`` in [-1, 1], float64 on the CPU; ``nan`` for classes without rows, and where a mean is zero.
+        ``(C, C)`` in [-1, 1], float64 on the CPU; ``nan`` for classes without embeddings, and where a mean is zero.
+
+    Raises:
+        ValueError: If the means are not ``(C, D)``.
 
     Example:
         >>> class_cosines(torch.tensor([[2.0, 0.0], [0.0, 3.0]])).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    means = (means.means if isinstance(means, ClassMoments) else means).detach().cpu().double()
+    means = _means(means).detach().cpu().double()
     unit = means / means.norm(dim=1, keepdim=True)
     return (unit @ unit.mT).clamp(-1, 1)
 
 
 def draw_cosines(axes: Axes, cosines: Tensor) -> AxesImage:
-    """Heat map without names.
-
-    Args:
-        axes: To draw on.
-        cosines: ``(C, C)``; ``nan`` is grey.
-
-    Returns:
-        The image, from -1 (blue) over 0 (white) to 1 (red).
-    """
+    """Heat map ``(C, C)`` without names, from -1 (blue) over 0 (white) to 1 (red); ``nan`` is grey."""
     return axes.imshow(cosines.numpy(), cmap=colormaps["RdBu_r"].with_extremes(bad="0.75"), vmin=-1, vmax=1)
+
+
+def _means(means: ClassMoments | Tensor) -> Tensor:
+    if isinstance(means, ClassMoments):
+        return means.means
+    means = canvas.on_cpu("means", means)
+    if means.ndim != 2:
+        raise ValueError(f"means must have shape (C, D), got {tuple(means.shape)}")
+    return means
+
+
+def _shown(means: ClassMoments | Tensor, class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Cosines and names of the classes that the heat map shows."""
+    means = _means(means)
+    canvas.check_names(class_names, len(means))
+    shown = canvas.every_nth(len(means), canvas.MOST_CLASSES)
+    return class_cosines(means[list(shown)]), [class_names[index] for index in shown]
 
 
 def _pairs(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,20 +135,10 @@ def _pairs(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, cosines[first, second]
 
 
-def _name_ticks(axes: Axes, class_names: Sequence[str]) -> None:
-    """Names on both axes; of too many classes only some."""
-    places, names = named_places(class_names)
-    upright = max(map(len, names), default=0) <= (3 if len(names) <= 10 else 1)
-    axes.set_xticks(places, names, rotation=0 if upright else 90)
-    axes.set_yticks(places, names)
-    axes.tick_params(length=0)
-
-
-def _write_numbers(axes: Axes, image: AxesImage, cosines: Tensor) -> None:
-    """Two digits per cell, no leading zero: ten columns then fit a telephone."""
+def _write_numbers(axes: Axes, cosines: Tensor) -> None:
+    """Two digits per cell, no leading zero: ten columns then fit a phone."""
     for row, values in enumerate(cosines.tolist()):
         for column, value in enumerate(values):
             if value == value:
                 text = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".")
-                ink = ink_on([float(channel) for channel in image.to_rgba(value)])
-                axes.text(column, row, text, ha="center", va="center", color=ink)
+                axes.text(column, row, text, ha="center", va="center", color="white" if abs(value) > _DARK else "black")

@@ -1,13 +1,15 @@
-"""The page itself: one HTML file with every picture inside."""
+"""The page itself: one HTML file that contains every picture."""
 
 import base64
 import mimetypes
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from simo_lightning.plotting.canvas import printable
 from simo_lightning.report.pictures import Section
 from simo_lightning.report.rows import MetricRow
 
@@ -15,35 +17,38 @@ from simo_lightning.report.rows import MetricRow
 def write_page(
     folder: Path, title: str, facts: Mapping[str, str], rows: Sequence[MetricRow], sections: Sequence[Section]
 ) -> Path:
-    """Write ``index.html``, which needs no other file: the pictures are in it, and nothing is loaded from anywhere.
+    """Write ``index.html``, which contains its pictures and loads nothing.
 
     Args:
-        folder: Exists.
+        folder: Must exist.
         title: Of the page.
-        facts: What the page is about, by name; any text, escaped here as everything else is.
+        facts: What the page is about, by name. Any text is allowed here and in all other arguments: it is escaped, and
+            characters that cannot be printed are shown as their codes.
         rows: The metrics table.
         sections: The pictures; each is read from its file.
 
     Returns:
         The file.
+
+    Raises:
+        OSError: If a picture cannot be read or the page cannot be written.
     """
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data_uri"] = data_uri
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_one_line
+    )
+    environment.filters["data_uri"] = _data_uri
     text = environment.from_string(template).render(title=title, facts=facts, rows=rows, sections=sections)
     path = folder / "index.html"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def data_uri(path: Path) -> str:
-    """A file as the address of itself.
+def _one_line(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
 
-    Args:
-        path: Of a picture, its kind told by its suffix.
 
-    Returns:
-        ``data:image/png;base64,...``
-    """
+def _data_uri(path: Path) -> str:
+    """The file as an address that contains it, ``data:image/png;base64,...``."""
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

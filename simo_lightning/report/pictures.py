@@ -1,54 +1,39 @@
-"""Draws the pictures of the report into files, each with its words."""
+"""Draws the pictures of the report into files, each with its title, caption and alternative text."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from simo_lightning import plotting
 from simo_lightning.data.sources import stratified_subset
 from simo_lightning.functional.moments import ClassMoments
-from simo_lightning.plotting import (
-    Frame,
-    Projection,
-    class_similarity_figure,
-    describe_neighbors,
-    describe_norms,
-    describe_scatter,
-    describe_similarity,
-    describe_spectrum,
-    describe_strip,
-    neighbors_figure,
-    norms_figure,
-    pick_frames,
-    project_2d,
-    save_animation,
-    scatter_figure,
-    spectrum_figure,
-    strip_figure,
-)
+from simo_lightning.plotting import Projection, Snapshot
+from simo_lightning.plotting.canvas import every_nth, share
 
 _PROJECTIONS = {
-    "pca": ("PCA", "The shadow of the embeddings on the two directions of largest variance."),
-    "tsne": ("t-SNE", "Neighbours stay neighbours; sizes of and distances between the groups mean little."),
-    "umap": ("UMAP", "Neighbours stay neighbours; sizes of and distances between the groups mean little."),
+    "pca": ("PCA", "Projection on the two directions of largest variance."),
+    "tsne": ("t-SNE", "Neighbours stay neighbours; sizes of the groups and distances between them mean little."),
+    "umap": ("UMAP", "Neighbours stay neighbours; sizes of the groups and distances between them mean little."),
 }
 _NEIGHBORS = 5
-_STRIP_FRAMES = 6
-_MOVING_FRAMES = 20
+_MOST_IN_LEGEND = 30  # classes that a map always shows
+_PANELS = 6
+_ANIMATED = 20  # snapshots of an animation
 
 
 class EmbeddedImages(NamedTuple):
-    """What an encoder made of a split.
+    """Embeddings of a split.
 
     Attributes:
         embeddings: ``(N, D)``.
         labels: ``(N,)``.
-        images: uint8 ``(M, C, H, W)``, of the first M rows; None where there are none.
+        images: uint8 ``(M, C, H, W)``, of the first M embeddings; None where there are none.
     """
 
     embeddings: Tensor
@@ -57,13 +42,13 @@ class EmbeddedImages(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture and its words.
+    """A picture and its texts.
 
     Attributes:
         path: PNG or GIF.
         title: Above it.
-        alt: Says what it shows to who does not see it.
-        text: Below it: how to read it.
+        alt: Alternative text, for readers who do not see it.
+        text: Caption: how to read it.
     """
 
     path: Path
@@ -102,7 +87,7 @@ def draw_sections(
     data: EmbeddedImages,
     moments: ClassMoments,
     class_names: Sequence[str],
-    frames: Sequence[Frame] = (),
+    snapshots: Sequence[Snapshot] = (),
     projections: Sequence[Projection] = ("pca", "tsne"),
     queries: int | Sequence[int] = 8,
     max_points: int = 2000,
@@ -110,46 +95,53 @@ def draw_sections(
     """Draw every picture that the data allow.
 
     Args:
-        folder: Exists; the pictures are written into it.
+        folder: Must exist; the pictures are written into it.
         data: Of the split.
-        moments: Of all its embeddings.
+        moments: Class moments of all its embeddings.
         class_names: C names.
-        frames: Of training, in order; fewer than two, or of other classes, and there is nothing to show of it.
-        projections: Maps of the plane.
-        queries: Rows whose nearest neighbours are shown, or how many, taken from the classes in turn; 0 for none.
-        max_points: Points of a map, the classes in proportion.
+        snapshots: Of training, in order; fewer than two, or those of other classes, are not drawn.
+        projections: Maps to the plane.
+        queries: Images whose nearest neighbours are shown, or how many, taken from the classes in turn; 0 for none.
+        max_points: Points of a map, the classes in proportion; of more than 30 classes every n-th, so that each has ten
+            points or more.
 
     Returns:
         The sections that have pictures.
 
     Raises:
-        ValueError: If a query is no row with an image, or the embeddings are not finite.
+        ValueError: If a query has no image, or the embeddings are not finite.
     """
     chosen = torch.zeros(0, dtype=torch.long)
-    if data.images is not None and len(data.images) > 1:
+    if data.images is not None and len(data.images) > 1:  # before anything is drawn
         chosen = choose_queries(data.labels[: len(data.images)], queries)
     sections = [
-        Section("Classes", "Which classes share a direction, and how long their embeddings are.", []),
-        Section("Maps", "The embeddings in the plane; a class has the same colour everywhere.", []),
-        Section("Dimensions", "How many directions are in use.", []),
         Section(
-            "Nearest neighbours", "An image, left, and those whose embeddings have the largest cosine with it.", []
+            "Classes",
+            "Which classes share a direction, and how long their embeddings are.",
+            _draw_classes(folder, moments, class_names),
         ),
-        Section("Along training", "The same images in the epochs of training.", []),
+        Section(
+            "Maps",
+            "The embeddings in the plane; a class has the same colour everywhere.",
+            _draw_maps(folder, data, class_names, projections, max_points),
+        ),
+        Section("Dimensions", "How many directions are in use.", _draw_spectrum(folder, moments)),
+        Section(
+            "Nearest neighbours",
+            "A query image, left, and the images whose embeddings have the largest cosine with it.",
+            _draw_neighbors(folder, data, chosen, class_names),
+        ),
+        Section(
+            "Along training",
+            "The same images in the epochs of training.",
+            _draw_training(folder, snapshots, class_names),
+        ),
     ]
-    classes, maps, dimensions, neighbors, training = (section.pictures for section in sections)
-    classes += _draw_classes(folder, moments, class_names)
-    maps += _draw_maps(folder, data, class_names, projections, max_points)
-    dimensions += _draw_spectrum(folder, moments, class_names)
-    if len(frames) > 1 and all(len(frame.counts) == len(class_names) for frame in frames):
-        training += _draw_training(folder, frames, class_names)
-    if data.images is not None and len(chosen):
-        neighbors += _draw_neighbors(folder, data.embeddings, data.labels, data.images, chosen, class_names)
     return [section for section in sections if section.pictures]
 
 
 def nearest_neighbors(embeddings: Tensor, queries: Tensor, k: int) -> Tensor:
-    """The rows whose embeddings have the largest cosine with those of others.
+    """The rows whose embeddings have the largest cosine with those of the queries.
 
     Args:
         embeddings: ``(N, D)``.
@@ -170,7 +162,7 @@ def nearest_neighbors(embeddings: Tensor, queries: Tensor, k: int) -> Tensor:
 
 
 def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
-    """Rows to ask for.
+    """Rows whose nearest neighbours are shown.
 
     Args:
         labels: Of the rows that have images, ``(M,)``.
@@ -189,31 +181,34 @@ def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
     if isinstance(queries, int):
         if queries < 0:
             raise ValueError(f"queries must be a number >= 0 or a list of images, got {queries}")
-        one_hot = labels.unsqueeze(1) == labels.unique()  # (M, P)
-        place = one_hot.cumsum(dim=0)[one_hot] - 1  # how many of its class come before a row, (M,)
-        order = sorted(range(len(labels)), key=lambda row: (int(place[row]), int(labels[row])))
-        return torch.tensor(order[:queries], dtype=torch.long)
+        seen: Counter[int] = Counter()
+        order = []  # (how many of its class come before it, label, row)
+        for row, label in enumerate(labels.tolist()):
+            order.append((seen[label], label, row))
+            seen[label] += 1
+        return torch.tensor([row for *_, row in sorted(order)[:queries]], dtype=torch.long)
     if any(not 0 <= query < len(labels) for query in queries):
         raise ValueError(f"queries must be images 0..{len(labels) - 1} of the split, got {list(queries)}")
     return torch.tensor(list(queries), dtype=torch.long)
 
 
 def _draw_classes(folder: Path, moments: ClassMoments, class_names: Sequence[str]) -> list[Picture]:
-    similarity = _save(class_similarity_figure(moments, class_names), folder / "similarity.png")
-    norms = _save(norms_figure(moments, class_names), folder / "norms.png")
+    similarity, norms = folder / "similarity.png", folder / "norms.png"
+    plotting.class_similarity_figure(moments, class_names).savefig(similarity)
+    plotting.norms_figure(moments, class_names).savefig(norms)
     return [
         Picture(
             similarity,
             "Cosine between class means",
-            describe_similarity(moments, class_names),
+            plotting.describe_similarity(moments, class_names),
             "Off the diagonal 0 is best: such classes are orthogonal. Near 1 two classes share a direction; where all "
             "do, the embedding has collapsed.",
         ),
         Picture(
             norms,
             "Norm and spread of each class",
-            describe_norms(moments, class_names),
-            "A class whose spread is as large as its norm is no direction but a cloud.",
+            plotting.describe_norms(moments, class_names),
+            "A class whose spread is as large as its norm has no clear direction.",
         ),
     ]
 
@@ -221,64 +216,64 @@ def _draw_classes(folder: Path, moments: ClassMoments, class_names: Sequence[str
 def _draw_maps(
     folder: Path, data: EmbeddedImages, class_names: Sequence[str], projections: Sequence[Projection], max_points: int
 ) -> list[Picture]:
-    kept = stratified_subset(data.labels, max_points, seed=0)
+    # of thousands of classes some, ten points each: one point of each class would say nothing about the classes
+    shown = every_nth(len(class_names), max(_MOST_IN_LEGEND, max_points // 10))
+    rows = (data.labels % shown.step == 0).nonzero().squeeze(1)
+    kept = rows[stratified_subset(data.labels[rows], max_points, seed=0)]
     embeddings, labels = data.embeddings[kept], data.labels[kept]
+    note = "" if len(shown) == len(class_names) else f"\n{share(len(shown), len(class_names))} classes"
     pictures = []
     for projection in projections:
         name, text = _PROJECTIONS[projection]
-        points = project_2d(embeddings, projection)
-        title = f"{name} of {len(kept)} of {len(data.labels)} embeddings"
-        path = _save(scatter_figure(points, labels, class_names, title), folder / f"{projection}.png")
-        pictures.append(Picture(path, name, describe_scatter(points, labels, class_names, title), text))
+        path = folder / f"{projection}.png"
+        points = plotting.project_2d(embeddings, projection)
+        title = f"{name} of {len(kept):,} of {len(data.labels):,} embeddings{note}"
+        plotting.scatter_figure(points, labels, class_names, title).savefig(path)
+        alt = plotting.describe_scatter(points, labels, class_names, title)
+        pictures.append(Picture(path, name, alt, text))
     return pictures
 
 
-def _draw_spectrum(folder: Path, moments: ClassMoments, class_names: Sequence[str]) -> list[Picture]:
-    path = _save(spectrum_figure(moments, class_names), folder / "spectrum.png")
-    text = "As many large values as classes is what orthogonal classes need; one or two large values are a collapse."
-    return [Picture(path, "Singular values", describe_spectrum(moments, class_names), text)]
+def _draw_spectrum(folder: Path, moments: ClassMoments) -> list[Picture]:
+    path = folder / "spectrum.png"
+    plotting.spectrum_figure(moments).savefig(path)
+    text = "Orthogonal classes need as many large values as there are classes; one or two large values show a collapse."
+    return [Picture(path, "Singular values", plotting.describe_spectrum(moments), text)]
 
 
-def _draw_training(folder: Path, frames: Sequence[Frame], class_names: Sequence[str]) -> list[Picture]:
-    few, many, labels = pick_frames(frames, _STRIP_FRAMES), pick_frames(frames, _MOVING_FRAMES), frames[-1].labels
-    cosines = [(frame.title, frame.cosines) for frame in few]
-    points = [(frame.title, frame.points) for frame in few]
-    moving = [(frame.title, frame.points) for frame in many]
+def _draw_neighbors(folder: Path, data: EmbeddedImages, chosen: Tensor, class_names: Sequence[str]) -> list[Picture]:
+    if data.images is None or len(chosen) == 0:
+        return []
+    count = len(data.images)
+    nearest = nearest_neighbors(data.embeddings[:count], chosen, min(_NEIGHBORS, count - 1))
+    rows = torch.cat([chosen.unsqueeze(1), nearest], dim=1)  # (Q, 1 + K)
+    path = folder / "neighbors.png"
+    plotting.neighbors_figure(data.images[rows], data.labels[rows], class_names).savefig(path)
+    text = (
+        f"Searched in the first {count:,} images of the split. Queries, from 0: {', '.join(map(str, chosen.tolist()))}."
+    )
+    return [Picture(path, "Nearest images", plotting.describe_neighbors(data.labels[rows], class_names), text)]
+
+
+def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Sequence[str]) -> list[Picture]:
+    if len(snapshots) < 2 or any(len(each.counts) != len(class_names) for each in snapshots):
+        return []
+    few = plotting.pick_snapshots(snapshots, _PANELS)
+    points = [(each.title, each.points) for each in few], snapshots[-1].labels, class_names
+    cosines = [(each.title, each.cosines) for each in few], None, [class_names[i] for i in few[0].classes]
+    moving = [(each.title, each.points) for each in plotting.pick_snapshots(snapshots, _ANIMATED)]
+    paths = [folder / name for name in ("training_points.png", "training_similarity.png", "training.gif")]
+    plotting.small_multiples_figure(*points).savefig(paths[0])
+    plotting.small_multiples_figure(*cosines).savefig(paths[1])
+    plotting.save_animation(moving, paths[2], *points[1:])
     one_map = "One map for all epochs: PCA of the last one."
     return [
+        Picture(paths[0], "Embeddings", plotting.describe_sequence(*points), one_map),
         Picture(
-            _save(strip_figure(points, labels, class_names, "points"), folder / "training_points.png"),
-            "Embeddings",
-            describe_strip(points, labels, class_names, "points"),
-            one_map,
-        ),
-        Picture(
-            _save(strip_figure(cosines, None, class_names, "similarity"), folder / "training_similarity.png"),
+            paths[1],
             "Cosine between class means",
-            describe_strip(cosines, None, class_names, "similarity"),
-            "Red is 1, white 0, blue -1.",
+            plotting.describe_sequence(*cosines),
+            f"1 is red, 0 white, -1 blue; {share(len(few[0].classes), len(class_names))} classes.",
         ),
-        Picture(
-            Path(save_animation(moving, folder / "training.gif", labels, class_names)),
-            "Embeddings, moving",
-            describe_strip(moving, labels, class_names, "points"),
-            one_map,
-        ),
+        Picture(paths[2], "Embeddings, animated", plotting.describe_sequence(moving, *points[1:]), one_map),
     ]
-
-
-def _draw_neighbors(
-    folder: Path, embeddings: Tensor, labels: Tensor, images: Tensor, chosen: Tensor, class_names: Sequence[str]
-) -> list[Picture]:
-    count = len(images)
-    nearest = nearest_neighbors(embeddings[:count], chosen, min(_NEIGHBORS, count - 1))
-    rows = torch.cat([chosen.unsqueeze(1), nearest], dim=1)  # (Q, 1 + K)
-    path = _save(neighbors_figure(images[rows], labels[rows], class_names), folder / "neighbors.png")
-    asked = ", ".join(map(str, chosen.tolist()))
-    text = f"Among the first {count:,} images of the split, counted from 0; asked for: {asked}."
-    return [Picture(path, "Nearest images", describe_neighbors(labels[rows], class_names), text)]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
-    return path

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data import PairDataModule
-from simo_lightning.data.arguments import unlabelled_images
 from simo_lightning.testing.trainers import quiet_and_seeded
 
 
@@ -35,7 +33,7 @@ def check_batch_composition(
         samples_per_class: K; None: the data module's attribute of that name.
         epochs: How many are looked at.
         world_size: Number of processes whose shares are compared; 1: none.
-        unlabelled_per_batch: U; None: what a data module of this package shows, and 0 for another.
+        unlabelled_per_batch: U; None: the data module's attribute of that name, and 0 without one.
 
     Raises:
         AssertionError: If a batch or an epoch is other than that.
@@ -46,7 +44,7 @@ def check_batch_composition(
     """
     p = datamodule.classes_per_batch if classes_per_batch is None else classes_per_batch
     k = datamodule.samples_per_class if samples_per_class is None else samples_per_class
-    u = _unlabelled(datamodule) if unlabelled_per_batch is None else unlabelled_per_batch
+    u = getattr(datamodule, "unlabelled_per_batch", 0) if unlabelled_per_batch is None else unlabelled_per_batch
     with quiet_and_seeded():
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -60,10 +58,6 @@ def check_batch_composition(
             raise AssertionError("epoch 1 has the batches of epoch 0: does the sampler follow set_epoch?")
         if world_size > 1 and hasattr(datamodule, "rank") and hasattr(datamodule, "world_size"):
             _check_shares([_order(_of_rank(datamodule, rank, world_size), 0) for rank in range(world_size)], u > 0)
-
-
-def _unlabelled(datamodule: Any) -> int:
-    return unlabelled_images(vars(datamodule)) if isinstance(datamodule, PairDataModule) else 0
 
 
 def _order(loader: DataLoader, epoch: int) -> list[list[int]]:
@@ -110,7 +104,7 @@ def _check_same(order: list[list[int]], again: list[list[int]], epoch: int) -> N
 
 def _check_labels(loader: DataLoader, epoch: int, p: int, k: int, u: int) -> None:
     _set_epoch(loader, epoch)
-    for place, (images, labels) in enumerate(loader):
+    for place, (images, labels, *_) in enumerate(loader):
         where = f"batch {place} of epoch {epoch}"
         if len(images) != len(labels):
             raise AssertionError(f"{where} has {len(images)} images and {len(labels)} labels")

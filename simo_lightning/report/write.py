@@ -1,4 +1,4 @@
-"""Lightning's trainer with one job more: the report of a checkpoint."""
+"""The report of a checkpoint: embed a split, measure it, draw it, write the page."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,12 +13,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN
+from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import read_checkpoint
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
-from simo_lightning.plotting import Projection, load_frames
+from simo_lightning.plotting import Projection, load_snapshots
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.page import write_page
 from simo_lightning.report.pictures import EmbeddedImages, draw_sections
@@ -29,69 +30,67 @@ Kind = TypeVar("Kind")
 _SPLITS = {"val": "validation", "test": "test"}
 
 
-class ReportTrainer(pl.Trainer):
-    """A trainer that can also :meth:`plot`."""
+def write_report(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: str | None = "best",
+    out: str | None = None,
+    stage: Literal["val", "test"] = "val",
+    projections: list[Projection] = ["pca", "tsne"],  # noqa: B006  # never changed
+    queries: int | list[int] = 8,
+    max_points: int = 2000,
+    config_name: str | None = None,
+) -> Path:
+    """Draw the embeddings of a split into one page, with the metrics.
 
-    def plot(
-        self,
-        model: pl.LightningModule,
-        datamodule: pl.LightningDataModule | None = None,
-        ckpt_path: str | None = "best",
-        out: str | None = None,
-        stage: Literal["val", "test"] = "val",
-        projections: list[Projection] = ["pca", "tsne"],  # noqa: B006  # never changed
-        queries: int | list[int] = 8,
-        max_points: int = 2000,
-        config_name: str | None = None,
-    ) -> Path:
-        """Draw the embeddings of a split into one page, with the metrics.
+    Runs the validation or test loop once. Any module will do whose steps return ``embeddings`` and ``labels``; kNN
+    needs ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The trainer's
+    own callbacks that evaluate embeddings are left out.
 
-        Runs the validation or test loop once. Any module will do whose steps return ``embeddings`` and ``labels``;
-        kNN needs ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. Of the
-        trainer's own callbacks those that judge embeddings are left out.
+    Args:
+        trainer: Runs the loop; its ``default_root_dir`` is the folder of the run.
+        model: Its weights are those of the checkpoint, where one is given.
+        datamodule: With ``class_names``; without, classes are called by their numbers.
+        ckpt_path: Checkpoint: "best" or "last" of the run, or a file.
+        out: Folder of index.html and the pictures. Default: plots/report in the folder of the run.
+        stage: Split: "val" or "test".
+        projections: Maps of the embeddings: pca, tsne and, with the extra umap, umap.
+        queries: Images of the split whose nearest neighbours are shown, as a list such as [3,17]; or how many,
+            taken from the classes in turn; 0 for none.
+        max_points: Points of a map, the classes in proportion.
+        config_name: What the page calls the run.
 
-        Args:
-            model: Its weights are those of the checkpoint, where one is given.
-            datamodule: With ``class_names``, or classes are called by their numbers.
-            ckpt_path: Checkpoint: "best" or "last" of the run, or a file.
-            out: Folder of index.html and the pictures. Default: plots/report in the folder of the run.
-            stage: Split: "val" or "test".
-            projections: Maps of the embeddings: pca, tsne and, with the extra umap, umap.
-            queries: Images of the split whose nearest neighbours are shown, as a list such as [3,17]; or how many,
-                taken from the classes in turn; 0 for none.
-            max_points: Points of a map, the classes in proportion.
-            config_name: What the page calls the run.
+    Returns:
+        The page.
 
-        Returns:
-            The page.
-
-        Raises:
-            FileNotFoundError: If there is no such checkpoint.
-            ValueError: If an argument is out of its range, the checkpoint is damaged or does not fit the module, or the
-                steps return no embeddings.
-            PermissionError: If the folder cannot be written.
-        """
-        _check(stage, projections, max_points)
-        run = Path(self.default_root_dir)
-        if ckpt_path in ("best", "last"):
-            ckpt_path = str(run / "checkpoints" / f"{ckpt_path}.ckpt")
-        facts = {"Config": config_name or type(model).__name__, "Run": _short(run)}
-        facts["Checkpoint"] = "none: the weights as they are" if ckpt_path is None else _describe(Path(ckpt_path))
-        folder = _make_folder(run / "plots" / "report" if out is None else Path(out))
-        frames = load_frames(run / _find(self, EmbeddingPlots, EmbeddingPlots()).dirname / "frames")
-        data, knn, k = _embed(self, model, datamodule, ckpt_path, stage)
-        if self.is_global_zero:
-            names = _class_names(datamodule, data.labels)
-            facts["Data"] = f"{type(datamodule or model).__name__}, {_SPLITS[stage]} split"
-            facts["Images"] = f"{len(data.labels):,} of {len(data.labels.unique())} classes"
-            facts["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
-            facts["Made by"] = f"simo_lightning {__version__}"
-            moments = _moments(data, len(names))
-            sections = draw_sections(folder, data, moments, names, frames, projections, queries, max_points)
-            title = f"{facts['Config']}: embeddings of the {_SPLITS[stage]} split"
-            write_page(folder, title, facts, metric_rows(moments, knn, k), sections)
-        self.strategy.barrier("report")
-        return folder / "index.html"
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If an argument is out of its range, the checkpoint is damaged or does not fit the module, or the
+            steps return no embeddings.
+        PermissionError: If the folder cannot be written.
+    """
+    _check(stage, projections, max_points)
+    run = Path(trainer.default_root_dir)
+    if ckpt_path in ("best", "last"):
+        ckpt_path = str(run / "checkpoints" / f"{ckpt_path}.ckpt")
+    facts = {"Config": config_name or type(model).__name__, "Run": _short(run)}
+    facts["Checkpoint"] = "none: the weights as they are" if ckpt_path is None else _describe(Path(ckpt_path))
+    folder = _make_folder(run / "plots" / "report" if out is None else Path(out))
+    snapshots = load_snapshots(run / _find(trainer, EmbeddingPlots, EmbeddingPlots()).dirname / "snapshots")
+    data, knn, k = _embed(trainer, model, datamodule, ckpt_path, stage)
+    if trainer.is_global_zero:
+        names = _class_names(datamodule, data.labels)
+        facts["Data"] = f"{type(datamodule or model).__name__}, {_SPLITS[stage]} split"
+        facts["Images"] = f"{len(data.labels):,} of {len(data.labels.unique())} classes"
+        facts["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
+        facts["Made by"] = f"simo_lightning {__version__}"
+        moments = _moments(data, len(names))
+        sections = draw_sections(folder, data, moments, names, snapshots, projections, queries, max_points)
+        title = f"{facts['Config']}: embeddings of the {_SPLITS[stage]} split"
+        write_page(folder, title, facts, metric_rows(moments, knn, k), sections)
+    trainer.strategy.barrier("report")
+    return folder / "index.html"
 
 
 def _check(stage: str, projections: list[Projection], max_points: int) -> None:
@@ -116,13 +115,8 @@ def _embed(
         [collector, knn] if has_bank and callable(getattr(model, "embed", None)) else [collector]
     )
     run = trainer.validate if stage == "val" else trainer.test
-    with _judged_by(trainer, judges):
-        try:
-            run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
-            raise ValueError(f"checkpoint {ckpt_path} does not fit the model of the config: {error}") from error
+    with _judged_by(trainer, judges), mismatch_in_one_line(ckpt_path):
+        run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
     if collector.result is None:
         raise ValueError(
             f"{type(model).__name__}'s {_SPLITS[stage]} steps must return a dictionary with embeddings and labels for "

@@ -1,0 +1,62 @@
+"""Modules and trainers of the checkpoint tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
+from simo_lightning.class_paths import InitArgumentsMixin
+
+
+class Flat(InitArgumentsMixin, nn.Module):
+    """An encoder of digits that remembers its arguments."""
+
+    embedding_dim = 4
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.layers(images)
+        return embeddings
+
+
+class OwnEncoder(SimOModule):
+    """A subclass with arguments of its own, whose encoder is made inside."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__(Flat(), SimOLoss(form="log"))
+        self.gain = gain
+
+
+class SavesHyperparameters(SimOModule):
+    """A subclass that calls save_hyperparameters(), with objects among them."""
+
+    def __init__(self, encoder: nn.Module, make: Callable[..., Any] = print, gain: float = 1.0) -> None:
+        super().__init__(encoder)
+        self.gain = gain
+        self.save_hyperparameters()
+
+
+def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"max_epochs": 1, "enable_model_summary": False, "accelerator": "cpu", **quiet, **arguments}
+    return pl.Trainer(default_root_dir=folder, **options)
+
+
+def fit(module: pl.LightningModule, folder: Path, ckpt_path: Path | None = None, **arguments: Any) -> pl.Trainer:
+    run = trainer(folder, **arguments)
+    run.fit(module, datamodule=DigitsPairDataModule(samples_per_class=10), ckpt_path=ckpt_path)
+    return run
+
+
+def save(module: pl.LightningModule, path: Path, **arguments: Any) -> Path:
+    """A checkpoint of a module that is not trained."""
+    run = trainer(path.parent)
+    run.strategy.connect(module)
+    run.save_checkpoint(path, **arguments)
+    return path
