@@ -83,10 +83,12 @@ def fresh(words: list[str], **environment: str) -> Callable[[], Fresh]:
     def wait() -> Fresh:
         _, status, usage = os.wait4(process.pid, 0)
         wall, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        with out:
+            out.seek(0)
+            printed = out.read()
         if process.returncode:
             raise RuntimeError(f"python {' '.join(words)} ended with {process.returncode}")
-        out.seek(0)
-        return Fresh(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _UNIT / 2**20, out.read())
+        return Fresh(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _UNIT / 2**20, printed)
 
     return wait
 

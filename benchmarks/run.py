@@ -165,6 +165,7 @@ def drive(study: str, rows: Sequence[Experiment], out: Path, table: Path) -> int
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run in progress, too
     try:
         sys.exit(main())
