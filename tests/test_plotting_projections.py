@@ -38,7 +38,7 @@ def test_pca_in_float32_errs_as_little_as_numpys():
     plain, exact = (
         torch.from_numpy((each - each.mean(axis=0)) @ plane(each)) for each in (rows.numpy(), rows.double().numpy())
     )
-    assert_float32_error(project_2d(rows), plain, exact, factor=10)
+    assert_float32_error(project_2d(rows), plain, exact, factor=4)  # the directions are computed in float64
 
 
 def test_pca_of_many_dimensions_shows_the_largest_variance():

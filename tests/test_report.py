@@ -226,6 +226,19 @@ def test_training_is_shown_where_the_run_kept_snapshots():
     moving = [picture for picture in pictures(page) if picture.format == "GIF"]
     assert [getattr(picture, "n_frames", 1) for picture in moving] == [3]
     assert len(page.all("details")) == 1
+    assert any(text.startswith("Star coordinates: each class has an axis") for text in page.texts)
+
+
+def test_training_is_shown_in_the_principal_plane_where_a_class_has_no_kept_mean(tmp_path: Path):
+    labels, rows = torch.arange(1_002) % 501, torch.randn(1_002, 4, generator=torch.Generator().manual_seed(0))
+    moments = class_moments(rows, labels, 501)
+    kept = [Snapshot.of_moments(epoch, epoch, moments, rows[:300], labels[:300]) for epoch in range(2)]
+    names = [f"class {index}" for index in range(501)]
+    training = draw_sections(tmp_path, EmbeddedImages(rows, labels), moments, names, kept, ["pca"])[-1]
+    assert training.title == "Along training"
+    points, cosines, moving = training.pictures
+    assert points.text == moving.text == "One map for all epochs: PCA of the last one."
+    assert cosines.text.endswith("; 251 of 501 classes.")
 
 
 def test_of_a_thousand_classes_a_map_shows_some_with_ten_points_each(tmp_path: Path):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ WIDTH = 5.0  # inches
 DPI = 160  # 800 px wide
 MOST_NAMES = 25  # classes that an axis names
 MOST_CLASSES = 500  # classes that have a row of their own, each more than a pixel high
+MOST_POINTS = 20_000
 _LONGEST_NAME = 14  # characters
 
 # Properties of every text that comes from outside: matplotlib would read "$" as a formula, TeX also "\", "%" and "_".
@@ -75,6 +77,18 @@ def every_nth(count: int, most: int) -> range:
 def share(part: int, whole: int) -> str:
     """How much of the data a figure shows, for example ``500 of 10,000``."""
     return f"{part:,} of {whole:,}" if part < whole else f"{whole:,}"
+
+
+def subset(count: int) -> Tensor:
+    """Indices (ascending) of the points in use: all of at most 20,000, else 20,000 at random, always the same.
+
+    Example:
+        >>> len(subset(1_000_000))
+        20000
+    """
+    if count <= MOST_POINTS:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST_POINTS].sort().values
 
 
 def axis_names(class_names: Sequence[str]) -> tuple[range, list[str]]:

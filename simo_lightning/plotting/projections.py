@@ -9,7 +9,7 @@ from torch.nn.functional import normalize, pad
 
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import check_embeddings
-from simo_lightning.plotting.canvas import on_cpu
+from simo_lightning.plotting.canvas import on_cpu, subset
 
 Projection = Literal["pca", "tsne", "umap"]
 
@@ -19,9 +19,9 @@ def project_2d(embeddings: Tensor, method: Projection = "pca", seed: int = 0) ->
 
     Args:
         embeddings: Float tensor ``(N, D)``.
-        method: pca: the two directions of largest variance, each with its largest weight positive, so that the same
-            data give the same picture; tsne: scikit-learn's, seconds for a few thousand points; umap: umap-learn's, of
-            the extra ``umap``.
+        method: pca: the two directions of largest variance (of 20,000 embeddings if there are more), each with
+            its largest weight positive, so that the same data give the same picture; tsne: scikit-learn's, seconds for
+            a few thousand points; umap: umap-learn's, of the extra ``umap``.
         seed: Of tsne and umap, whose distances between far points mean little.
 
     Returns:
@@ -89,7 +89,7 @@ def project_sequence(sequence: Sequence[Tensor]) -> list[Tensor]:
         return rows
     if last.numel() == 0:
         return [last.new_zeros(len(last), 2)] * len(rows)
-    center, plane = last.mean(dim=0), _principal_plane(last)
+    center, plane = last.mean(dim=0), _principal_plane(last).to(last.dtype)
     return [(embeddings.to(last.dtype) - center) @ plane for embeddings in rows]
 
 
@@ -141,9 +141,10 @@ def _principal_plane(rows: Tensor) -> Tensor:
     """Two directions of largest variance (D, 2), the largest weight of each positive; zeros where there is none."""
     from sklearn.utils.extmath import randomized_svd
 
+    rows = rows[subset(len(rows))].double()
     centered = (rows - rows.mean(dim=0)).numpy()
     # exact up to 32 dimensions; above, the variance shown is within a thousandth of the largest
     found = randomized_svd(centered, min(2, *rows.shape), n_oversamples=30, n_iter=10, random_state=0)[2]
-    directions = torch.from_numpy(found)  # (2, D) or (1, D)
+    directions = torch.from_numpy(found)  # float64 (2, D) or (1, D)
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     return pad((directions * largest.sign()).mT, (0, 2 - len(directions)))

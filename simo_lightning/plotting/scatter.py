@@ -14,7 +14,6 @@ from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.plotting import canvas
 from simo_lightning.plotting.colors import class_colors, class_markers
 
-_MOST_POINTS = 20_000
 _MOST_IN_LEGEND = 30  # classes; of more, names stand at the points where there is room
 _NAME_HEIGHT = 0.2  # inches, of a line of 10 pt
 _CHARACTER = 0.085  # inches, of a wide letter of 10 pt
@@ -185,18 +184,6 @@ def _name_medians(axes: Axes, points: Tensor, labels: Tensor, class_names: Seque
             axes.annotate(name, (x, y), (0, 3), textcoords="offset points", **style)
 
 
-def subset(count: int) -> Tensor:
-    """Indices (ascending) of the points that are drawn: all of at most 20,000, else 20,000 at random, always the same.
-
-    Example:
-        >>> len(subset(1_000_000))
-        20000
-    """
-    if count <= _MOST_POINTS:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_MOST_POINTS].sort().values
-
-
 def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor, int]:
     """Points and labels that are drawn, on the CPU, and the number of all points."""
     points, labels = canvas.on_cpu("points", points), canvas.on_cpu("labels", labels)
@@ -204,7 +191,7 @@ def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tupl
     if points.shape[1] != 2:
         raise ValueError(f"points must have shape (N, 2), got {tuple(points.shape)}")
     canvas.check_labels(labels, class_names)
-    kept = subset(len(points))
+    kept = canvas.subset(len(points))
     if not points.isfinite().all():
         raise ValueError(f"points must be finite, got nan or inf in {int((~points.isfinite()).any(1).sum())} of them")
     return points[kept].to(torch.promote_types(points.dtype, torch.float32)), labels[kept].long(), len(points)

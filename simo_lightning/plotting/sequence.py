@@ -20,7 +20,6 @@ from simo_lightning.plotting.scatter import (
     name_classes,
     neighbor_share,
     square_around,
-    subset,
 )
 from simo_lightning.plotting.similarity import draw_cosines
 
@@ -202,7 +201,7 @@ def _check(sequence: Sequence[tuple[str, Tensor]], labels: Tensor | None, class_
     labels = canvas.on_cpu("labels", labels)
     check_embeddings(tensors[-1], labels)
     canvas.check_labels(labels, class_names)
-    kept, total = subset(len(labels)), len(labels)
+    kept, total = canvas.subset(len(labels)), len(labels)
     points = project_sequence([tensor if len(tensor) != total else tensor[kept] for tensor in tensors])
     return _Checked(titles, points, labels[kept].long(), class_names, total)
 

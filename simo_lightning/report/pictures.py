@@ -259,7 +259,9 @@ def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Seq
     if len(snapshots) < 2 or any(len(each.counts) != len(class_names) for each in snapshots):
         return []
     few = plotting.pick_snapshots(snapshots, _PANELS)
-    points = [(each.title, each.points) for each in few], snapshots[-1].labels, class_names
+    star = len(few[0].classes) == len(class_names)  # the mean of every class is known
+    drawn = [(each.title, each.star_coordinates if star else each.points) for each in few]
+    points = drawn, snapshots[-1].labels, class_names
     cosines = [(each.title, each.cosines) for each in few], None, [class_names[i] for i in few[0].classes]
     moving = [(each.title, each.points) for each in plotting.pick_snapshots(snapshots, _ANIMATED)]
     paths = [folder / name for name in ("training_points.png", "training_similarity.png", "training.gif")]
@@ -267,8 +269,12 @@ def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Seq
     plotting.small_multiples_figure(*cosines).savefig(paths[1])
     plotting.save_animation(moving, paths[2], *points[1:])
     one_map = "One map for all epochs: PCA of the last one."
+    axes = (
+        "Star coordinates: each class has an axis, and a point is the sum of its cosines with the class means along "
+        "the axes. Tight orthogonal classes lie on a circle, a collapsed embedding in the middle."
+    )
     return [
-        Picture(paths[0], "Embeddings", plotting.describe_sequence(*points), one_map),
+        Picture(paths[0], "Embeddings", plotting.describe_sequence(*points), axes if star else one_map),
         Picture(
             paths[1],
             "Cosine between class means",
