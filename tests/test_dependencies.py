@@ -44,7 +44,7 @@ def imported(*places: str) -> set[str]:
 
 def undeclared(names: set[str], allowed: set[str]) -> set[str]:
     distributions = packages_distributions()
-    return {name for name in names if not {normalized(each) for each in distributions.get(name, [])} & allowed}
+    return {name for name in names if not {normalized(each) for each in distributions.get(name, [name])} & allowed}
 
 
 def test_imports_of_the_package_are_requirements_or_extras_with_a_hint() -> None:
