@@ -1,4 +1,4 @@
-"""Geometry once more: NumPy float64 loops over the embeddings themselves, and what others' code makes of them.
+"""Geometry once more: NumPy float64 loops over the embeddings themselves, and other libraries.
 
 Every function takes ``rows (N, D)`` and ``labels (N,)``. Those of LOOPS, one for each declared metric and with its
 name, are the definitions; those of OTHERS come from another library or transcribe a published one.
@@ -215,7 +215,7 @@ def _pdist(rows, labels):
     return pairs.mean()
 
 
-#: Whose code, and what it gives; of classes of several rows, in more dimensions than classes.
+#: Library and function, for classes of several embeddings in more dimensions than classes.
 OTHERS = {
     "alignment": ("scipy pdist", _pdist),
     "centered_cosine": ("scikit-learn cosine_similarity", lambda *a: np.abs(_off_diagonal(centered(*a))).mean()),

@@ -133,7 +133,7 @@ def test_the_bank_is_embedded_in_eval_mode_and_leaves_the_module_as_it_was(tmp_p
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_the_bank_is_embedded_in_the_trainers_precision(tmp_path, precision):
-    class Watched(Encoder):
+    class Recording(Encoder):
         dtypes: frozenset[torch.dtype] = frozenset()
 
         def embed(self, images: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def test_the_bank_is_embedded_in_the_trainers_precision(tmp_path, precision):
             self.dtypes |= {embeddings.dtype}
             return embeddings
 
-    module = Watched()
+    module = Recording()
     run = trainer(tmp_path, GeometryMonitor(), OnlineKNN(k=1), precision=precision)
     logged = run.validate(module, Pictures(), verbose=False)[0]
     assert module.dtypes == {torch.bfloat16 if precision == "bf16-mixed" else torch.float64}
@@ -162,16 +162,16 @@ def test_pictures_of_every_epoch_and_the_latest(tmp_path):
     logger = TensorBoardLogger(tmp_path / "events", name="", version="")
     callback = EmbeddingPlots(every_n_epochs=2, max_points=7)
     trainer(tmp_path, callback, max_epochs=4, logger=logger, log_every_n_steps=1).fit(Encoder(), Pictures())
-    folder, kinds = tmp_path / "plots", ("norms", "scatter", "similarity", "spectrum")
-    names = sorted(f"{kind}{tail}.png" for kind in kinds for tail in ("", "_epoch=001", "_epoch=003"))
+    folder, pictures = tmp_path / "plots", ("norms", "scatter", "similarity", "spectrum")
+    names = sorted(f"{picture}{tail}.png" for picture in pictures for tail in ("", "_epoch=001", "_epoch=003"))
     assert sorted(path.name for path in folder.glob("*.png")) == names
-    for kind in kinds:
-        latest = (folder / f"{kind}.png").read_bytes()
+    for picture in pictures:
+        latest = (folder / f"{picture}.png").read_bytes()
         assert latest.startswith(b"\x89PNG")
-        assert latest == (folder / f"{kind}_epoch=003.png").read_bytes()
+        assert latest == (folder / f"{picture}_epoch=003.png").read_bytes()
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
-    assert sorted(events.Tags()["images"]) == [f"val/{kind}" for kind in kinds]
+    assert sorted(events.Tags()["images"]) == [f"val/{picture}" for picture in pictures]
     assert len(events.Images("val/scatter")) == 2
 
 
@@ -287,7 +287,7 @@ class Plain(Encoder):
 def test_moments_are_summed_once_for_all_callbacks_in_any_order(tmp_path, order):
     first, second, plots, returned = KeptMoments(), KeptMoments(num_classes=NUM_CLASSES), EmbeddingPlots(), Returned()
     callbacks = (first, second, plots)
-    run = trainer(tmp_path, *(callbacks[place] for place in order), returned)
+    run = trainer(tmp_path, *(callbacks[index] for index in order), returned)
     run.validate(Plain(), TwoLoaders(), verbose=False)
     ((stage, moments),), ((_, same),) = first.kept, second.kept
     assert stage == "val"

@@ -233,12 +233,12 @@ def test_a_run_without_orthogonality_collapses_and_one_with_it_does_not(tmp_path
     loss = SimOLoss("group", "log", eps=0.01, normalize=False, orthogonality_leaning=leaning)
     alarm = CollapseAlarm(after_epochs=2, every_n_steps=12)
     run = small_trainer(tmp_path, callbacks=[alarm], max_epochs=6, log_every_n_steps=5)
-    with warnings.catch_warnings(record=True) as reported:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.fit(SimOModule(Small(), loss, partial(torch.optim.AdamW, lr=1e-2)), DigitsPairDataModule())
-    told = [str(warning.message) for warning in reported if "embeddings collapsed" in str(warning.message)]
-    print(*told, sep="\n")  # pytest -rP shows it
-    assert bool(told) == (leaning == 0)
+    collapsed = [str(warning.message) for warning in caught if "embeddings collapsed" in str(warning.message)]
+    print(*collapsed, sep="\n")  # pytest -rP shows it
+    assert bool(collapsed) == (leaning == 0)
     assert {"val/collapsed_classes", "train/collapsed_classes"} <= run.callback_metrics.keys()
 
 

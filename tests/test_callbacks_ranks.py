@@ -26,7 +26,7 @@ class Trained(pl.Callback):
         self.batches.append((outputs["embeddings"], outputs["labels"]))
 
 
-def watch(folder: Path, world: int) -> None:
+def train(folder: Path, world: int) -> None:
     probe, alarm = (
         OnlineProbe(lr=0.05, every_n_batches=1),
         CollapseAlarm(after_epochs=99, every_n_steps=3, min_separation=3.0),
@@ -40,14 +40,14 @@ def watch(folder: Path, world: int) -> None:
     run = small_trainer(folder, max_epochs=3, precision="64-true", **options)
     run.fit(SimOModule(layer().double()), Shares())
     values = {name: float(value) for name, value in run.callback_metrics.items()}
-    torch.save((values, probe.head.state_dict(), trained.batches), folder / f"watch{world}.{run.global_rank}.pt")
+    torch.save((values, probe.head.state_dict(), trained.batches), folder / f"train{world}.{run.global_rank}.pt")
 
 
 def test_two_processes_log_and_learn_what_one_does(tmp_path):
-    watch(tmp_path, 1)
-    assert start_ranks(2, watch, tmp_path, 2) == [0, 0]
-    ((one, head, batches),) = saved(tmp_path, "watch1", 1)
-    (first, first_head, _), (second, second_head, _) = saved(tmp_path, "watch2", 2)
+    train(tmp_path, 1)
+    assert start_ranks(2, train, tmp_path, 2) == [0, 0]
+    ((one, head, batches),) = saved(tmp_path, "train1", 1)
+    (first, first_head, _), (second, second_head, _) = saved(tmp_path, "train2", 2)
     names = [f"{stage}/{name}" for stage in ("train", "val") for name in [*GEOMETRY, "collapsed_classes"]]
     assert set(one) >= {*names, "val/probe"}
     assert one["train/collapsed_classes"] > 0

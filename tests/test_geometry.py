@@ -45,7 +45,7 @@ def test_fewer_rows_than_dimensions(name):
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
-def test_equals_the_code_of_others(name):
+def test_equals_other_libraries(name):
     embeddings, labels = data(dim=12, seed=1)
     expected = OTHERS[name][1](embeddings.numpy(), labels.numpy())
     assert values(embeddings, labels)[name] == pytest.approx(expected, rel=1e-9)
@@ -97,7 +97,7 @@ def test_a_declaration_is_checked():
     assert "wordless" not in GEOMETRY
 
 
-def test_orthogonal_points_are_the_best_there_is():
+def test_orthogonal_points_have_the_best_values():
     embeddings, labels = 3 * torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
     expected = dict.fromkeys(GEOMETRY, 0.0) | {"effective_rank": 4, "stable_rank": 4, "rms_norm": 3}
     expected |= {"centered_cosine": 1 / 3, "centered_cosine_max": 1 / 3, "participation_ratio": np.nan}
@@ -113,7 +113,7 @@ def test_a_simplex_has_the_cosines_of_a_simplex():
         assert found[name] == pytest.approx(0, abs=1e-12)
 
 
-def test_full_collapse_is_told_and_never_flattered():
+def test_full_collapse_has_the_worst_values():
     embeddings, labels = torch.tensor([0.1, 0.7, -0.3]).repeat(1000, 1), torch.arange(1000) % 7 % 5
     found = values(embeddings, labels)
     assert found.pop("rms_norm") == pytest.approx(0.59**0.5)
@@ -161,7 +161,7 @@ def test_singletons_have_no_pair():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_gives_nan(bad):
+def test_embeddings_that_are_not_finite_give_nan(bad):
     embeddings, labels = data()
     embeddings[3, 1] = bad
     found = values(embeddings, labels)
@@ -251,7 +251,7 @@ def test_subspace_overlap_compares_as_many_directions_as_asked(directions):
         geometry.subspace_overlap(class_moments(embeddings, labels, 5), 0)
 
 
-def test_per_class_values_average_to_the_metric_and_leave_out_what_is_not_there():
+def test_per_class_values_average_to_the_metric():
     embeddings, labels = data()  # class 3 has no rows
     moments = class_moments(embeddings, labels, 5)
     for name in ("participation_ratio", "variance_across", "variance_along"):
@@ -273,7 +273,7 @@ def test_singular_values_are_those_of_the_rows(n, dim):
     assert (found > 0).sum() == np.linalg.matrix_rank(embeddings.numpy())
 
 
-def test_all_of_them_cost_little():
+def test_all_metrics_cost_little():
     """Processor time of the whole table: ``pytest tests/test_geometry.py -k cost -rP``."""
     print()
     for num_classes, dim, repeats, most in ((10, 16, 30, 0.05), (100, 128, 3, 2.0)):

@@ -90,7 +90,7 @@ class EmbeddingPlots(ClassMomentsCallback):
             return
         folder = self._folder(trainer)
         found = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-        if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):  # told now, not after the first epoch
+        if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):  # warn now, not after the first epoch
             reason = f"no permission in {found}" if found.is_dir() else f"{found} is a file"
             rank_zero_warn(f"EmbeddingPlots cannot write to its folder {folder}: {reason}; change default_root_dir")
             self._failed |= {"snapshots", "similarity", "scatter", "spectrum", "norms"}
@@ -178,13 +178,13 @@ class EmbeddingPlots(ClassMomentsCallback):
 
 
 def _first_of_class(labels: Tensor, quota: int, seen: Tensor) -> Tensor:
-    """Which rows (N,) are among the first `quota` of their class, after `seen` (C,) of each before them; a mask."""
+    """Mask (N,) of the first `quota` embeddings of each class, of which `seen` (C,) came in earlier batches."""
     one_hot = torch.nn.functional.one_hot(labels, len(seen))  # (N, C)
-    place = (one_hot.cumsum(dim=0) - 1).gather(1, labels.unsqueeze(1)).squeeze(1)
-    return place + seen[labels] < quota
+    rank = (one_hot.cumsum(dim=0) - 1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return rank + seen[labels] < quota
 
 
 def _few(points: Tensor, labels: Tensor, most: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """At most so many points with their labels, the first ones of each class."""
+    """The first points of each class with their labels, at most `most`."""
     kept = _first_of_class(labels, math.ceil(most / num_classes), torch.zeros(num_classes, dtype=torch.long))
     return points[kept][:most], labels[kept][:most]

@@ -15,7 +15,7 @@ from simo_lightning.distributed import gather_rows, world_size
 
 
 class EmbeddingWriter(BasePredictionWriter):
-    """Writes ``<run folder>/predictions/embeddings.npz``, in the order of the data set on any number of processes.
+    """Writes ``<run folder>/predictions/embeddings.npz``, in the order of the data set, on any number of processes.
 
     The file holds ``embeddings`` float32 ``(N, D)``, ``labels`` int64 ``(N,)`` and ``class_names`` ``(C,)``.
     """
@@ -33,8 +33,8 @@ class EmbeddingWriter(BasePredictionWriter):
     ) -> None:
         rows = {name: torch.cat([output[name] for output in predictions]) for name in ("embeddings", "labels")}
         # Process r holds the images r, r + W, r + 2 W ...
-        place = trainer.global_rank + world_size() * torch.arange(len(rows["labels"]), device=rows["labels"].device)
-        order = gather_rows(place).argsort()
+        index = trainer.global_rank + world_size() * torch.arange(len(rows["labels"]), device=rows["labels"].device)
+        order = gather_rows(index).argsort()
         rows = {name: gather_rows(value)[order].cpu() for name, value in rows.items()}
         if not trainer.is_global_zero:
             return

@@ -16,10 +16,10 @@ class OnlineProbe(EvaluationCallback):
 
     The classifier takes one step on the embeddings of every second training batch as the encoder returned them: of
     augmented images, in training mode. It has its own parameters and optimizer (Adam, cross-entropy) and sends no
-    gradient to the encoder, whose training it leaves as it is to the last bit. It sees directions alone: each embedding
-    is scaled to the norm ``sqrt(D)``, so that the learning rate fits at any scale. It starts from zeros, takes the mean
-    over the rows of all processes, so that its weights are equal on all, and is part of the checkpoint. A row whose
-    label is no class, as that of an image whose label is hidden, does not count. A module whose steps return no
+    gradient to the encoder, whose training is the same to the last bit without it. Each embedding is scaled to the norm
+    ``sqrt(D)``, so that the learning rate fits at any scale. The classifier starts from zeros, takes the mean over the
+    embeddings of all processes, so that its weights are equal on all, and is part of the checkpoint. An embedding whose
+    label is no class, such as that of an image whose label is hidden, does not count. A module whose steps return no
     ``embeddings`` and ``labels`` is not evaluated; nor are validation and test before any training.
 
     Args:
@@ -99,14 +99,14 @@ class OnlineProbe(EvaluationCallback):
         return {"probe": correct.float() / count}
 
     def _head(self, trainer: Trainer, embeddings: Tensor) -> nn.Linear:
-        """The classifier on the device of the embeddings, made, or of a checkpoint, if there is none there."""
+        """The classifier on the device of the embeddings; new or from a checkpoint if there is none yet."""
         if self.head is not None and self.head.weight.device == embeddings.device:
             return self.head
         num_classes = self._known_num_classes(trainer)
         state, self._state = self.state_dict(), {}
         # skip_init: weights drawn here would move the generator from which the encoder's training draws
-        place = {"dtype": torch.float32, "device": embeddings.device}
-        self.head = nn.utils.skip_init(nn.Linear, embeddings.shape[1], num_classes, **place)
+        options = {"dtype": torch.float32, "device": embeddings.device}
+        self.head = nn.utils.skip_init(nn.Linear, embeddings.shape[1], num_classes, **options)
         self._optimizer = torch.optim.Adam(self.head.parameters(), lr=self.lr, fused=embeddings.device.type != "mps")
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine similarity: how good embeddings are, judged without training anything."""
+"""k nearest neighbours by cosine similarity: the quality of embeddings without training a classifier."""
 
 import torch
 from torch import Tensor
@@ -13,25 +13,25 @@ def knn_predict(
     num_classes: int | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Class of each query: the commonest among its k nearest neighbours of the bank, by cosine similarity.
+    """Class of each query: the most common one among its k nearest neighbours in the bank, by cosine similarity.
 
-    All k neighbours vote alike. Of classes with equally many votes the one with the larger sum of similarities wins,
-    and of those that tie even so the lowest. A row of zeros has similarity 0 to everything. Half precision is
-    computed in float32. Memory is ``O(chunk_size * (N + C))`` beside the inputs.
+    All k neighbours have equal votes. A tie goes to the class with the larger sum of similarities, and then to the
+    lowest class. An embedding of zeros has similarity 0 to everything. Half precision is computed in float32. Memory is
+    ``O(chunk_size * (N + C))`` beside the inputs.
 
     Args:
         queries: Float tensor ``(M, D)``.
-        bank: Float tensor ``(N, D)``, the known embeddings.
+        bank: Float tensor ``(N, D)``, embeddings of known classes.
         bank_labels: Class of each row of the bank, integers >= 0, ``(N,)``.
         k: Neighbours that vote, ``1 <= k <= N``.
-        num_classes: C, larger than every label; by default the largest label and one.
-        chunk_size: Queries that are compared with the bank at once; does not change the result.
+        num_classes: C, larger than every label; by default the largest label plus one.
+        chunk_size: Queries that are compared with the bank at once; it does not change the result.
 
     Returns:
         Predicted classes ``(M,)``, int64.
 
     Raises:
-        ValueError: If shapes or labels are not as said, k is not in 1..N, or a value is not finite.
+        ValueError: If a shape or a label is wrong, k is not in 1..N, or a value is not finite.
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]])
@@ -69,7 +69,7 @@ def knn_accuracy(
     num_classes: int | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Share of the queries to which :func:`knn_predict` gives their own class.
+    """Share of the queries whose class :func:`knn_predict` predicts.
 
     Args:
         queries: Float tensor ``(M, D)``.
@@ -77,7 +77,7 @@ def knn_accuracy(
         bank: Float tensor ``(N, D)``.
         bank_labels: Class of each row of the bank, integers >= 0, ``(N,)``.
         k: Neighbours that vote, ``1 <= k <= N``.
-        num_classes: C; by default the largest label of the bank and one.
+        num_classes: C; by default the largest label of the bank plus one.
         chunk_size: Queries that are compared with the bank at once.
 
     Returns:

@@ -119,7 +119,7 @@ def class_moments(
         The sums; zeros for classes without a row.
 
     Raises:
-        ValueError: If the shapes or the labels are not as said.
+        ValueError: If a shape or a label is wrong.
 
     Example:
         >>> moments = class_moments(torch.tensor([[0.0], [2.0], [9.0]]), torch.tensor([0, 0, 1]), num_classes=2)

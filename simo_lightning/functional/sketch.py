@@ -1,25 +1,25 @@
-"""A sample of rows of fixed size that does not depend on how the rows came: in which order, batches or processes.
+"""A sample of embeddings of fixed size (a bottom-k sketch) that does not depend on their order, batches or processes.
 
-Every row gets a key, a hash of its own values; the sample is the rows with the smallest keys, each with the number of
-times it occurred. What is among the smallest of all is among the smallest of every part, so samples of parts merge into
-the sample of the whole, numbers included.
+Every embedding gets a key, a hash of its own values. The sample is the embeddings with the smallest keys, each with the
+number of times it occurred. The smallest keys of all are among the smallest keys of every part, so samples of parts
+merge into the sample of the whole, numbers included.
 
-A row takes D + 2 int64: key, number, and the bits of its values. So one tensor holds a sample, whatever its dtype.
+An embedding takes D + 2 int64: key, number, and the bits of its values. So one tensor holds a sample of any dtype.
 """
 
 import torch
 from torch import Tensor
 
-# Key of an empty place, above all others, and of rows that are not finite, below: one of those is always in the sample.
+# Key of an empty entry, above all others, and of rows that are not finite, below: one of those is always in the sample.
 _EMPTY, _NOT_FINITE = 2**63 - 1, -1
 _GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
 
 
 def empty_sample(size: int, dim: int) -> Tensor:
-    """A sample without rows.
+    """A sample without embeddings.
 
     Args:
-        size: Rows it has place for, K.
+        size: Embeddings that it can hold, K.
         dim: D.
 
     Returns:
@@ -31,7 +31,7 @@ def empty_sample(size: int, dim: int) -> Tensor:
 
 
 def sample_entries(embeddings: Tensor) -> Tensor:
-    """Rows with their keys, as a sample keeps them, each counted once.
+    """Entries of a sample for a batch of embeddings, each counted once.
 
     Args:
         embeddings: float64 or float32, ``(N, D)``.
@@ -41,38 +41,38 @@ def sample_entries(embeddings: Tensor) -> Tensor:
     """
     rows = embeddings + 0.0  # -0.0 and 0.0 are one value
     bits = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32).to(torch.int64)
-    places = _mix(_GOLDEN * torch.arange(1, rows.shape[1] + 1, device=rows.device))  # (D,) so that order matters
-    keys = (_mix(_mix(bits ^ places).sum(dim=1)) & _EMPTY).clamp(max=_EMPTY - 1)
+    columns = _mix(_GOLDEN * torch.arange(1, rows.shape[1] + 1, device=rows.device))  # (D,) so that order matters
+    keys = (_mix(_mix(bits ^ columns).sum(dim=1)) & _EMPTY).clamp(max=_EMPTY - 1)
     keys = torch.where(rows.isfinite().all(dim=1), keys, _NOT_FINITE)
     return torch.cat((keys.unsqueeze(1), torch.ones_like(keys).unsqueeze(1), bits), dim=1)
 
 
 def merge_samples(samples: Tensor, size: int) -> Tensor:
-    """Sample of the union of what the samples, or single entries, are of.
+    """Sample of the union of several samples, or of single entries.
 
     Args:
         samples: ``(..., D + 2)``, int64.
-        size: Rows to keep, K.
+        size: Embeddings to keep, K.
 
     Returns:
-        ``(K, D + 2)``, int64, by rising key.
+        ``(K, D + 2)``, int64, sorted by key.
     """
     entries = samples.flatten(0, -2)
     keys, inverse = entries[:, 0].unique(return_inverse=True)  # rising
     counts = torch.zeros_like(keys).index_add(0, inverse, entries[:, 1])
-    places = torch.arange(len(entries), device=entries.device)
-    first = torch.full_like(keys, len(entries)).scatter_reduce(0, inverse, places, "amin")
+    indices = torch.arange(len(entries), device=entries.device)
+    first = torch.full_like(keys, len(entries)).scatter_reduce(0, inverse, indices, "amin")
     kept = torch.cat((keys.unsqueeze(1), counts.unsqueeze(1), entries[first, 2:]), dim=1)[:size]
     padding = empty_sample(size - len(kept), entries.shape[1] - 2)
     return torch.cat((kept, padding.to(kept.device)))
 
 
 def sampled_rows(sample: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of a sample and how often each occurred.
+    """Embeddings of a sample and how often each occurred.
 
     Args:
         sample: ``(K, D + 2)``, int64.
-        dtype: Of the embeddings that went in.
+        dtype: Of the embeddings.
 
     Returns:
         ``rows (n, D)`` of that dtype, n <= K, and ``counts (n,)``, int64.

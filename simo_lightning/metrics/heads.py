@@ -1,4 +1,4 @@
-"""Class means as classifiers, as torchmetrics metrics: beside a head's weight, and on their own."""
+"""Class means as classifiers, as torchmetrics metrics: against a head's weight, and on their own."""
 
 from typing import Literal
 
@@ -14,10 +14,10 @@ class NC3(ClassMomentsMetric):
     """Self-duality of a linear head and the class means, by :func:`.geometry.nc3`.
 
     The weight is read when the value is computed, so the metric follows a head that trains or moves to another device.
-    The head does not become a part of the metric: not in its parameters, nor in its checkpoint.
+    The head is not part of the metric: neither of its parameters nor of its checkpoint.
 
     Args:
-        head: Module with a ``weight (C, D)``, such as ``torch.nn.Linear``; what it takes in is what `update` gets.
+        head: Module with a ``weight (C, D)``, such as ``torch.nn.Linear``; `update` takes its input.
         dtype: Of the sums.
 
     Raises:
@@ -52,9 +52,9 @@ class NearestClassMeanAccuracy(Metric):
     """Share of the embeddings whose nearest class mean is that of their own class.
 
     Args:
-        means: ``(C, D)``, of the training images say; a class whose row is ``nan`` is never predicted.
+        means: ``(C, D)``, usually of the training images; a class whose row is ``nan`` is never predicted.
         distance: "euclidean" or "cosine", as :func:`.geometry.nearest_class_mean_predict`.
-        dtype: In which distances are computed; torch.float32 for devices without float64.
+        dtype: Of the distances; torch.float32 for devices without float64.
 
     Raises:
         ValueError: If the means are not ``(C, D)`` with a finite row.
@@ -81,9 +81,7 @@ class NearestClassMeanAccuracy(Metric):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
-        nearest_class_mean_predict(
-            means.new_empty(0, *means.shape[1:]), means, distance
-        )  # says what is wrong with them
+        nearest_class_mean_predict(means.new_empty(0, *means.shape[1:]), means, distance)  # raises for wrong arguments
         self.distance = distance
         self.register_buffer("means", means.detach().to(dtype), persistent=False)
         self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
@@ -97,7 +95,7 @@ class NearestClassMeanAccuracy(Metric):
             labels: Class of each row, ``(N,)``.
 
         Raises:
-            ValueError: If the shapes are not as said or an embedding is not finite.
+            ValueError: If a shape is wrong or an embedding is not finite.
         """
         if labels.shape != embeddings.shape[:1]:
             raise ValueError(

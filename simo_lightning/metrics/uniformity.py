@@ -13,10 +13,10 @@ from simo_lightning.functional.sketch import empty_sample, merge_samples, sample
 class Uniformity(Metric):
     """How evenly embeddings cover the sphere, by :func:`.geometry.uniformity`.
 
-    Exact while at most ``sample_size`` different embeddings were seen. Beyond, the value is that of ``sample_size`` of
-    them, chosen by a hash of their own values, each with the number of times it occurred; the same ones in whatever
-    order, batches or processes the embeddings come. Where the same image gives other last digits (another batch size,
-    another device), other embeddings are chosen, and the value is another estimate of the same thing.
+    Exact while at most ``sample_size`` different embeddings were seen. Beyond that the value is that of ``sample_size``
+    of them, chosen by a hash of their own values, each with the number of times it occurred. The choice does not depend
+    on order, batches or processes. Where an embedding has other last digits (another batch size, another device),
+    others are chosen, and the value is another estimate of the same quantity.
 
     The state is ``sample_size * (D + 2)`` int64: 295 kB for 2,048 embeddings in 16 dimensions.
 
@@ -27,8 +27,8 @@ class Uniformity(Metric):
         dtype: Of the rows; torch.float32 for devices without float64.
 
     Raises:
-        ValueError: If ``embedding_dim`` is below 1, ``sample_size`` below 2, t not positive, or the dtype none of the
-            two.
+        ValueError: If ``embedding_dim`` is below 1, ``sample_size`` below 2, t not positive, or the dtype is another
+            one.
 
     Example:
         >>> metric = Uniformity(embedding_dim=2)
@@ -67,10 +67,10 @@ class Uniformity(Metric):
 
         Args:
             embeddings: Float tensor ``(N, D)``.
-            labels: Not used; taken so that the metric fits into a collection with those that need them.
+            labels: Not used; accepted so that the metric fits into a collection with others that need them.
 
         Raises:
-            ValueError: If the shape is not as said.
+            ValueError: If the shape is wrong.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have shape (N, {self.embedding_dim}), got {tuple(embeddings.shape)}")

@@ -69,7 +69,7 @@ class EmbeddingCollector(EvaluationCallback):
 
 
 def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:
-    """Images as they can be looked at.
+    """Images as bytes, for display.
 
     Args:
         images: ``(N, C, H, W)``, uint8 or normalised floats.
@@ -109,5 +109,5 @@ def _of_all_ranks(trainer: Trainer, parts: list[Tensor]) -> tuple[Tensor, Tensor
     if world_size() == 1:
         return rows, torch.arange(len(rows))
     device = trainer.strategy.root_device
-    place = trainer.global_rank + world_size() * torch.arange(len(rows), device=device)
-    return gather_rows(rows.to(device)).cpu(), gather_rows(place).argsort().cpu()
+    index = trainer.global_rank + world_size() * torch.arange(len(rows), device=device)
+    return gather_rows(rows.to(device)).cpu(), gather_rows(index).argsort().cpu()

@@ -112,12 +112,12 @@ def geometry_metric(
 
 
 def _with_sections(docstring: str, metric: GeometryMetric) -> str:
-    """The docstring with what all metrics have in common, and what the declaration says."""
+    """The docstring with the sections Args and Returns, which the declaration contains."""
     direction = {"neither": "neither direction is better"}.get(metric.better, f"{metric.better} is better")
     best = f" ({metric.best})" if metric.best else ""
     added = f"Returns:\n    Scalar, {metric.interval}; {direction}{best}. ``nan`` for {metric.undefined}.\n\n"
     if "Args:" not in docstring:
         added = "Args:\n    moments: Class moments; classes without embeddings do not count.\n\n" + added
     found = _SECTION.search(docstring)
-    place = found.start() if found else len(docstring)
-    return docstring[:place].rstrip() + "\n\n" + added + docstring[place:]
+    start = found.start() if found else len(docstring)
+    return docstring[:start].rstrip() + "\n\n" + added + docstring[start:]
