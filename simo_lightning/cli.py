@@ -117,6 +117,8 @@ class SimoCLI(FunctionCLI):
         command: str = self.config.subcommand
         config = self.config[command]
         _expand_home(config)
+        if config.get("weights_only", False) is None:  # Lightning would open a checkpoint with any object in it
+            config.weights_only = True
         _check_settings(command, config)
         own_run = self._run_of_config()
         if command in ("validate", "test", "predict") and own_run is not None and config.ckpt_path is None:
@@ -294,7 +296,9 @@ class SimoCLI(FunctionCLI):
             if not path.is_file() and fitting:
                 _say(f"no checkpoint at {path} yet: starting from the beginning")
                 return None
-        checkpoint = read_checkpoint(path, map_location="cpu")  # a damaged file is told now, not after the data is read
+        # a damaged file is told now, not after the data is read; `plot` has no weights_only
+        weights_only = self.config[self.config.subcommand].get("weights_only")
+        checkpoint = read_checkpoint(path, map_location="cpu", weights_only=weights_only)
         if fitting:
             missing = [name for name in ("loops", "optimizer_states", "lr_schedulers") if name not in checkpoint]
             if missing:

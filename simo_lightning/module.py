@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simo_lightning.checkpoints import CheckpointMixin
 from simo_lightning.distributed import gather_rows
+from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss
 from simo_lightning.schedules import with_schedule
 
@@ -122,7 +123,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     def _is_reported(self, batch_idx: int) -> bool:
         """Whether a logger, the progress bar or a monitor reads this step's loss: a call of ``log`` takes 0.4 ms."""
-        trainer: Any = self._trainer
+        trainer: Any = attached_trainer(self)
         if trainer is None:  # called without a trainer
             return False
         every, step = trainer.log_every_n_steps, self.global_step + 1

@@ -316,7 +316,7 @@ class Broken(simo_lightning.SimOModule):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ckpt_path", "last.ckpt", "--model.encoder.width", "0.25"], "last.ckpt does not fit the model"),
+        (["--ckpt_path", "last.ckpt", "--model.encoder.width", "0.25"], "last.ckpt does not fit"),
         (["--ckpt_path", "weights.ckpt"], "--ckpt_path weights.ckpt must hold the state of a run"),
         (["--trainer.limit_train_batches", "0"], "--trainer.limit_train_batches must leave something to train, got 0"),
         (["--knn.every_n_epochs=2", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/knn"],

@@ -42,7 +42,7 @@ def assert_same_metrics(found: dict[str, list[tuple[int, float]]], folder: Path)
     assert {"train/loss", "val/knn", "val/class_cosine"} <= expected.keys()
     for name, values in expected.items():
         assert [step for step, _ in found[name]] == [step for step, _ in values], name
-        np.testing.assert_allclose([value for _, value in found[name]], [value for _, value in values], rtol=1e-6)
+        assert [value for _, value in found[name]] == [value for _, value in values], name  # the same number, printed
 
 
 def picture(color: str = "red") -> Figure:

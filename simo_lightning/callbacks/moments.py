@@ -12,6 +12,7 @@ from typing_extensions import override
 from simo_lightning.callbacks.evaluation import EvaluationCallback, step_embeddings
 from simo_lightning.distributed import sum_over_ranks
 from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.lightning_private import logged_step
 from simo_lightning.metrics import ClassMomentsMetric
 
 # Batches are kept until they have this many rows together: adding them costs a fixed time more than time per row.
@@ -153,7 +154,7 @@ class ClassMomentsCallback(EvaluationCallback):
         # pl_module.log would hold a value back until log_every_n_steps, and then repeat it; so do Lightning's monitors
         named = {f"{stage}/{name}": value for name, value in values.items()}
         trainer.callback_metrics.update(named)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logged_step(trainer)
         for logger in trainer.loggers:
             numbers = {name: float(value) for name, value in named.items()}
             logger.log_metrics({**numbers, "epoch": trainer.current_epoch}, step=step)
