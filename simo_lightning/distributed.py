@@ -16,8 +16,8 @@ def world_size() -> int:
 def gather_rows(rows: Tensor) -> Tensor:
     """Rows of all processes, in the order of their ranks, with gradient.
 
-    Every process then computes the same loss on the same rows. The gradient that comes back to a process is the sum of
-    what all processes ask of its rows; DDP's mean over processes makes of it the exact gradient of one such loss.
+    Every process then computes the same loss on the same rows. The backward pass gives each process the sum over all
+    processes of the gradients of its rows; DDP's mean over processes turns it into the exact gradient of one such loss.
 
     Args:
         rows: ``(N, ...)``, any dtype; N may differ between processes, the other sizes may not.

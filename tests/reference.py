@@ -47,28 +47,31 @@ def class_mean(embeddings: Tensor, labels: list[int], label: int) -> Tensor:
 
 
 def group(embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float) -> dict[str, Tensor]:
-    f, pulls = shape(form), []
+    f, similar_losses = shape(form), []
     for label in set(labels):
         members = [i for i in range(len(labels)) if labels[i] == label]
         if len(members) > 1:
-            pulls.append(f(eq1(embeddings[members], True, eps, leaning)))
+            similar_losses.append(f(eq1(embeddings[members], True, eps, leaning)))
     across = [(i, j) for i, j in combinations(range(len(labels)), 2) if labels[i] != labels[j]]
     d = average([distance(embeddings[i], embeddings[j]) for i, j in across], embeddings)
     o = average([alignment(embeddings[i], embeddings[j], leaning) for i, j in across], embeddings)
-    return {"similar": average(pulls, embeddings), "dissimilar": f(o / (eps + d)) if across else embeddings.sum() * 0}
+    return {
+        "similar": average(similar_losses, embeddings),
+        "dissimilar": f(o / (eps + d)) if across else embeddings.sum() * 0,
+    }
 
 
 def class_(embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float) -> dict[str, Tensor]:
-    f, pushes = shape(form), []
+    f, dissimilar_losses = shape(form), []
     for first, other in combinations(sorted(set(labels)), 2):
         pairs = [
             (i, j) for i in range(len(labels)) for j in range(len(labels)) if labels[i] == first and labels[j] == other
         ]
         d = average([distance(embeddings[i], embeddings[j]) for i, j in pairs], embeddings)
         o = average([alignment(embeddings[i], embeddings[j], leaning) for i, j in pairs], embeddings)
-        pushes.append(f(o / (eps + d)))
+        dissimilar_losses.append(f(o / (eps + d)))
     similar = group(embeddings, labels, form, eps, leaning)["similar"]
-    return {"similar": similar, "dissimilar": average(pushes, embeddings)}
+    return {"similar": similar, "dissimilar": average(dissimilar_losses, embeddings)}
 
 
 def axis(label: int, dim: int) -> Tensor:
@@ -93,7 +96,7 @@ def centroid(
     smoothing: float,
     prototype_weight: float,
 ) -> dict[str, Tensor]:
-    f, pulls, pushes, entropies = shape(form), [], [], []
+    f, similar_losses, dissimilar_losses, entropies = shape(form), [], [], []
     classes = sorted(set(labels))
     means = {label: class_mean(embeddings, labels, label) for label in classes}
     means = {
@@ -106,31 +109,31 @@ def centroid(
             d, o = distance(row, means[label]), alignment(row, means[label], leaning)
             logits[label] = torch.log((eps + o) / (eps + d))
             if label != own:
-                pushes.append(f(o / (eps + d)))
+                dissimilar_losses.append(f(o / (eps + d)))
             elif labels.count(own) > 1 or prototype_weight > 0:
-                pulls.append(f(d / (eps + o)))
+                similar_losses.append(f(d / (eps + o)))
         if labels.count(own) > 1 or prototype_weight > 0:
             normaliser = torch.log(sum(torch.exp(logit) for logit in logits.values()))
             every = sum(normaliser - logit for logit in logits.values()) / len(classes)
             entropies.append((1 - smoothing) * (normaliser - logits[own]) + smoothing * every)
     if form == "softmax":
         return {"softmax": average(entropies, embeddings)}
-    return {"similar": average(pulls, embeddings), "dissimilar": average(pushes, embeddings)}
+    return {"similar": average(similar_losses, embeddings), "dissimilar": average(dissimilar_losses, embeddings)}
 
 
 def pair(
     embeddings: Tensor, labels: list[int], form: str, eps: float, leaning: float, smoothing: float
 ) -> dict[str, Tensor]:
-    f, pulls, pushes = shape(form), [], []
+    f, similar_losses, dissimilar_losses = shape(form), [], []
     if form == "softmax":
         return {"softmax": _pair_softmax(embeddings, labels, eps, leaning, smoothing)}
     for i, j in combinations(range(len(labels)), 2):
         d, o = distance(embeddings[i], embeddings[j]), alignment(embeddings[i], embeddings[j], leaning)
         if labels[i] == labels[j]:
-            pulls.append(f(d / (eps + o)))
+            similar_losses.append(f(d / (eps + o)))
         else:
-            pushes.append(f(o / (eps + d)))
-    return {"similar": average(pulls, embeddings), "dissimilar": average(pushes, embeddings)}
+            dissimilar_losses.append(f(o / (eps + d)))
+    return {"similar": average(similar_losses, embeddings), "dissimilar": average(dissimilar_losses, embeddings)}
 
 
 def _pair_softmax(embeddings: Tensor, labels: list[int], eps: float, leaning: float, smoothing: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""A direction of its own for every class, known before any data: where the class may settle."""
+"""Class prototypes: a fixed unit vector for every label, which does not depend on data."""
 
 import torch
 from torch import Tensor
