@@ -213,11 +213,11 @@ def view_bomb(sound: dict[str, Any], path: Path) -> None:
 
 def bytearray_bomb(sound: dict[str, Any], path: Path) -> None:
     """A call bytearray(2**31 - 1), which torch.load(weights_only=True) makes."""
-    call = b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R0"  # GLOBAL, a tuple of one integer, REDUCE, POP
+    # an entry "z" of the outermost dictionary, right after its beginning: a string, the call with a tuple, SETITEM
+    entry = b"X\x01\x00\x00\x00zcbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85Rs"
     torch.save(sound, "plain.ckpt")
-    rewritten(
-        Path("plain.ckpt"), path, data_pkl=data_pkl(Path("plain.ckpt"))[:2] + call + data_pkl(Path("plain.ckpt"))[2:]
-    )
+    content = data_pkl(Path("plain.ckpt"))
+    rewritten(Path("plain.ckpt"), path, data_pkl=content[:5] + entry + content[5:])
 
 
 def layer_bomb(sound: dict[str, Any], path: Path) -> None:
