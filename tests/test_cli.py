@@ -190,7 +190,7 @@ def test_a_wrong_argument_is_told_in_a_line(words: list[str], message: str, capf
         (["--run_dir", "file/run"], "the run's folder file/run cannot be written"),
         (["--run_dir", "used"], "--run_dir used holds a run already: give --ckpt_path last"),
         (["--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
-        (["--ckpt_path", "cut.ckpt"], "checkpoint cut.ckpt cannot be read: cut short"),
+        (["--ckpt_path", "cut.ckpt"], "checkpoint cut.ckpt cannot be read: it is cut short"),
         (["--knn.k", "100000"], "k must"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

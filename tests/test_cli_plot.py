@@ -86,7 +86,7 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["--stage", "train"], 2, "stage"),
         (["--projections", "[lda]"], 2, "lda"),
         (["--ckpt_path", "none.ckpt"], 1, "no checkpoint at none.ckpt"),
-        (["--ckpt_path", "cut.ckpt"], 1, "checkpoint cut.ckpt cannot be read: cut short"),
+        (["--ckpt_path", "cut.ckpt"], 1, "checkpoint cut.ckpt cannot be read: it is cut short"),
         ([], 1, "no checkpoint at runs/digits/version_0/checkpoints/best.ckpt"),
         (["--ckpt_path", "good.ckpt", "--model.encoder.width", "0.25"], 1, "good.ckpt does not fit"),
         (["--ckpt_path", "good.ckpt", "--out", "file/out"], 1, "the report's folder file/out cannot be made"),
