@@ -3,6 +3,13 @@
 # ruff: noqa: F403  # each file lists its public names, so that a new metric is named in its own file alone
 from simo_lightning.functional import geometry
 from simo_lightning.functional.geometry import *
+from simo_lightning.functional.geometry.collapse import *
+from simo_lightning.functional.geometry.heads import *
+from simo_lightning.functional.geometry.means import *
+from simo_lightning.functional.geometry.norms import *
+from simo_lightning.functional.geometry.spectrum import *
+from simo_lightning.functional.geometry.sphere import *
+from simo_lightning.functional.geometry.spread import *
 from simo_lightning.functional.knn import knn_accuracy, knn_predict
 from simo_lightning.functional.moments import ClassMoments, class_moments
 from simo_lightning.functional.simo import simo_loss
