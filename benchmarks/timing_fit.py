@@ -79,7 +79,7 @@ class Watch(pl.Callback):
         self.tensors.append(len(_tensors()))
         self.mib.append(resident_mib())
 
-    def teardown(self, trainer: pl.Trainer, *_: Any) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and self.ends:
             hooks = {name: sum(times) for name, times in getattr(trainer.profiler, "recorded_durations", {}).items()}
             steps = np.diff(self.ends[5:]) if len(self.ends) > 6 else [0.0]  # the first ones warm up

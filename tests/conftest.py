@@ -28,6 +28,25 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
+# The files that take longest, the longest first: started at the end, one would leave the other cores idle.
+LONGEST = [
+    "test_benchmarks.py",
+    "test_docs.py",
+    "test_cli.py",
+    "test_cluster.py",
+    "test_testing.py",
+    "test_notebooks.py",
+    "test_hostile_files.py",
+    "test_callbacks.py",
+    "test_run_folder.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Emitted by Lightning about its own code or the small size of a test's run.
     for message in (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.rank_fit"])
+CONTEXT.set_forkserver_preload(["tests.rank_fit", "simo_lightning.cli"])
 
 
 def start_ranks(world: int, job: Callable[..., None], *arguments: Any) -> list[int | None]:

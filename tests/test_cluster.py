@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from simo_lightning.callbacks.shutdown import in_slurm_job
 from simo_lightning.cli import main
 from simo_lightning.run_folder import make_writable
 from tests.bounds import assert_float32_error
+from tests.digits_run import copy_of
+from tests.rank_processes import start_ranks
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "configs" / "slurm").glob("*"))
@@ -62,19 +66,22 @@ def table(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"(val/\w+)\W+?([\d.]+(?:e-?\d+)?)\s", text)}
 
 
-def test_validation_on_two_processes_counts_every_image_once(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["simo"])  # LightningCLI warns of two sources of words
-    words = [*SMALL, "--data.val_fraction", str(FRACTION), "--data.eval_batch_size", "20"]
-    main(["fit", *words, "--trainer.max_epochs", "1", "--run_dir", "run"])
-    words = ["validate", *words, "--ckpt_path", "run/checkpoints/last.ckpt"]
-    capfd.readouterr()
-    main(words)
-    one, two = table(capfd.readouterr().out), table(simo(*words, *DDP, "2"))
-    assert {"val/knn", "val/class_cosine", "val/effective_rank"} <= one.keys() == two.keys()
-    main([*words, "--trainer.precision", "64-true"])
-    exact = table(capfd.readouterr().out)
+def validate(output: Path, *words: str) -> None:
+    """The command in this process; the first process of several prints the table."""
+    warnings.simplefilter("ignore")
+    sys.argv = ["simo"]  # LightningCLI warns of two sources of words
+    with (output.with_suffix(f".{os.environ.get('RANK', '0')}")).open("w") as file, redirect_stdout(file):
+        main(["validate", *words])
+
+
+def test_validation_on_two_processes_counts_every_image_once(digits_run: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "--data.val_fraction", str(FRACTION), "--data.eval_batch_size", "20", "--plots", "null"]
+    words += ["--ckpt_path", str(copy_of(digits_run).absolute() / "checkpoints" / "last.ckpt")]
+    assert start_ranks(1, validate, tmp_path / "one", *words) == [0]
+    assert start_ranks(2, validate, tmp_path / "two", *words, *DDP, "2") == [0, 0]
+    assert start_ranks(1, validate, tmp_path / "exact", *words, "--trainer.precision", "64-true") == [0]
+    one, two, exact = (table((tmp_path / f"{name}.0").read_text()) for name in ("one", "two", "exact"))
+    assert {"val/knn", "val/class_cosine", "val/effective_rank"} <= one.keys() == two.keys() == exact.keys()
     counts = {name for name, value in one.items() if abs(value * IMAGES - round(value * IMAGES)) < 1e-3}
     assert {name: two[name] for name in counts} == {name: one[name] for name in counts}
     names = sorted(one.keys() - counts)  # the others err as float32 does, each in units of its own value

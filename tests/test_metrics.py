@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+import torch.distributed
 from torch import Tensor
 
 from simo_lightning import metrics as metrics_module
@@ -23,6 +23,7 @@ from simo_lightning.metrics import (
     geometry_metrics,
 )
 from tests.bounds import UNIT
+from tests.rank_processes import start_ranks
 
 NUM_CLASSES, DIM = 4, 6
 
@@ -223,8 +224,9 @@ def test_errors_name_the_argument():
         metric.update(torch.zeros(3, 6), torch.tensor([0, 1, 4]))
 
 
-def sync(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def sync(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     embeddings, labels = data()
     own = slice(0, 31) if rank == 0 else slice(31, None)
     metrics = geometry_metrics(NUM_CLASSES, DIM)
@@ -241,12 +243,12 @@ def sync(rank: int, folder: str) -> None:
         metric.update(embeddings[own], labels[own])
         found[type(metric).__name__] = metric.compute().item()
     assert (len(sample.sample), int(nearest.total)) == (40, len(labels[own]))  # one's own again after the sync
-    torch.save((found, local, whole._asdict()), Path(folder) / f"{rank}.pt")
+    torch.save((found, local, whole._asdict()), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_would(tmp_path):
-    torch.multiprocessing.spawn(sync, (str(tmp_path),), nprocs=2)
+    assert start_ranks(2, sync, tmp_path) == [0, 0]
     embeddings, labels = data()
     alone = expected(embeddings, labels)
     for metric in (Uniformity(DIM, sample_size=40), NearestClassMeanAccuracy(torch.eye(NUM_CLASSES, DIM))):

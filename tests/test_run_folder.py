@@ -3,15 +3,26 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from simo_lightning.run_folder import Start, claim_run_folder, newest_run
 from tests.digits_run import FEW_PLOTS, QUIET, SIMO, SMALL, fit, weights
-from tests.rank_processes import CONTEXT
 
 BRIEF = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--plots", "null", "--best", "null"]
+PACKAGE = Path(__file__).parent.parent / "simo_lightning"
+# The module alone, without the package and what it imports, so that a process starts in a moment.
+CLAIM = """
+import sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from run_folder import Start, claim_run_folder
+print("ready", flush=True)
+sys.stdin.readline()
+print(claim_run_folder(Path("runs"), Start.of_this_process(sys.argv[2]), bool(int(sys.argv[3])))[0])
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -21,30 +32,24 @@ def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def claim(environment: dict[str, str], config: str, resume: bool, answer: Path) -> None:
-    os.environ |= environment
-    os.environ.pop("SIMO_RUN_DIR", None)
-    answer.write_text(str(claim_run_folder(Path("runs"), Start.of_this_process(config), resume)[0]))
-
-
 def start(*starts: tuple[dict[str, str], str], resume: bool = True) -> list[str]:
-    """Processes that all start at once. Returns the folder that each chose."""
-    answers = [Path(f"answer_{place}") for place in range(len(starts))]
-    processes = [
-        CONTEXT.Process(target=_claim_in, args=(Path.cwd(), *each, resume, answer.absolute()))
-        for each, answer in zip(starts, answers, strict=True)
-    ]
+    """Processes that all choose a folder at once. Returns the folder that each chose."""
+    processes = []
+    for environment, config in starts:
+        words = [sys.executable, "-S", "-c", CLAIM, str(PACKAGE), config, str(int(resume))]
+        names = {**os.environ, **environment}
+        names.pop("SIMO_RUN_DIR", None)
+        processes.append(subprocess.Popen(words, env=names, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     for process in processes:
-        process.start()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
     for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    return [Path(answer.read_text()).name for answer in answers]
-
-
-def _claim_in(folder: Path, environment: dict[str, str], config: str, resume: bool, answer: Path) -> None:
-    os.chdir(folder)
-    claim(environment, config, resume, answer)
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    chosen = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return [Path(path.strip()).name for path in chosen]
 
 
 def step(number: int, restart: int = 0, job: str = "99") -> dict[str, str]:
