@@ -135,6 +135,26 @@ def test_torchrun_starts_without_nvidias_tools_at_an_address_that_the_hosts_name
     assert Path("runs/digits/job_alone/checkpoints/last.ckpt").is_file()
 
 
+def executable(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
+    path.chmod(0o755)
+
+
+def test_a_signal_before_python_has_imported_is_held(tmp_path: Path) -> None:
+    """The shipped script with an ``srun`` that starts one task, which receives the signal before Python starts."""
+    executable(tmp_path / "srun", 'exec "$@"')
+    executable(tmp_path / "simo", "kill -USR1 $$", f'exec "{BIN / "simo"}" "$@"')
+    executable(tmp_path / "scontrol", f'echo "$@" > "{tmp_path / "asked"}"')
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NAME": "simo"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1"}
+    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    script = ["bash", ROOT / "configs" / "slurm" / "one_node.sbatch", *SMALL, "--trainer.max_steps", "5"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "job 7 stopped at step 1, saved" in done.stdout + done.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
 def has_slurm() -> bool:
     if not all(shutil.which(name) for name in ("sbatch", "sinfo", "scontrol")):
         return False
