@@ -42,6 +42,17 @@ class Each(Callback):
     def on_train_end(self, trainer, pl_module):
         torch.save(pl_module.state_dict(), Path(trainer.default_root_dir, f"{trainer.global_rank}.pt"))
 """
+# Keeps the first start of a SLURM job busy until its time limit, however fast the machine is.
+SLOW = """
+import os
+import time
+from lightning.pytorch.callbacks import Callback
+
+class Slow(Callback):
+    def on_train_batch_end(self, *_):
+        if "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            time.sleep(0.5)
+"""
 
 
 def simo(*words: str, **arguments: Any) -> str:
@@ -142,6 +153,26 @@ def test_torchrun_starts_without_nvidias_tools_at_an_address_that_the_hosts_name
     assert Path("runs/digits/job_alone/checkpoints/last.ckpt").is_file()
 
 
+def executable(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
+    path.chmod(0o755)
+
+
+def test_a_signal_before_python_has_imported_is_held(tmp_path: Path) -> None:
+    """The shipped script with an ``srun`` that starts one task, which receives the signal before Python starts."""
+    executable(tmp_path / "srun", 'exec "$@"')
+    executable(tmp_path / "simo", "kill -USR1 $$", f'exec "{BIN / "simo"}" "$@"')
+    executable(tmp_path / "scontrol", f'echo "$@" > "{tmp_path / "asked"}"')
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NAME": "simo"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1"}
+    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    script = ["bash", ROOT / "configs" / "slurm" / "one_node.sbatch", *SMALL, "--trainer.max_steps", "5"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "job 7 stopped at step 1, saved" in done.stdout + done.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
 def has_slurm() -> bool:
     if not all(shutil.which(name) for name in ("sbatch", "sinfo", "scontrol")):
         return False
@@ -152,13 +183,18 @@ def has_slurm() -> bool:
 
 
 @pytest.mark.slow  # ten minutes: time limits count minutes, and SLURM waits two before a requeued job starts
-def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights() -> None:
+def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     if not has_slurm():
         pytest.skip("no SLURM answers here (sbatch, sinfo, scontrol)")
-    # long enough for the signal, which comes up to a minute early
-    words = [*SMALL, "--trainer.max_epochs", "300", "--trainer.check_val_every_n_epoch", "100"]
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [*SMALL, "--trainer.max_epochs", "40", "--trainer.check_val_every_n_epoch", "20"]  # 240 steps
+    words += ["--trainer.callbacks+=slow.Slow"]
     limits = ["--time=2", "--signal=SIGUSR1@30", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1"]
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
     submit = ["sbatch", "--parsable", *limits, ROOT / "configs" / "slurm" / "one_node.sbatch", *words]
     job = subprocess.run(submit, capture_output=True, text=True, check=True, env=environment).stdout.strip()
     for _ in range(360):
@@ -177,7 +213,7 @@ def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights() -> 
     run = Path(f"runs/digits/job_{job}")
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     assert not list(run.glob("*.ckpt"))  # Lightning's own handler kept quiet
-    simo("fit", *words, *DDP, "2", "--run_dir", "whole")
+    simo("fit", *words, *DDP, "2", "--run_dir", "whole", env=environment)
     assert_equal(state(run / "checkpoints" / "last.ckpt"), state(Path("whole/checkpoints/last.ckpt")))
 
 

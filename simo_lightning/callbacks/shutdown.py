@@ -60,6 +60,7 @@ class GracefulShutdown(Callback):
         write_atomically(trainer)
         if in_slurm_job() and stage == "fit" and threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGUSR1, self._receive)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # the SLURM scripts start with it blocked
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the other signals; the trainer restores all handlers at the end of a run."""
