@@ -16,7 +16,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.saving import load_hparams_from_tags_csv
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -35,6 +34,7 @@ from simo_lightning.class_paths import (
     is_plain,
     refuse_paths,
 )
+from simo_lightning.lightning_private import given_arguments
 
 _KEY = "simo_module"
 _ROOM = 2**30  # bytes beyond its weights that making a module may take, such as a classifier that is thrown away
@@ -51,9 +51,8 @@ class CheckpointMixin(InitArgumentsMixin):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
         module = super().__new__(cls, *args, **kwargs)
-        # The command line knows class path and arguments of objects that do not remember them. Lightning hands them
-        # over in this variable while it makes the module (read in lightning 2.6.6).
-        given = _given_hyperparameters.get() or {}
+        # the command line knows class path and arguments of objects that do not remember them
+        given = given_arguments()
         stored = module.__dict__.get("_init_arguments", {})
         if stored.keys() <= given.keys() and given.get("_class_path", cls.__name__).endswith(cls.__name__):
             for name, value in stored.items():

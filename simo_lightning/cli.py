@@ -10,7 +10,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +74,10 @@ class SimoCLI(FunctionCLI):
     run_dir: Path
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._is_new = False  # whether this start made the run's folder
+        self._is_new = False  # whether this start created the run's folder
         self._missing: list[Path] = []  # folders that did not exist before it
         self._resumed_step = 0
-        with tempfile.TemporaryDirectory(prefix="simo_") as self._scratch:  # for a run that leaves nothing
+        with tempfile.TemporaryDirectory(prefix="simo_") as self._scratch:  # for a trial (fast_dev_run)
             try:
                 super().__init__(*args, **kwargs)
             except BaseException:
@@ -112,7 +111,7 @@ class SimoCLI(FunctionCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then find the run's folder and the checkpoint, before anything slow happens."""
+        """Parse, then find the run's folder and the checkpoint, before the data are read."""
         super().parse_arguments(parser, args)
         command: str = self.config.subcommand
         config = self.config[command]
@@ -130,7 +129,7 @@ class SimoCLI(FunctionCLI):
             self.save_config_callback = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Make the trainer: loggers as the config says, TensorBoard unless it does, and in training metrics.csv."""
+        """Make the trainer with the loggers of the config, TensorBoard by default; a fit also writes metrics.csv."""
         config, folder = self.of_command("trainer"), str(self.run_dir)
         fitting = self.subcommand == "fit"
         loggers = config.logger
@@ -148,7 +147,7 @@ class SimoCLI(FunctionCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, config: Any) -> list[pl.Callback]:
-        """The config's callbacks and those that a run always has; in a barebones run the config's list alone."""
+        """The config's callbacks and those of every run; in a barebones run the config's list alone."""
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         callbacks = [callback for callback in own if callback is not None]
         if config.barebones:
@@ -166,24 +165,24 @@ class SimoCLI(FunctionCLI):
 
     def _note(self, line: str) -> None:
         if self.subcommand == "fit":
-            _say(line)
+            _print(line)
 
     def _run_subcommand(self, subcommand: str) -> None:
         with mismatch_in_one_line(self.config[subcommand].ckpt_path):
             super()._run_subcommand(subcommand)
 
     def plot(self, **arguments: Any) -> None:
-        """Write the report and print where it lies."""
+        """Write the report and print its path."""
         page = write_report(self.trainer, config_name=self._config_name(), **arguments)
-        _say("", f"report      {page}")
+        _print("", f"report      {page}")
 
     def after_fit(self) -> None:
-        """Print what came out and where it lies."""
+        """Print the metrics and the paths of the checkpoints and pictures."""
         if self._resumed_step and self.trainer.global_step == self._resumed_step:
-            _say("", f"nothing was trained: the run was complete at step {self._resumed_step} already")
+            _print("", f"nothing was trained: the run was already complete at step {self._resumed_step}")
         checkpoints, plots = self.run_dir / "checkpoints", self.run_dir / "plots"
         lines = [f"{name:<28}{float(value):>12.4g}" for name, value in sorted(self.trainer.callback_metrics.items())]
-        if not self._leaves_nothing():
+        if not self._is_trial():
             for name, path in (
                 ("best", checkpoints / "best.ckpt"),
                 ("last", checkpoints / "last.ckpt"),
@@ -191,18 +190,18 @@ class SimoCLI(FunctionCLI):
             ):
                 if path.exists():
                     lines.append(f"{name:<12}{path}")
-        _say("", *lines)
+        _print("", *lines)
 
     def after_test(self) -> None:
-        """Print where the pictures lie."""
+        """Print the folder of the pictures."""
         self.after_validate()
 
     def after_validate(self) -> None:
-        """Print where the pictures lie."""
-        if (self.run_dir / "plots").exists() and not self._leaves_nothing():
-            _say("", f"plots       {self.run_dir / 'plots'}")
+        """Print the folder of the pictures."""
+        if (self.run_dir / "plots").exists() and not self._is_trial():
+            _print("", f"plots       {self.run_dir / 'plots'}")
 
-    def _leaves_nothing(self) -> bool:
+    def _is_trial(self) -> bool:
         config = self.config[self.config.subcommand]
         return bool(config.trainer.fast_dev_run) and self.config.subcommand != "plot"
 
@@ -211,13 +210,13 @@ class SimoCLI(FunctionCLI):
         return files[-1] if files else None
 
     def _run_of_config(self) -> Path | None:
-        """The run that the config file was written for, if it is the config.yaml in a run's folder."""
+        """The run that the config file belongs to, if it is the config.yaml in a run's folder."""
         file = self._config_file()
         is_of_run = file is not None and file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()
         return file.parent if file is not None and is_of_run else None
 
     def _config_name(self) -> str:
-        """Stem of the config file; for a run's own config, what the run is called."""
+        """Stem of the config file; for a run's own config, the name of the run."""
         file, run = self._config_file(), self._run_of_config()
         if run is not None:
             run = run.absolute()
@@ -225,7 +224,7 @@ class SimoCLI(FunctionCLI):
         return file.stem if file is not None else "simo"
 
     def _given_folder(self, config: Any, own_run: Path | None, root: Path) -> Path | None:
-        """The folder that the arguments determine; None where a training run takes one of the root's."""
+        """The folder that the arguments determine; None for a fit whose folder is chosen below the root."""
         command, asked = self.config.subcommand, config.ckpt_path
         named = asked in ("best", "last")
         folder = None
@@ -235,7 +234,7 @@ class SimoCLI(FunctionCLI):
             folder = run_folder_of(Path(asked))
         elif own_run is not None and (command != "fit" or (named and not in_job())):
             folder = own_run
-        elif named and (command != "fit" or self._leaves_nothing()):
+        elif named and (command != "fit" or self._is_trial()):
             folder = newest_run(root, asked)
         return root / command if folder is None and command != "fit" else folder
 
@@ -245,7 +244,7 @@ class SimoCLI(FunctionCLI):
         root = Path(config.trainer.default_root_dir or "", "runs", self._config_name())
         folder = self._given_folder(config, own_run, root)
         inherited = inherited_run_folder()
-        if self._leaves_nothing():
+        if self._is_trial():
             target = inherited or Path(self._scratch)
             use_run_folder(target)
             return folder or target, target
@@ -257,7 +256,7 @@ class SimoCLI(FunctionCLI):
             folder, is_new = claim_run_folder(root, start, resume=asked in ("best", "last"))
         elif command == "fit" and asked is None and (folder / "checkpoints").exists():
             raise ValueError(
-                f"--run_dir {folder} holds a run already: give --ckpt_path last to go on with it, or another folder"
+                f"--run_dir {folder} holds a run already: pass --ckpt_path last to resume it, or another folder"
             )
         else:
             is_new = folder in self._missing
@@ -268,7 +267,7 @@ class SimoCLI(FunctionCLI):
         return folder, folder
 
     def _settings(self) -> dict[str, Any]:
-        """The configuration, without where the run is kept and what it goes on from."""
+        """The configuration, without the run's folder and the checkpoint."""
         config = self.config[self.config.subcommand].clone()
         config.run_dir = config.ckpt_path = None
         config.pop("config", None)
@@ -276,15 +275,21 @@ class SimoCLI(FunctionCLI):
         settings: dict[str, Any] = json.loads(text)
         return settings
 
-    def _say_what_changed(self, folder: Path) -> None:
-        """Tell which settings a run goes on with that are not those it began with."""
-        with suppress(OSError, yaml.YAMLError):
-            former = dict(_leaves(yaml.safe_load((folder / "config.yaml").read_text())))
-            now = dict(_leaves(yaml.safe_load(yaml.safe_dump(self._settings()))))
-            names = sorted(name for name in former.keys() & now.keys() if former[name] != now[name])
-            changed = [f"{name} {former[name]} -> {now[name]}" for name in names]
-            if changed:
-                _say(f"with settings that differ from config.yaml: {', '.join(changed)}")
+    def _print_changes(self, folder: Path) -> None:
+        """Print the settings of a resumed run that differ from those in its config.yaml."""
+        file = folder / "config.yaml"
+        if not file.is_file():
+            return
+        try:
+            former = dict(_leaves(yaml.safe_load(file.read_text())))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            _print(f"{file} cannot be compared with the settings of this start: {' '.join(str(error).split())}")
+            return
+        now = dict(_leaves(yaml.safe_load(yaml.safe_dump(self._settings()))))
+        names = sorted(name for name in former.keys() & now.keys() if former[name] != now[name])
+        if names:
+            changes = (f"{name} {former[name]} -> {now[name]}" for name in names)
+            _print(f"with settings that differ from config.yaml: {', '.join(changes)}")
 
     def _find_checkpoint(self, asked: str | None, folder: Path) -> str | None:
         if asked is None:
@@ -294,21 +299,21 @@ class SimoCLI(FunctionCLI):
         if asked in ("best", "last"):
             path = folder / "checkpoints" / f"{asked}.ckpt"
             if not path.is_file() and fitting:
-                _say(f"no checkpoint at {path} yet: starting from the beginning")
+                _print(f"no checkpoint at {path} yet: starting from the beginning")
                 return None
-        # a damaged file is told now, not after the data is read; `plot` has no weights_only
+        # a damaged file is reported now, not after the data are read; `plot` has no weights_only
         weights_only = self.config[self.config.subcommand].get("weights_only")
         checkpoint = read_checkpoint(path, map_location="cpu", weights_only=weights_only)
         if fitting:
             missing = [name for name in ("loops", "optimizer_states", "lr_schedulers") if name not in checkpoint]
             if missing:
                 raise ValueError(
-                    f"--ckpt_path {path} must hold the state of a run for fit to go on from it, got weights only "
+                    f"--ckpt_path {path} must hold the state of a run for fit to resume it, got weights only "
                     f"(no {', '.join(missing)})"
                 )
             self._resumed_step = int(checkpoint["global_step"])
-            _say(f"going on from {path}: epoch {checkpoint['epoch']}, step {self._resumed_step}")
-            self._say_what_changed(path.parent.parent)
+            _print(f"resuming from {path}: epoch {checkpoint['epoch']}, step {self._resumed_step}")
+            self._print_changes(path.parent.parent)
         return str(path)
 
 
@@ -316,14 +321,14 @@ def main(args: Any = None) -> None:
     """Run the command.
 
     Args:
-        args: Words of the command line; None for sys.argv.
+        args: Arguments of the command line; None for sys.argv.
 
     Raises:
         SystemExit: With 1 after a run that failed or was stopped, 2 after a wrong argument.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         forget_run_folder()
-    _hush()
+    _filter_messages()
     try:
         SimoCLI(
             pl.LightningModule,
@@ -345,22 +350,22 @@ def main(args: Any = None) -> None:
         line = None if os.environ.get("SIMO_TRACEBACK") else user_error(error)
         if line is None:
             raise
-        print(f"simo: error: {line} (SIMO_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"simo: error: {line} (SIMO_TRACEBACK=1 prints the traceback)", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 def _check_settings(command: str, config: Any) -> None:
-    """Refuse what cannot be followed."""
+    """Raise ValueError for settings that contradict each other."""
     if command != "fit":
         return
     for name in ("limit_train_batches", "max_epochs", "max_steps"):
         if config.trainer[name] == 0 and config.trainer[name] is not False:
-            raise ValueError(f"--trainer.{name} must leave something to train, got {config.trainer[name]}")
+            raise ValueError(f"--trainer.{name} must not be 0, or nothing is trained, got {config.trainer[name]}")
     if config.best is not None and config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
         for name in ("knn", "probe"):
             if config[name] is None and config.best.init_args.get("monitor") == f"val/{name}":
                 raise ValueError(
-                    f"--best monitors val/{name}, which --{name} null switches off: give --best.monitor METRIC "
+                    f"--best monitors val/{name}, which --{name} null switches off: pass --best.monitor METRIC "
                     "or --best null"
                 )
 
@@ -371,17 +376,17 @@ def _expand_home(values: Any) -> None:
     for key, value in list(items):
         if isinstance(value, Namespace | list):
             _expand_home(value)
-        elif isinstance(value, str) and re.match(r"~[^/\s]*/", value):
+        elif isinstance(value, str) and re.match(r"~[^/\s]*(/|$)", value):
             values[key] = os.path.expanduser(value)
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:
-    """Tells configurations apart."""
+    """Hash that identifies a configuration."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their dotted names."""
+    """Settings with their dotted names."""
     if isinstance(values, dict):
         for key, value in values.items():
             yield from _leaves(value, f"{name}.{key}" if name else str(key))
@@ -390,18 +395,18 @@ def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @rank_zero_only
-def _say(*lines: str) -> None:
+def _print(*lines: str) -> None:
     print(*lines, sep="\n")
 
 
-def _hush() -> None:
-    """Leave out Lightning's notes that concern no user of the command."""
+def _filter_messages() -> None:
+    """Suppress messages of Lightning that do not apply to the command."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
+def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip: " not in record.getMessage()

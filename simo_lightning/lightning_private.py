@@ -1,8 +1,8 @@
-"""Everything this package uses of Lightning beyond its public interface, and why.
+"""All uses of Lightning beyond its public interface, with their reasons.
 
 Each part names the behaviour of Lightning that it works around, the issue there and the version it was last seen in.
-``tests/test_lightning_private.py`` shows each behaviour in the installed version: a test that fails there says that
-Lightning has changed and that the part can go.
+``tests/test_lightning_private.py`` checks each behaviour in the installed version: a failing test means that Lightning
+has changed and the part can be removed.
 """
 
 import csv
@@ -14,24 +14,42 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
-    """The module's trainer, or None. The public property raises where there is none (by design, since 2.0; 2.6.6)."""
+    """The module's trainer, or None. The public property raises if there is none (by design, since 2.0; 2.6.6)."""
     return module._trainer
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """The step at which Lightning logs now.
+    """The step number that Lightning logs with.
 
     ``trainer.global_step`` counts the steps of all optimizers, and no public attribute gives the logged number
     (#11805; 2.6.6).
     """
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return step
+
+
+def batches_processed(trainer: pl.Trainer) -> int:
+    """Training batches of the epoch that are done.
+
+    No public attribute gives the number, which after a restore in the middle of an epoch begins above 0 (2.6.6).
+    """
+    count: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    return count
+
+
+def given_arguments() -> dict[str, Any]:
+    """Class path and arguments of the module that the command line is making; empty outside of it.
+
+    Lightning passes them in this context variable only (2.6.6).
+    """
+    return _given_hyperparameters.get() or {}
 
 
 def save_at_steps_and_epochs(callback: ModelCheckpoint) -> None:
@@ -43,20 +61,20 @@ def save_at_steps_and_epochs(callback: ModelCheckpoint) -> None:
 
 
 def forget_last_save(callback: ModelCheckpoint) -> None:
-    """Let a checkpoint callback save at a step again.
+    """Let a checkpoint callback save again at the step of its last save.
 
-    It skips a step that it has saved at, though validation and the end of the epoch have come since (#6146; 2.6.6).
+    It skips that step, although validation and the end of the epoch have happened since (#6146; 2.6.6).
     """
     callback._last_global_step_saved = -1
 
 
 def complete_last_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Count the last epoch of a checkpoint as complete if all of it but its last hook was done.
+    """Count the last epoch of a checkpoint as complete if only its last hook is missing.
 
-    A checkpoint written at the end of an epoch says that the epoch is not complete, so a resumed run counts it twice
+    A checkpoint written at the end of an epoch has it as incomplete, so a resumed run counts it twice
     (#19403; 2.6.6). Returns whether the next step belongs to a new epoch.
     """
-    if "loops" not in checkpoint:  # weights only: Lightning says so
+    if "loops" not in checkpoint:  # weights only, which Lightning reports
         return False
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
     between_epochs: bool = progress["current"]["processed"] == progress["current"]["ready"]
@@ -67,16 +85,16 @@ def complete_last_epoch(checkpoint: dict[str, Any]) -> bool:
 
 
 def begin_new_epoch(trainer: pl.Trainer) -> None:
-    """Begin an epoch where a resumed loop would go on in one.
+    """Begin an epoch where a resumed loop would continue one.
 
-    The setter of ``restarting`` says True to every run whose length is given in steps (#19617; 2.6.6).
+    The setter of ``restarting`` stores True for every run whose length is given in steps (#19617; 2.6.6).
     """
     trainer.fit_loop._restarting = False
     trainer.fit_loop.epoch_loop.restarting = False
 
 
 class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger, but the file of an earlier start is continued; Lightning deletes it (#19446; 2.6.6)."""
+    """Lightning's CSV logger, which appends to an existing file; Lightning deletes it (#19446; 2.6.6)."""
 
     @property
     @rank_zero_experiment
@@ -130,7 +148,7 @@ class FunctionCLI(LightningCLI):
 
     @staticmethod
     def functions() -> dict[str, tuple[Callable[..., Any], set[str]]]:
-        """Functions by the name of their subcommand, each with the arguments that are not options."""
+        """Functions by the name of their subcommand, each with its arguments that are not options."""
         return {}
 
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
@@ -147,7 +165,7 @@ class FunctionCLI(LightningCLI):
             command.share_options([other for other in commands if other is not command])
 
     def _parse_ckpt_path(self) -> None:
-        """The config says what is run; Lightning lets the arguments in a checkpoint replace it (#21455; 2.6.6)."""
+        """Do nothing: in Lightning, arguments in a checkpoint replace those of the config (#21455; 2.6.6)."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand in self.functions():

@@ -1,4 +1,4 @@
-"""What a run records: metrics.csv, config.yaml, and figures in the loggers that take them."""
+"""The metrics.csv and config.yaml of a run, and figures in the loggers that support them."""
 
 import io
 from pathlib import Path
@@ -13,13 +13,13 @@ from simo_lightning.lightning_private import AppendingCSVLogger
 
 
 class RunCSVLogger(AppendingCSVLogger):
-    """Lightning's CSV logger, but a run that goes on in its folder keeps its rows.
+    """Lightning's CSV logger, which appends to the file of a resumed run.
 
-    A row that a killed process left unfinished is removed.
+    An unfinished last row, as a killed process leaves it, is removed.
 
     Args:
-        save_dir: The run's folder; ``metrics.csv`` lies directly in it.
-        flush_logs_every_n_steps: Rows held back at most, so lost by kill -9.
+        save_dir: The run's folder, which will contain ``metrics.csv``.
+        flush_logs_every_n_steps: Largest number of rows in memory, which ``kill -9`` loses.
     """
 
     def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100) -> None:
@@ -27,24 +27,24 @@ class RunCSVLogger(AppendingCSVLogger):
 
 
 class RunConfigWriter(SaveConfigCallback):
-    """Writes config.yaml into the run's folder; Lightning's own would follow the first logger, to ``mlruns`` say.
+    """Writes config.yaml into the run's folder; Lightning's own writes into the first logger's, such as ``mlruns``.
 
-    Give the command line ``save_config_kwargs={"save_to_log_dir": False}`` with it.
+    Requires ``save_config_kwargs={"save_to_log_dir": False}``.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that all processes work in one folder, then write."""
+        """Check that all processes use one folder, then write."""
         folder = str(trainer.default_root_dir)
-        of_first = trainer.strategy.broadcast(folder)
-        if folder != of_first:
+        first = trainer.strategy.broadcast(folder)
+        if folder != first:
             raise RuntimeError(
-                f"all processes must work in one folder, got {of_first} in the first and {folder} in process "
-                f"{trainer.global_rank}: give --run_dir"
+                f"all processes must use one folder, got {first} in process 0 and {folder} in process "
+                f"{trainer.global_rank}: pass --run_dir"
             )
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the settings, without the folder and the checkpoint of this start, over an older file."""
+        """Write the settings without the folder and the checkpoint of this start; replaces an older file."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
@@ -53,15 +53,15 @@ class RunConfigWriter(SaveConfigCallback):
 
 
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Log a figure to TensorBoard, Weights & Biases or MLflow; other loggers are left alone.
+    """Log a figure to TensorBoard, Weights & Biases or MLflow; other loggers are ignored.
 
-    Call it where ``trainer.is_global_zero``. MLflow gets it as a time-stepped image, which its page shows along
-    training.
+    Call it on the process where ``trainer.is_global_zero``. MLflow stores a time-stepped image, which its page shows
+    along training.
 
     Args:
         logger: One of ``trainer.loggers``.
-        name: Such as "val/scatter"; for MLflow letters, digits, spaces and ``_-./`` alone.
-        figure: The picture, drawn at its own resolution.
+        name: Such as "val/scatter"; MLflow accepts letters, digits, spaces and ``_-./`` only.
+        figure: Drawn at its own resolution.
         step: Optimizer steps so far.
 
     Example:

@@ -1,4 +1,4 @@
-"""The command's parser and its errors, told in one line."""
+"""The parser of the command, and its one-line error messages."""
 
 import linecache
 import re
@@ -14,14 +14,14 @@ from simo_lightning.extras import missing_extra
 
 
 class SimoParser(LightningArgumentParser):
-    """Says what is wrong and where in one line, and takes the config file of any other subcommand."""
+    """LightningArgumentParser with one-line errors, which accepts the config file of any other subcommand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._others: list[SimoParser] = []
 
     def share_options(self, others: "list[SimoParser]") -> None:
-        """Accept in config files, and leave out, the options that only other subcommands have.
+        """Ignore options in config files that only other subcommands have.
 
         Args:
             others: Parsers of the other subcommands.
@@ -29,22 +29,22 @@ class SimoParser(LightningArgumentParser):
         self._others = others
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's; keeps the action, to which further commands can be added."""
+        """Add subcommands, and keep the action so that further ones can be added."""
         self.commands = super().add_subcommands(*args, **kwargs)
         return self.commands
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Any:
-        """As jsonargparse's, after :meth:`share_options`."""
+        """Parse a config without the options of other subcommands."""
         name = next((name for name in ("content", "cfg_str") if name in kwargs), None)
         content = kwargs.pop(name) if name is not None else args[0]
         return super().parse_string(self._own_options(content), *args[1:], **kwargs)
 
     def _own_options(self, content: str) -> str:
-        """A config file without what another subcommand's has more, and without a null folder or checkpoint."""
+        """The config without options of other subcommands and without a null folder or checkpoint."""
         try:
             config = yaml.safe_load(content)
         except yaml.YAMLError:
-            return content  # jsonargparse says what is wrong
+            return content  # jsonargparse reports the error
         if not self._others or not isinstance(config, dict):
             return content
         known = set().union(*(other._option_names() for other in self._others)) - self._option_names()
@@ -61,21 +61,21 @@ class SimoParser(LightningArgumentParser):
         """End the command.
 
         Args:
-            message: jsonargparse's, many lines.
-            ex: What raised it.
+            message: Multi-line message of jsonargparse.
+            ex: Exception that caused it.
 
         Raises:
-            SystemExit: With 2.
+            SystemExit: With status 2.
         """
         if not self.exit_on_error:
             super().error(message, ex)
         prog = self.prog.split()[0]
-        line = missing_extra(message) or f"{in_one_line(message)} ({prog} fit --help lists what there is)"
+        line = missing_extra(message) or f"{in_one_line(message)} ({prog} fit --help lists the options)"
         print(f"{prog}: error: {line}", file=sys.stderr)
         raise SystemExit(2)
 
 
-# Lines of a jsonargparse message that tell how it searched, not what is wrong.
+# Lines of a jsonargparse message that describe its search through types, not the error.
 _SEARCH = (
     "Does not validate",
     "Subtypes:",
@@ -88,10 +88,10 @@ _SEARCH = (
 
 
 def in_one_line(message: str) -> str:
-    r"""The part of a jsonargparse message that a user needs.
+    r"""The relevant part of a jsonargparse message.
 
     Args:
-        message: Many lines.
+        message: Multi-line message.
 
     Returns:
         One line.
@@ -109,17 +109,17 @@ _PACKAGE = Path(__file__).parent
 
 
 def user_error(error: Exception) -> str | None:
-    """What to tell about an error that lies in what the user gave; None for an error in code.
+    """One-line message of an error that the user's input caused; None for an error in code.
 
-    What the user gave is refused on purpose, by a ``raise`` statement of a layer that checks it: this package and
-    Lightning, with any exception, and every installed library with a ValueError. The state of the machine, such as a
-    full disk, comes as an OSError. All else is an error in code, and so is what a user's own classes raise.
+    Input is rejected by an explicit ``raise`` statement: of any exception in this package and Lightning, of ValueError
+    in every other installed library. The state of the machine, such as a full disk, raises OSError. Every other error,
+    and all that a user's own classes raise, is an error in code.
 
     Args:
         error: Raised by a command, perhaps in a worker of a data loader.
 
     Returns:
-        One line.
+        The message, or None.
     """
     if isinstance(error, OSError | MisconfigurationException):
         return in_one_line(str(error))
@@ -149,9 +149,9 @@ def _raised_at(error: Exception) -> tuple[str, str]:
 
 
 def _raised_in_worker(message: str) -> tuple[str, str, str]:
-    """File and statement of the innermost frame of a traceback's text, and what it says."""
+    """File and statement of the innermost frame of a formatted traceback, and the error message."""
     frames = list(re.finditer(r'^  File "(.+)", line \d+, in .+\n    (.*)$', message, re.MULTILINE))
     if not frames:
         return "", "", message
-    said = re.findall(r"^[\w.]+(?:Error|Exception): (.*)", message[frames[-1].end() :], re.MULTILINE | re.DOTALL)
-    return frames[-1][1], frames[-1][2], said[-1] if said else message
+    messages = re.findall(r"^[\w.]+(?:Error|Exception): (.*)", message[frames[-1].end() :], re.MULTILINE | re.DOTALL)
+    return frames[-1][1], frames[-1][2], messages[-1] if messages else message

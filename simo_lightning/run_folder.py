@@ -1,8 +1,8 @@
-"""Where a run is kept: a new folder for a new run, the folder of the run for a restart.
+"""The folder of a run: a new one for a new run, the existing one for a restart.
 
 A run's folder holds ``starts/0.json``, ``starts/1.json`` and so on, one file for each start of the command in it. All
-processes of a start compute the same :class:`Start` from their environment, and the first of them that writes the file
-decides for the others; they need no communication.
+processes of a start compute the same :class:`Start` from their environment, and the first of them to create the file
+decides for the others, without communication.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-# Processes that Lightning starts later learn the folder that the first one chose.
+# The first process passes the folder to processes that Lightning starts later.
 _CHOSEN = "SIMO_RUN_DIR"
 
 
@@ -27,9 +27,9 @@ class Start:
     """One start of ``simo fit``, the same on all of its processes.
 
     Attributes:
-        job: Id of the scheduler's job or of torchrun's run; None outside of both.
+        job: Id of the scheduler's job or of the torchrun run; None outside of both.
         restarts: How often SLURM and torchrun have restarted it so far.
-        launch: Tells starts of one job apart: the SLURM step or torchrun's address; unique where there is one process.
+        launch: Distinguishes starts of one job: the SLURM step or the torchrun port; unique for a single process.
         config: Fingerprint of the configuration.
         elastic: Whether the job is a torchrun run, whose id the user chose.
     """
@@ -62,7 +62,7 @@ class Start:
         return cls(_job(), restarts, launch, config, elastic="SLURM_JOB_ID" not in environment)
 
     def is_restart_of(self, earlier: "Start") -> bool:
-        """Whether this start goes on with the run of an earlier one.
+        """Whether this start resumes the run of an earlier one.
 
         Args:
             earlier: Start of a run.
@@ -80,16 +80,16 @@ def claim_run_folder(root: Path, start: Start, resume: bool) -> tuple[Path, bool
 
     Args:
         root: Holds the runs of one config.
-        start: Of this process.
-        resume: Whether a run may go on in its folder.
+        start: Start that this process belongs to.
+        resume: Whether a run may resume in its folder.
 
     Returns:
-        The folder, and whether this start made it: ``root/job_ID`` in a job, ``root/job_ID-2`` and so on for further
+        The folder, and whether this start created it: ``root/job_ID`` in a job, ``root/job_ID-2`` and so on for further
         runs of the job; else ``root/version_N`` with N one over the largest, or the newest with
         ``checkpoints/last.ckpt`` to resume.
 
     Raises:
-        ValueError: If several processes were started at once without a job to name the folder after.
+        ValueError: If several processes were started at once without a job id to name the folder after.
     """
     if _CHOSEN in os.environ:
         return Path(os.environ[_CHOSEN]), False
@@ -109,14 +109,14 @@ def claim_run_folder(root: Path, start: Start, resume: bool) -> tuple[Path, bool
 
 
 def newest_run(root: Path, checkpoint: str) -> Path:
-    """The run that ``--ckpt_path best`` or ``last`` means where the user named none.
+    """The run that ``--ckpt_path best`` or ``last`` refers to if the user named none.
 
     Args:
         root: Holds the runs of one config.
         checkpoint: "best" or "last".
 
     Returns:
-        The newest run of this job with such a checkpoint; else the newest version; else where it would be.
+        The newest run of this job with such a checkpoint; else the newest version; else the folder of a first run.
     """
     job, versions = _job(), _versions(root)
     of_job = list(itertools.takewhile(Path.is_dir, _candidates(root, job))) if job else []
@@ -133,7 +133,7 @@ def in_job() -> bool:
 
 
 def use_run_folder(folder: Path) -> None:
-    """Tell the processes that Lightning starts later which folder is in use.
+    """Pass the folder to processes that Lightning starts later.
 
     Args:
         folder: Of the run.
@@ -142,12 +142,12 @@ def use_run_folder(folder: Path) -> None:
 
 
 def inherited_run_folder() -> Path | None:
-    """The folder that the process which started this one chose, if any."""
+    """The folder that the parent process chose; None if there is none."""
     return Path(os.environ[_CHOSEN]) if _CHOSEN in os.environ else None
 
 
 def forget_run_folder() -> None:
-    """Let the next run of this process choose anew."""
+    """Let the next run of this process choose a folder again."""
     os.environ.pop(_CHOSEN, None)
 
 
@@ -164,17 +164,19 @@ def run_folder_of(checkpoint: Path) -> Path | None:
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder, or say why it cannot be.
+    """Create a folder and check that it is writable.
 
     Args:
         folder: Of the run.
 
     Raises:
-        PermissionError: If it cannot be made or written.
+        PermissionError: If it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable_{os.environ.get('SLURM_PROCID', os.environ.get('RANK', '0'))}"  # of one process
+        probe = (
+            folder / f".writable_{os.environ.get('SLURM_PROCID', os.environ.get('RANK', '0'))}"
+        )  # one file per process
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -182,13 +184,13 @@ def make_writable(folder: Path) -> None:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """Those of the folder and its parents that do not exist, the innermost first.
+    """The folder and its parents that do not exist, innermost first.
 
     Args:
-        folder: Any.
+        folder: Path of a folder.
 
     Returns:
-        The folders.
+        The missing folders.
     """
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
@@ -197,8 +199,8 @@ def remove_failed_start(folder: Path, missing: list[Path]) -> None:
     """Remove the folder of a run that never began.
 
     Args:
-        folder: Made by this start.
-        missing: Folders that did not exist before it; they go too where they are empty.
+        folder: Created by this start.
+        missing: Folders that did not exist before; they are removed too if they are empty.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for path in missing:
@@ -229,18 +231,18 @@ def _claim(folder: Path, start: Start, resume: bool) -> int | None:
 
 
 def _read(path: Path) -> Start:
-    """A start; another process may be writing it at this moment."""
+    """Read a start; another process may still be writing it."""
     for _ in range(100):
         with contextlib.suppress(json.JSONDecodeError):
             content = json.loads(path.read_text())
             content.pop("time")
             return replace(Start(**content), restarts=tuple(content["restarts"]))
         time.sleep(0.1)
-    raise ValueError(f"{path} must hold a JSON object, as simo fit writes it; remove the file to start anew")
+    raise ValueError(f"{path} must hold a JSON object, as simo fit writes it; remove the file to begin a new run")
 
 
 def _has_trained_since(folder: Path, start: Path) -> bool:
-    """Whether a run wrote results after a start: then that start is over, since no process trains before all chose."""
+    """Whether results are newer than a start: then it is over, since no process trains before all have a folder."""
     results = (folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt", folder / "metrics.csv")
     return any(path.exists() and path.stat().st_mtime_ns > start.stat().st_mtime_ns for path in results)
 

@@ -23,6 +23,7 @@ from simo_lightning.callbacks import (
     ClassMomentsCallback,
     CollapseAlarm,
     EmbeddingPlots,
+    EmbeddingWriter,
     GeometryMonitor,
     ImagesPerSecond,
     OnlineKNN,
@@ -98,7 +99,7 @@ def test_fit_logs_once_an_epoch_and_nothing_of_the_sanity_check(tmp_path):
     assert second["val/knn"] == pytest.approx(neighbours(module, data.train, data.val, k=1))
 
 
-def test_knn_measures_every_n_epochs_and_keeps_its_value_between(tmp_path):
+def test_knn_evaluates_every_n_epochs_and_keeps_its_value_between(tmp_path):
     history, counted = History(), []
 
     class Counted(Pictures):
@@ -107,7 +108,7 @@ def test_knn_measures_every_n_epochs_and_keeps_its_value_between(tmp_path):
             return super().bank_dataloader(limit)
 
     trainer(tmp_path, OnlineKNN(every_n_epochs=2), history, max_epochs=5).fit(Encoder(), Counted())
-    assert counted == [1, 3]
+    assert counted == [0, 1, 3]  # for its size at the start, then for its embeddings
     values = [seen.get("val/knn") for seen in history.seen]
     assert values[:2] == [None, None]  # sanity check and first epoch
     assert values[2] == values[3]
@@ -211,7 +212,7 @@ def of_plots(caught: list[warnings.WarningMessage]) -> list[str]:
     return sorted(str(warning.message) for warning in caught if "EmbeddingPlots" in str(warning.message))
 
 
-def test_a_plot_folder_that_cannot_be_written_is_named_at_start_and_the_run_goes_on(tmp_path):
+def test_a_plot_folder_that_cannot_be_written_is_named_at_start_and_the_run_continues(tmp_path):
     (tmp_path / "plots").touch()
     run = trainer(tmp_path, EmbeddingPlots(), GeometryMonitor(), max_epochs=2)
     with pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
@@ -223,14 +224,14 @@ def test_a_plot_folder_that_cannot_be_written_is_named_at_start_and_the_run_goes
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_plot_folder_without_permission_is_named_at_start_and_the_run_goes_on(tmp_path):
+def test_a_plot_folder_without_permission_is_named_at_start_and_the_run_continues(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.warns(UserWarning, match="cannot write to its folder .*: no permission in"):
         trainer(tmp_path, EmbeddingPlots(), max_epochs=1).fit(Encoder(), Pictures())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_picture_that_cannot_be_written_is_named_once_and_the_run_goes_on(tmp_path):
+def test_a_picture_that_cannot_be_written_is_named_once_and_the_run_continues(tmp_path):
     folder = tmp_path / "plots"
     (folder / "scatter.png").mkdir(parents=True)
     (folder / "similarity.png").symlink_to("/dev/full")
@@ -238,8 +239,8 @@ def test_a_picture_that_cannot_be_written_is_named_once_and_the_run_goes_on(tmp_
     with pytest.warns(UserWarning, match="EmbeddingPlots") as caught:
         run.fit(Encoder(), Pictures())
     taken, full = of_plots(caught)
-    assert re.search(r"cannot draw similarity: OSError: .*No space left on device; the training goes on", full)
-    assert re.search(r"cannot draw scatter: IsADirectoryError: .*scatter\.png'; the training goes on", taken)
+    assert re.search(r"cannot draw similarity: OSError: .*No space left on device; training continues", full)
+    assert re.search(r"cannot draw scatter: IsADirectoryError: .*scatter\.png'; training continues", taken)
     assert run.current_epoch == 2
     assert (folder / "norms_epoch=001.png").is_file()
     assert (folder / "snapshots" / "epoch=001.npz").is_file()
@@ -362,7 +363,7 @@ def test_what_a_callback_misses_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"GeometryMonitor\(num_classes=...\)"):
         trainer(tmp_path, GeometryMonitor()).validate(Encoder(), Bare())
     for callback, missed in ((OnlineKNN(), "method bank_dataloader"), (EmbeddingPlots(), "attribute class_names")):
-        with pytest.raises(TypeError, match=f"needs a data module with the {missed}, got Bare"):
+        with pytest.raises(TypeError, match=f"requires a data module with the {missed}, got Bare"):
             trainer(tmp_path, callback).validate(Encoder(), Bare())
     with pytest.raises(ValueError, match="k must be at most the 60 images of the bank, got k=61"):
         trainer(tmp_path, OnlineKNN(k=61)).validate(Encoder(), Pictures())
@@ -383,3 +384,33 @@ def test_what_a_callback_misses_is_named(tmp_path):
 def test_numbers_out_of_range_are_named(callback, options, message):
     with pytest.raises(ValueError, match=message):
         callback(**options)
+
+
+def test_a_k_beyond_the_bank_is_refused_before_training(tmp_path):
+    history = History()
+    with pytest.raises(ValueError, match="k must be at most the 60 images of the bank, got k=61"):
+        trainer(tmp_path, OnlineKNN(k=61), history, max_epochs=1, num_sanity_val_steps=0).fit(Encoder(), Pictures())
+    assert history.seen == []
+
+
+def test_predictions_without_embeddings_are_not_written(tmp_path):
+    class Numbers(Encoder):
+        def predict_step(self, batch, batch_idx):
+            return batch[1]
+
+    with pytest.raises(ValueError, match="a dictionary with embeddings and labels, of one data loader, got Tensor"):
+        trainer(tmp_path, EmbeddingWriter()).predict(Numbers(), DataLoader(Pictures().val, 16))
+
+
+def test_images_of_other_batches_are_not_counted(tmp_path):
+    class Named(Encoder):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["image"].float(), None), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            return None
+
+    images = [{"image": image} for image in Pictures().train.tensors[0]]
+    run = trainer(tmp_path, ImagesPerSecond(), max_epochs=1)
+    run.fit(Named(), DataLoader(images, 16), DataLoader(images, 16))
+    assert "train/images_per_second" not in run.callback_metrics

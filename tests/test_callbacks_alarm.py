@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
@@ -20,7 +21,7 @@ from tests.callback_parts import NUM_CLASSES, Encoder, History, Pictures, traine
 
 
 def separation_loop(rows: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """As the docstring writes it, from the rows themselves."""
+    """As the docstring defines it, from the embeddings themselves."""
     found = np.full((num_classes, num_classes), np.nan)
     classes = [rows[labels == label] for label in range(num_classes)]
     for a, one in enumerate(classes):
@@ -35,8 +36,8 @@ def separation_loop(rows: np.ndarray, labels: np.ndarray, num_classes: int) -> n
     return found
 
 
-def random_rows(seed: int, dim: int = 5) -> tuple[Tensor, Tensor]:
-    """Classes of 20, 30, 2, 1 and no rows."""
+def random_embeddings(seed: int, dim: int = 5) -> tuple[Tensor, Tensor]:
+    """Classes of 20, 30, 2, 1 and no embeddings."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([0] * 20 + [1] * 30 + [2] * 2 + [3])
     shift = 2 * torch.randn(5, dim, generator=generator, dtype=torch.float64)
@@ -45,7 +46,7 @@ def random_rows(seed: int, dim: int = 5) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_separation_is_that_of_the_loop(seed):
-    rows, labels = random_rows(seed)
+    rows, labels = random_embeddings(seed)
     found = class_separation(class_moments(rows, labels, 5))
     np.testing.assert_allclose(found, separation_loop(rows.numpy(), labels.numpy(), 5), rtol=1e-9)
     turn = torch.linalg.qr(rows[:5])[0]
@@ -60,8 +61,8 @@ def test_separation_of_points():
     assert together[0, 1] == together[1, 2] == 0
 
 
-def test_few_rows_in_many_dimensions_do_not_look_apart():
-    """The means of two halves of 28 rows in 64 dimensions are 3 spreads apart by chance."""
+def test_a_few_embeddings_in_many_dimensions_are_not_separated_by_chance():
+    """The means of two halves of 28 embeddings in 64 dimensions are 3 spreads apart by chance."""
     found, plain = [], []
     for seed in range(40):
         rows = torch.randn(28, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -256,3 +257,28 @@ def test_a_run_without_orthogonality_collapses_and_one_with_it_does_not(tmp_path
 def test_arguments_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         CollapseAlarm(num_classes=NUM_CLASSES, **options)
+
+
+def test_three_thousand_merged_classes_are_reported_in_one_line_and_take_a_bit_per_pair(tmp_path):
+    embeddings = torch.ones(6_000, 2) + 1e-2 * torch.randn(6_000, 2, generator=torch.Generator().manual_seed(0))
+    moments = class_moments(embeddings, torch.arange(6_000) % 3_000, 3_000)
+    alarm, run = CollapseAlarm(after_epochs=0, min_spread=1e-9, min_rank=1e-9, min_separation=1e9), trainer(tmp_path)
+    run.state.fn = TrainerFn.FITTING
+    assert alarm.evaluate(run, "val", moments) == {"collapsed_classes": torch.tensor(3_000.0)}
+    with pytest.warns(UserWarning, match="embeddings collapsed: all 3000 classes merged$"):
+        alarm.evaluate(run, "val", moments)
+    state = alarm.state_dict()
+    assert state["reported"]["val"]["merged"].nbytes == 3_000**2 / 8
+    again = CollapseAlarm()
+    again.load_state_dict(state)
+    assert again.state_dict()["reported"]["val"]["merged"].equal(state["reported"]["val"]["merged"])
+
+
+def test_the_state_of_a_run_with_other_classes_is_dropped(tmp_path, caplog):
+    alarm = CollapseAlarm(after_epochs=0)
+    messages(tmp_path, caplog, alarm, CAT_IS_DOG, CAT_IS_DOG)
+    moments = class_moments(torch.eye(4), torch.arange(4) % 2, 2)
+    run = trainer(tmp_path)
+    run.state.fn = TrainerFn.FITTING
+    alarm.evaluate(run, "val", moments)
+    assert not alarm.collapsed

@@ -50,9 +50,9 @@ class Kept(CSVLogger):
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 7])
-@pytest.mark.parametrize("rows_at_once", [1, 50, 4096])
-def test_the_window_holds_the_batches_since_the_last_time(tmp_path, monkeypatch, micro_batch_size, rows_at_once):
-    monkeypatch.setattr(callback_moments, "_ROWS_AT_ONCE", rows_at_once)
+@pytest.mark.parametrize("chunk_size", [1, 50, 4096])
+def test_the_window_holds_the_batches_since_the_last_time(tmp_path, monkeypatch, micro_batch_size, chunk_size):
+    monkeypatch.setattr(callback_moments, "_CHUNK_SIZE", chunk_size)
     module, logger = Recording(layer(), micro_batch_size=micro_batch_size), Kept(tmp_path)
     options = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 4}
     small_trainer(tmp_path, callbacks=[GeometryMonitor(every_n_steps=3)], **options).fit(module, Shares())

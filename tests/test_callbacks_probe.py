@@ -1,4 +1,4 @@
-"""OnlineProbe: what it learns, that it leaves the encoder alone, and that it goes on where it was."""
+"""OnlineProbe: what it learns, that it does not change the encoder, and that it resumes."""
 
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_the_encoder_trains_as_without_it_to_the_last_bit(tmp_path, options):
     assert equal(watched, fit_digits(tmp_path, **options).state_dict())
 
 
-def test_it_goes_on_to_the_last_bit(tmp_path):
+def test_it_resumes_to_the_last_bit(tmp_path):
     whole, second = OnlineProbe(), OnlineProbe()
     weights = fit_digits(tmp_path / "whole", whole).state_dict()
     fit_digits(tmp_path / "part", OnlineProbe(), LastCheckpoint(), enable_checkpointing=True, max_epochs=1)

@@ -18,14 +18,14 @@ from tests.digits_run import QUIET, ROOT, SIMO, SMALL, assert_equal_weights, cop
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "cifar10_lars")
 
 
-def said(capfd: pytest.CaptureFixture[str]) -> str:
+def last_line(capfd: pytest.CaptureFixture[str]) -> str:
     """The one line of an error."""
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1, lines
     return lines[0]
 
 
-def test_a_run_leaves_config_metrics_events_checkpoints_and_plots(digits_run: Path) -> None:
+def test_a_run_writes_config_metrics_events_checkpoints_and_plots(digits_run: Path) -> None:
     assert yaml.safe_load((digits_run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     assert len(list(digits_run.glob("events.out.tfevents.*"))) == 1
     assert sorted(path.name for path in (digits_run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
@@ -33,16 +33,24 @@ def test_a_run_leaves_config_metrics_events_checkpoints_and_plots(digits_run: Pa
     assert {"train/loss", "train/images_per_second", "val/knn", "val/class_cosine", "val/effective_rank"} <= logged
 
 
-def test_a_metric_that_is_measured_rarely_gives_its_checkpoint_when_it_comes(tmp_path: Path) -> None:
+def test_a_metric_of_every_second_epoch_gives_its_checkpoint_in_the_second(tmp_path: Path) -> None:
     folder = tmp_path / "rare"
     fit("--run_dir", str(folder), "--knn.every_n_epochs", "2", epochs=2)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
-    assert best["epoch"] == 1  # the first epoch measured nothing
+    assert best["epoch"] == 1  # the first epoch has no val/knn
+
+
+def test_a_metric_that_is_never_logged_has_no_best_checkpoint_and_is_named(tmp_path: Path) -> None:
+    words = ["--run_dir", str(tmp_path / "typo"), "--knn.every_n_epochs", "2", "--best.monitor", "val/typo"]
+    with pytest.warns(UserWarning, match="no best.ckpt was written: val/typo was never logged"):
+        fit(*words)
+    with pytest.raises(SystemExit):  # the second epoch evaluates, and still has no such metric
+        fit(*words, "--ckpt_path", "last", epochs=3)
 
 
 def test_new_runs_get_new_folders_and_a_resumed_one_keeps_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     root = Path("runs/digits")
-    fit("--ckpt_path", "last")  # the first start of a job that may be restarted: nothing to go on from
+    fit("--ckpt_path", "last")  # the first start of a job that may be restarted: no checkpoint yet
     assert "starting from the beginning" in capfd.readouterr().out
     fit()
     assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"]
@@ -69,7 +77,7 @@ def wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
     raise TimeoutError(path)
 
 
-def test_a_run_killed_in_the_middle_goes_on_to_the_same_weights(digits_run: Path, tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_resumes_to_the_same_weights(digits_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     process = start(folder)
     wait_for(folder / "checkpoints" / "last.ckpt", process)  # one of two epochs is done
@@ -80,7 +88,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_weights(digits_run: Path
     assert_equal_weights(folder / "checkpoints" / "last.ckpt", digits_run / "checkpoints" / "last.ckpt")
 
 
-def test_ctrl_c_saves_last_and_the_run_goes_on_to_the_same_weights(digits_run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_last_and_the_run_resumes_to_the_same_weights(digits_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     process = start(folder)
     wait_for(folder / "checkpoints" / "last.ckpt", process)
@@ -88,7 +96,7 @@ def test_ctrl_c_saves_last_and_the_run_goes_on_to_the_same_weights(digits_run: P
     error = process.communicate()[1].decode()
     assert process.returncode != 0
     assert "Traceback" not in error
-    assert "go on with --ckpt_path" in error
+    assert "resume with --ckpt_path" in error
     step = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 12 < step < 24  # in the middle of the second epoch
     fit("--run_dir", str(folder), "--ckpt_path", "last", epochs=2)
@@ -174,11 +182,13 @@ def test_every_config_makes_its_parts(config: Path, digits_run: Path, parse: Cal
     ],
     ids=["no config", "misspelt key", "cut key", "wrong value", "wrong command"],
 )  # fmt: skip
-def test_a_wrong_argument_is_told_in_a_line(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_reported_in_one_line(
+    words: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert message in said(capfd)
+    assert message in last_line(capfd)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +198,14 @@ def test_a_wrong_argument_is_told_in_a_line(words: list[str], message: str, capf
         (["--data.samples_per_class", "1"], "samples_per_class must"),
         (["--data.samples_per_class", "1000"], "smallest class"),
         (["--run_dir", "file/run"], "the run's folder file/run cannot be written"),
-        (["--run_dir", "used"], "--run_dir used holds a run already: give --ckpt_path last"),
+        (["--run_dir", "used"], "--run_dir used holds a run already: pass --ckpt_path last"),
         (["--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),
         (["--ckpt_path", "cut.ckpt"], "checkpoint cut.ckpt cannot be read: it is cut short"),
         (["--knn.k", "100000"], "k must"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_run_that_cannot_be_is_told_in_a_line(
+def test_a_run_that_cannot_be_is_reported_in_one_line(
     words: list[str], message: str, digits_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
@@ -204,11 +214,10 @@ def test_a_run_that_cannot_be_is_told_in_a_line(
     with pytest.raises(SystemExit) as stop:
         fit(*words)
     assert stop.value.code == 1
-    line = said(capfd)
+    line = last_line(capfd)
     assert line.startswith("simo: error:")
     assert message in line
-    started = {path.parent for path in Path("runs").rglob("metrics.csv")}
-    assert set(Path("runs").glob("*/*")) == started  # a start that failed leaves nothing
+    assert not list(Path("runs").glob("*/*"))  # nothing was trained, and a start that failed leaves nothing
 
 
 def test_a_home_is_expanded_in_every_path(
@@ -278,7 +287,7 @@ def test_a_misspelt_key_of_a_config_is_refused(digits_run: Path, capfd: pytest.C
     with pytest.raises(SystemExit) as stop:
         main(["plot", "--config", "wrong.yaml"])
     assert stop.value.code == 2
-    assert "weights_onyl" in said(capfd)
+    assert "weights_onyl" in last_line(capfd)
 
 
 def test_checkpoints_loggers_and_every_callback_can_be_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +306,7 @@ def test_a_run_without_checkpoints(option: str, capfd: pytest.CaptureFixture[str
     assert ("metrics.csv" in {path.name for path in Path("bare").iterdir()}) == ("checkpointing" in option)
 
 
-def test_a_trial_run_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_run_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.fast_dev_run", "1", "--plots.every_n_epochs", "1")
     assert not Path("runs").exists()
     fit("--trainer.fast_dev_run", "1", "--run_dir", "named")
@@ -318,7 +327,7 @@ class Broken(simo_lightning.SimOModule):
     [
         (["--ckpt_path", "last.ckpt", "--model.encoder.width", "0.25"], "last.ckpt does not fit"),
         (["--ckpt_path", "weights.ckpt"], "--ckpt_path weights.ckpt must hold the state of a run"),
-        (["--trainer.limit_train_batches", "0"], "--trainer.limit_train_batches must leave something to train, got 0"),
+        (["--trainer.limit_train_batches", "0"], "limit_train_batches must not be 0, or nothing is trained, got 0"),
         (["--knn.every_n_epochs=2", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/knn"],
          "Early stopping conditioned on metric `val/knn` which is not available"),
         (["--trainer.callbacks", "LearningRateFinder"], "learning rate"),
@@ -327,7 +336,7 @@ class Broken(simo_lightning.SimOModule):
     ],
     ids=["wrong shape", "weights only", "nothing to train", "early stopping", "rate finder", "no metric", "rate"],
 )  # fmt: skip
-def test_what_a_user_causes_is_told_in_a_line(
+def test_what_a_user_causes_is_reported_in_one_line(
     words: list[str], message: str, digits_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("last.ckpt").write_bytes((digits_run / "checkpoints" / "last.ckpt").read_bytes())
@@ -335,7 +344,7 @@ def test_what_a_user_causes_is_told_in_a_line(
     with pytest.raises(SystemExit) as stop:
         fit(*words, epochs=3)
     assert stop.value.code == 1
-    line = said(capfd)
+    line = last_line(capfd)
     assert line.startswith("simo: error:")
     assert message in line
 

@@ -207,7 +207,7 @@ def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights(tmp_p
     assert not re.search(r"Restarts=0\b", shown), "the run ended before its time limit"
     stops = [int(step) for step in re.findall(rf"job {job} stopped at step (\d+), .* is requeued", log)]
     assert stops, log[-3000:]
-    starts = [int(step) for step in re.findall(rf"job {job} goes on after step (\d+) ", log)]
+    starts = [int(step) for step in re.findall(rf"job {job} resumes after step (\d+) ", log)]
     assert stops == starts
     assert any(step % 6 for step in stops)  # in the middle of an epoch
     run = Path(f"runs/digits/job_{job}")

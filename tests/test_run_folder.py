@@ -100,7 +100,7 @@ def test_a_restart_without_resuming_is_a_new_run() -> None:
     assert start(*[(step(0, restart=1), "a")] * 2, resume=False) == ["job_99-2"] * 2
 
 
-def test_a_torchrun_run_goes_on_under_its_id_with_the_same_config_alone() -> None:
+def test_a_torchrun_run_resumes_under_its_id_with_the_same_config_alone() -> None:
     def worker(restart: int) -> dict[str, str]:
         names = {"TORCHELASTIC_RUN_ID": "mine", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "WORLD_SIZE": "4"}
         return names | {"TORCHELASTIC_RESTART_COUNT": str(restart)}
@@ -152,12 +152,12 @@ def test_two_runs_in_one_job_and_a_requeue(monkeypatch: pytest.MonkeyPatch, capf
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     fit(*words, "--seed_everything", "2")
     out = capfd.readouterr().out
-    assert f"going on from {root}/job_99-2/checkpoints/last.ckpt: epoch 0, step 2" in out
-    assert "nothing was trained: the run was complete at step 2 already" in out
+    assert f"resuming from {root}/job_99-2/checkpoints/last.ckpt: epoch 0, step 2" in out
+    assert "nothing was trained: the run was already complete at step 2" in out
     assert sorted(path.name for path in root.iterdir()) == ["job_99", "job_99-2"]
 
 
-def test_a_run_that_goes_on_with_other_settings_says_which(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_resumes_with_other_settings_prints_them(capfd: pytest.CaptureFixture[str]) -> None:
     fit(*BRIEF, "--run_dir", "mine")
     fit(*BRIEF, "--run_dir", "mine", "--ckpt_path", "last", "--trainer.max_steps", "3")
     assert "with settings that differ from config.yaml: trainer.max_steps 2 -> 3" in capfd.readouterr().out

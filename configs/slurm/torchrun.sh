@@ -3,7 +3,7 @@
 #
 # For machines without a scheduler: run the same line on each of NNODES machines, which share this folder. HEAD is the
 # name or address of one of them with a free port. The run's folder is runs/<config>/job_<RUN_ID>; the same line again
-# goes on there, and so do the processes that torchrun restarts after a failure. Another config under the same RUN_ID is
+# resumes there, and so do the processes that torchrun restarts after a failure. Another config under the same RUN_ID is
 # a new run, job_<RUN_ID>-2. One process per GPU that torch sees, one on a machine without; or NPROC_PER_NODE.
 set -euo pipefail
 RUN_ID=${RUN_ID:?must be set to a name for the run}

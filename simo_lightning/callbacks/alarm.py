@@ -1,7 +1,11 @@
-"""Report what has collapsed, once, and that it has recovered, once."""
+"""Report each collapse of the embeddings once, and each recovery once."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -12,17 +16,44 @@ from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.functional.geometry import class_separation, effective_rank, rank_share, rms_norm, spread_share
 from simo_lightning.functional.moments import ClassMoments
 
-# One thing that has collapsed: ("nan",), ("norm",), ("point",), ("rank",), or ("merged", a, b) for classes a < b.
-Finding = tuple[str | int, ...]
-Findings = frozenset[Finding]
-_NONE: Findings = frozenset()
-_NAN: Findings = frozenset({("nan",)})
-# What has been reported counts as recovered at this factor beyond its limit: noise at the limit is not reported.
+# A reported finding counts as recovered at this factor beyond its limit, so that noise at the limit is not reported.
 _SLACK = 1.2
+_MOST_LISTED = 10  # classes of a group, and groups, that a message lists
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What has collapsed.
+
+    Attributes:
+        names: Some of nan, norm, point and rank.
+        merged: Which two classes are merged, bool ``(C, C)``, symmetric. Of 10,000 classes there are 50 million pairs.
+    """
+
+    names: frozenset[str]
+    merged: Tensor
+
+    def __or__(self, other: "_Findings") -> "_Findings":
+        return _Findings(self.names | other.names, self.merged | other.merged)
+
+    def __and__(self, other: "_Findings") -> "_Findings":
+        return _Findings(self.names & other.names, self.merged & other.merged)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint, a bit per pair."""
+        bits = torch.from_numpy(np.packbits(self.merged.numpy()))
+        return {"names": sorted(self.names), "num_classes": len(self.merged), "merged": bits}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "_Findings":
+        """The findings that :meth:`state` returned."""
+        size = state["num_classes"]
+        bits = np.unpackbits(state["merged"].cpu().numpy(), count=size * size)
+        return cls(frozenset(state["names"]), torch.from_numpy(bits).bool().view(size, size))
 
 
 class CollapseAlarm(ClassMomentsCallback):
-    """Warn when the embeddings collapse, naming what: their rank, to one point, their norm, or which classes merged.
+    """Warn when the embeddings collapse: to low rank, to one point, to an extreme norm, or classes into one another.
 
     - nan: a value is not finite.
     - norm: the RMS norm of the embeddings is outside ``smallest_norm``..``largest_norm``.
@@ -34,10 +65,10 @@ class CollapseAlarm(ClassMomentsCallback):
       classes along the line between the means; 0.5 means that the nearer mean is right for 60 % of them, 50 % being
       chance (:func:`~simo_lightning.functional.geometry.class_separation`).
 
-    Each finding is reported once, when two evaluations in a row have it (nan: at once), and its recovery once, when two
-    in a row no longer have it; what has been reported has to get 1.2 times beyond its limit for that. So a few images
-    at the limit are not reported. Where training batches are evaluated too, their findings are kept apart from those of
-    validation: a finding is reported when the first of the two has it, and recovered when neither has.
+    Each finding is reported once, when two consecutive evaluations have it (nan: at once), and its recovery once, when
+    two consecutive evaluations are 1.2 times beyond the limit. So a few images at the limit are not reported. Training
+    and validation are evaluated separately: a finding is reported when the first of the two has it, and has recovered
+    when neither has. A message lists at most ten groups of classes and ten classes of each.
 
     Every evaluation logs ``val/collapsed_classes``, ``test/...`` or with ``every_n_steps`` ``train/...``: how many
     classes are merged with another one, in all embeddings of the epoch or, in training, since the last evaluation (see
@@ -45,15 +76,15 @@ class CollapseAlarm(ClassMomentsCallback):
     findings without a warning. A module whose steps return no embeddings is not evaluated.
 
     Args:
-        after_epochs: Epochs of training before the first alarm; in the beginning all classes are merged.
+        after_epochs: Epochs of training before the first alarm; before training all classes are merged.
         action: "stop" also ends the training.
         min_rank: In 0..1.
         min_spread: In 0..1.
         min_separation: In spreads, > 0.
         smallest_norm: Of the embeddings, > 0.
         largest_norm: Of the embeddings.
-        num_classes: C; None: ``trainer.datamodule.num_classes``. Classes have names where the data module has
-            ``class_names``.
+        num_classes: C; None: ``trainer.datamodule.num_classes``. Messages use the data module's ``class_names`` if it
+            has them.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none.
 
@@ -93,130 +124,148 @@ class CollapseAlarm(ClassMomentsCallback):
         self.action = action
         self.min_rank, self.min_spread, self.min_separation = min_rank, min_spread, min_separation
         self.smallest_norm, self.largest_norm = smallest_norm, largest_norm
-        self._reported: dict[str, Findings] = {}  # by stage, and not recovered
-        self._last: dict[str, Findings] = {}  # of the last evaluation
+        self._reported: dict[str, _Findings] = {}  # by stage: reported and not recovered since
+        self._last: dict[str, _Findings] = {}  # by stage: those of the last evaluation
 
     @property
-    def collapsed(self) -> Findings:
-        """What is reported and has not recovered: findings such as ``("rank",)`` and ``("merged", 3, 5)``."""
-        return frozenset().union(*self._reported.values())
+    def collapsed(self) -> frozenset[tuple[str | int, ...]]:
+        """What is reported and has not recovered, such as ``("rank",)`` and ``("merged", 3, 5)``."""
+        names = {(name,) for findings in self._reported.values() for name in findings.names}
+        pairs = (findings.merged.triu().nonzero().tolist() for findings in self._reported.values())
+        return frozenset(names) | {("merged", a, b) for some in pairs for a, b in some}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        def lists(findings: dict[str, Findings]) -> dict[str, list[list[str | int]]]:
-            return {stage: [list(finding) for finding in sorted(some, key=str)] for stage, some in findings.items()}
-
-        return {"reported": lists(self._reported), "last": lists(self._last)}
+        return {
+            key: {stage: findings.state() for stage, findings in by_stage.items()}
+            for key, by_stage in (("reported", self._reported), ("last", self._last))
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def sets(lists: dict[str, list[list[str | int]]]) -> dict[str, Findings]:
-            return {stage: frozenset(tuple(finding) for finding in some) for stage, some in lists.items()}
-
-        self._reported, self._last = sets(state_dict["reported"]), sets(state_dict["last"])
+        self._reported, self._last = (
+            {stage: _Findings.of_state(state) for stage, state in state_dict[key].items()}
+            for key in ("reported", "last")
+        )
 
     @override
     def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
-        margins = self._margins(moments)
-        findings = _below_limit(margins)
-        names: list[str] | None = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        num_classes = len(moments.counts)
+        for by_stage in (self._reported, self._last):  # of a checkpoint whose data had other classes
+            for other in [key for key, findings in by_stage.items() if len(findings.merged) != num_classes]:
+                del by_stage[other]
+        none = _Findings(frozenset(), torch.zeros(num_classes, num_classes, dtype=torch.bool))
+        margins, separation = self._margins(moments)
+        findings = _below_limit(margins, separation, none)
+        class_names: list[str] | None = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = [str(label) for label in range(num_classes)] if class_names is None else class_names
         if trainer.state.fn != TrainerFn.FITTING:
-            if findings:
-                rank_zero_info(f"{stage} embeddings are collapsed: {_describe(moments, findings, names)}")
+            found = _describe(moments, findings.names, _merged_groups(findings.merged), names)
+            if found:
+                rank_zero_info(f"{stage} embeddings are collapsed: {found}")
         else:
-            reported = self._reported.get(stage, _NONE)
-            current, last = _below_limit(margins, reported), self._last.get(stage, _NONE)
-            self._last[stage] = current
+            reported, last = self._reported.get(stage, none), self._last.get(stage, none)
+            current = self._last[stage] = _below_limit(margins, separation, reported)
             if trainer.current_epoch >= self.after_epochs:
-                before = self.collapsed
-                self._reported[stage] = (reported & (current | last)) | (current & (last | _NAN))
-                self._report(trainer, stage, moments, before, names)
-        merged = float("nan") if findings == _NAN else sum(map(len, _merged_groups(findings)))
-        return {"collapsed_classes": moments.counts.new_tensor(merged).float()}
+                before = self._all_reported(none)
+                confirmed = _Findings(last.names | {"nan"}, last.merged)  # nan needs no second evaluation
+                self._reported[stage] = (reported & (current | last)) | (current & confirmed)
+                self._report(trainer, stage, moments, before, self._all_reported(none), names)
+        merged = findings.merged.any(dim=1).sum().float()
+        return {"collapsed_classes": torch.full_like(merged, float("nan")) if "nan" in findings.names else merged}
 
-    def _margins(self, moments: ClassMoments) -> dict[Finding, float]:
-        """Everything that may have collapsed in units of its limit, below 1 where it has; nan where undefined."""
+    def _all_reported(self, none: _Findings) -> _Findings:
+        for findings in self._reported.values():
+            none = none | findings
+        return none
+
+    def _margins(self, moments: ClassMoments) -> tuple[dict[str, float], Tensor]:
+        """Values in units of their limits, below 1 where collapsed and nan where undefined: by name, and (C, C)."""
         if not moments.squared_norms.isfinite().all():
-            return {("nan",): 0.0}
+            return {"nan": 0.0}, torch.full_like(moments.counts.diag(), float("nan"), dtype=torch.float32)
         norm = float(rms_norm(moments))
-        margins: dict[Finding, float] = {
-            ("norm",): min(norm / self.smallest_norm, self.largest_norm / norm) if norm else 0.0,
-            ("point",): float(spread_share(moments)) / self.min_spread,
-            ("rank",): float(rank_share(moments)) / self.min_rank,
-        }
-        separation = class_separation(moments) / self.min_separation  # (C, C)
-        for a, b in (separation < _SLACK).triu(diagonal=1).nonzero().tolist():
-            margins["merged", a, b] = float(separation[a, b])
-        return margins
+        return {
+            "norm": min(norm / self.smallest_norm, self.largest_norm / norm) if norm else 0.0,
+            "point": float(spread_share(moments)) / self.min_spread,
+            "rank": float(rank_share(moments)) / self.min_rank,
+        }, class_separation(moments) / self.min_separation
 
     def _report(
-        self, trainer: Trainer, stage: str, moments: ClassMoments, before: Findings, names: list[str] | None
+        self,
+        trainer: Trainer,
+        stage: str,
+        moments: ClassMoments,
+        before: _Findings,
+        now: _Findings,
+        class_names: Sequence[str],
     ) -> None:
         when = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
-        recovered = _recovered(before, self.collapsed, names)
+        recovered: list[str] = [name for name in ("nan", "norm", "point", "rank") if name in before.names - now.names]
+        free = (before.merged.any(dim=1) & ~now.merged.any(dim=1)).nonzero().flatten().tolist()
+        if free:
+            recovered.append(f"classes {_listed([class_names[label] for label in free], ', ')}")
         if recovered:
-            rank_zero_info(f"{when}: recovered from collapse: {recovered}")
-        new = _new(before, self.collapsed)
+            rank_zero_info(f"{when}: recovered from collapse: {'; '.join(recovered)}")
+        known = {label: index for index, group in enumerate(_merged_groups(before.merged)) for label in group}
+        # a group is new unless all its classes were merged, directly or through others, before
+        new_groups = [
+            group
+            for group in _merged_groups(now.merged)
+            if known.get(group[0]) is None or any(known.get(label) != known[group[0]] for label in group)
+        ]
+        new = _describe(moments, now.names - before.names, new_groups, class_names)
         if new:
-            message = f"{when}: {stage} embeddings collapsed: {_describe(moments, new, names)}"
+            message = f"{when}: {stage} embeddings collapsed: {new}"
             rank_zero_warn(f"{message}; training stops" if self.action == "stop" else message)
             trainer.should_stop |= self.action == "stop"
 
 
-def _below_limit(margins: dict[Finding, float], reported: Findings = _NONE) -> Findings:
-    """What has collapsed; what is undefined has not. Where a value is not finite, all that was reported stays."""
-    if ("nan",) in margins:
-        return reported | _NAN
-    return frozenset(finding for finding, margin in margins.items() if margin < (_SLACK if finding in reported else 1))
+def _below_limit(margins: dict[str, float], separation: Tensor, reported: _Findings) -> _Findings:
+    """What has collapsed; undefined values have not. Where a value is not finite, all that was reported stays."""
+    if "nan" in margins:
+        return _Findings(reported.names | {"nan"}, reported.merged)
+    names = (name for name, margin in margins.items() if margin < (_SLACK if name in reported.names else 1))
+    return _Findings(frozenset(names), (separation < 1) | (reported.merged & (separation < _SLACK)))
 
 
-def _merged_groups(findings: Findings) -> list[list[int]]:
-    """Sorted groups of the classes that are merged, directly or through others."""
-    groups: list[set[int]] = []
-    for pair in ({int(label) for label in finding[1:]} for finding in findings if finding[0] == "merged"):
-        touched = [group for group in groups if group & pair]
-        groups = [group for group in groups if not group & pair] + [pair.union(*touched)]
-    return sorted(sorted(group) for group in groups)
+def _merged_groups(merged: Tensor) -> list[list[int]]:
+    """Sorted groups of the classes that are merged, directly or through others: connected components of (C, C)."""
+    groups, left = [], merged.any(dim=1)
+    while left.any():
+        group, added = torch.zeros_like(left), torch.zeros_like(left)
+        added[left.nonzero()[0]] = True
+        while added.any():
+            group |= added
+            added = merged[added].any(dim=0) & ~group
+        groups.append(group.nonzero().flatten().tolist())
+        left &= ~group
+    return groups
 
 
-def _new(before: Findings, now: Findings) -> Findings:
-    """Findings that are new; of merged pairs all those of a group that was not merged, directly or not, before."""
-    known = [set(group) for group in _merged_groups(before)]
-    new = [set(group) for group in _merged_groups(now) if not any(set(group) <= one for one in known)]
-    return frozenset(
-        finding
-        for finding in now
-        if (any(finding[1] in group for group in new) if finding[0] == "merged" else finding not in before)
-    )
-
-
-def _recovered(before: Findings, now: Findings, names: list[str] | None) -> str:
-    """What has recovered, in words; empty if nothing has."""
-    parts = [str(kind) for kind in ("nan", "norm", "point", "rank") if (kind,) in before - now]
-    free = sorted(set().union(*_merged_groups(before)) - set().union(*_merged_groups(now)))
-    if free:
-        parts.append(f"classes {', '.join(names[label] if names else str(label) for label in free)}")
-    return "; ".join(parts)
-
-
-def _describe(moments: ClassMoments, findings: Findings, names: list[str] | None) -> str:
-    """The findings in one line with their numbers, without those that another one implies."""
-    if ("nan",) in findings:
+def _describe(
+    moments: ClassMoments, findings: frozenset[str], groups: Sequence[Sequence[int]], class_names: Sequence[str]
+) -> str:
+    """The findings in one line with their numbers, without those that another one implies; empty if there are none."""
+    if "nan" in findings:
         return "nan or infinite values"
     present, dim = int((moments.counts > 0).sum()), moments.sums.shape[1]
     parts = []
-    if ("norm",) in findings:
+    if "norm" in findings:
         parts.append(f"RMS norm {float(rms_norm(moments)):.3g}")
-    if ("point",) in findings:
+    if "point" in findings:
         parts.append(f"all at one point (variance is {float(spread_share(moments)):.2g} of the mean square)")
         return "; ".join(parts)
-    if ("rank",) in findings:
+    if "rank" in findings:
         rank = float(effective_rank(moments))
         parts.append(f"effective rank {rank:.2f} for {present} classes in {dim} dimensions")
-    groups = _merged_groups(findings)
     if groups and len(groups[0]) == present:
         parts.append(f"all {present} classes merged")
     elif groups:
-        named = [" = ".join(names[label] if names else str(label) for label in group) for group in groups]
-        parts.append(f"classes merged: {'; '.join(named)}")
+        listed = [_listed([class_names[label] for label in group], " = ") for group in groups]
+        parts.append(f"classes merged: {_listed(listed, '; ')}")
     return "; ".join(parts)
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    more = len(items) - _MOST_LISTED
+    return separator.join([*items[:_MOST_LISTED], f"{more} more"] if more > 0 else items)

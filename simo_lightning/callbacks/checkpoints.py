@@ -1,5 +1,6 @@
-"""Which checkpoints a run keeps, the best and the last, each written so that a crash or a full disk costs none."""
+"""The best and the last checkpoint of a run, written so that a crash or a full disk never damages them."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,15 +11,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simo_lightning import lightning_private
+from simo_lightning.callbacks.evaluation import EvaluationCallback
+from simo_lightning.callbacks.plots import EmbeddingPlots
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and renames it, so that the target is always whole: the old or the new.
+    """Writes a checkpoint to a file beside its target and renames it, so that the target is always complete.
 
-    Lightning's own writes to the folder for temporary files and moves; where that is another file system, the move is a
-    copy over the target, and a crash in it leaves neither. The package's callbacks put this one in its place.
+    Lightning's own writes to the temporary folder and moves the file. If that folder is on another file system, the
+    move copies over the target, and a crash leaves neither checkpoint. The package's callbacks install this class.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -26,17 +30,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             checkpoint: What ``torch.save`` takes.
-            path: Target; an address with a protocol is left to Lightning.
+            path: Target; a URL with a protocol is left to Lightning.
             storage_options: None.
 
         Raises:
-            OSError: If the file cannot be written, as on a full disk. The former file stays, the unfinished one goes.
+            OSError: If the file cannot be written, as on a full disk. The former file is kept.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.unfinished")  # what a crash leaves is overwritten by the next save
+        unfinished = path.with_name(f".{path.name}.unfinished")  # overwritten by the next save if a crash leaves it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
@@ -56,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error in a chain of exceptions; torch raises its own after it."""
+    """The operating system's error in a chain of exceptions, to which torch adds its own."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -64,13 +68,13 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 class _InRunFolder(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Determine the folder."""
         self.dirpath = self.dirpath or checkpoint_folder(trainer)
         write_atomically(trainer)
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best value so far also where the run was moved, or the command is given from elsewhere."""
+        """Keep the best value also if the run was moved, or the working directory is another one."""
         if self.dirpath is not None and Path(self.dirpath, f"{self.filename}.ckpt").is_file():
             state_dict = dict(state_dict)
             for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
@@ -87,17 +91,28 @@ class _InRunFolder(ModelCheckpoint):
 class BestCheckpoint(_InRunFolder):
     """Keeps the checkpoint with the best value of a metric as ``<run folder>/checkpoints/best.ckpt``.
 
-    Where a callback measures every n epochs only, the epochs before its first measurement keep none.
+    If a callback evaluates every n epochs only, the epochs before its first evaluation keep none. A warning at the end
+    of a run names a metric that was never logged.
 
     Args:
         monitor: Logged name of the metric.
-        mode: Whether the largest or the smallest value is best.
+        mode: Whether the largest or the smallest value is the best.
     """
 
     def __init__(self, monitor: str = "val/knn", mode: Literal["max", "min"] = "max") -> None:
         super().__init__(
             monitor=monitor, mode=mode, filename="best", auto_insert_metric_name=False, enable_version_counter=False
         )
+        self._first_epoch = 0  # of this start of the run
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        super().on_train_start(trainer, pl_module)
+        self._first_epoch = trainer.current_epoch
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        super().on_train_end(trainer, pl_module)
+        if not self.best_model_path and self.monitor not in trainer.callback_metrics:
+            rank_zero_warn(f"no {self.filename}.ckpt was written: {self.monitor} was never logged")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         if not self._is_to_come(trainer):
@@ -108,21 +123,24 @@ class BestCheckpoint(_InRunFolder):
             super().on_validation_end(trainer, pl_module)
 
     def _is_to_come(self, trainer: pl.Trainer) -> bool:
-        """Whether the metric may be missing only because its callback has not measured yet."""
+        """Whether the metric may be missing because a callback that logs has not evaluated since this start."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        rare = any(getattr(callback, "every_n_epochs", 1) > 1 for callback in callbacks)
-        return rare and self.monitor not in trainer.callback_metrics
+        evaluations = [each for each in callbacks if isinstance(each, EvaluationCallback)]
+        every = {each.every_n_epochs for each in evaluations if not isinstance(each, EmbeddingPlots)} - {1}
+        periods = [math.lcm(number, trainer.check_val_every_n_epoch or 1) for number in every]  # with a validation
+        pending = any((trainer.current_epoch + 1) // period == self._first_epoch // period for period in periods)
+        return pending and self.monitor not in trainer.callback_metrics
 
 
 class LastCheckpoint(_InRunFolder):
-    """Keeps the last state as ``<run folder>/checkpoints/last.ckpt``, replaced in one step at the end of each epoch.
+    """Keeps the last state as ``<run folder>/checkpoints/last.ckpt``, replaced atomically at the end of each epoch.
 
-    A run that resumes from it sees the images, augmentations and draws that it would have seen, to the last bit, also
-    where it was saved at the end of an epoch, which Lightning alone would count twice. A run that was killed in a
-    validation goes on from its last save.
+    A run that resumes from it uses the same images, augmentations and random numbers as without the interruption, to
+    the last bit, also if it was saved at the end of an epoch, which Lightning alone would count twice. A run that was
+    killed during validation resumes from its last save.
 
     Args:
-        every_n_train_steps: Also save each time so many steps are done; None for the ends of epochs alone.
+        every_n_train_steps: Also save every n steps; None: only at the end of each epoch.
     """
 
     def __init__(self, every_n_train_steps: int | None = None) -> None:
@@ -139,16 +157,16 @@ class LastCheckpoint(_InRunFolder):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Mark the last epoch as complete if it was."""
+        """Count the last epoch as complete if it was."""
         self._between_epochs = lightning_private.complete_last_epoch(checkpoint)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, even if the last batch was saved: validation and the callbacks have come since."""
+        """Save even if the last batch was saved, because validation and callbacks have run since."""
         lightning_private.forget_last_save(self)
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin an epoch, rather than going on in one, where the last is complete."""
+        """Begin a new epoch if the last one is complete."""
         super().on_train_start(trainer, pl_module)
         if self._between_epochs:
             self._between_epochs = False
@@ -156,7 +174,7 @@ class LastCheckpoint(_InRunFolder):
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> str:
-    """Where a run keeps its checkpoints.
+    """The folder of a run's checkpoints.
 
     Args:
         trainer: Its ``default_root_dir`` is the run's folder.
@@ -168,10 +186,10 @@ def checkpoint_folder(trainer: pl.Trainer) -> str:
 
 
 def write_atomically(trainer: pl.Trainer) -> None:
-    """Put AtomicCheckpointIO in the place of Lightning's own; a plugin that the user chose stays.
+    """Replace Lightning's own checkpoint plugin by AtomicCheckpointIO; a plugin that the user chose is kept.
 
     Args:
-        trainer: Writes checkpoints.
+        trainer: Its strategy writes checkpoints.
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -179,13 +197,13 @@ def write_atomically(trainer: pl.Trainer) -> None:
 
 @contextmanager
 def mismatch_in_one_line(path: str | Path | None) -> Iterator[None]:
-    """Tell in one line that the weights of a checkpoint are not those of the module.
+    """Turn torch's error for weights that do not fit the module into one line.
 
     Args:
-        path: Checkpoint that is loaded inside the context.
+        path: Checkpoint that is loaded in the context.
 
     Raises:
-        ValueError: In place of the RuntimeError of torch's ``load_state_dict``.
+        ValueError: Instead of the RuntimeError of torch's ``load_state_dict``.
     """
     try:
         yield

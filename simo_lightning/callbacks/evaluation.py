@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
+
+from simo_lightning.distributed import gather_rows, world_size
 
 
 def step_embeddings(outputs: Any) -> tuple[Tensor, Tensor] | None:
@@ -26,12 +29,30 @@ def step_embeddings(outputs: Any) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def gather_in_order(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Values of all processes in the order of the data set, where process r of W evaluates r, r + W, r + 2 W, ...
+
+    Args:
+        parts: This process's values, ``(N_i, ...)`` each.
+        device: On which the processes communicate.
+
+    Returns:
+        ``(sum of N_i over all processes, ...)`` on the CPU.
+    """
+    values = torch.cat(parts)
+    if world_size() == 1:
+        return values.cpu()
+    index = torch.distributed.get_rank() + world_size() * torch.arange(len(values), device=device)
+    return gather_rows(values.to(device))[gather_rows(index).argsort()].cpu()
+
+
 class EvaluationCallback(Callback):
     """Evaluates the embeddings that validation and test steps return.
 
     A subclass implements :meth:`reset`, :meth:`update` and :meth:`compute`, as a torchmetrics metric does. A module
-    whose steps return no dictionary with ``embeddings`` and ``labels`` is not evaluated. Nor are the sanity check and,
-    while fitting, the epochs between every n-th. ``trainer.validate`` and ``trainer.test`` always evaluate.
+    whose steps return no dictionary with ``embeddings`` and ``labels`` is not evaluated. Sanity checks are not
+    evaluated either, and a fit evaluates every n-th epoch only. ``trainer.validate`` and ``trainer.test`` always
+    evaluate.
 
     Args:
         every_n_epochs: Epochs of training from one evaluation to the next.
@@ -41,7 +62,7 @@ class EvaluationCallback(Callback):
         num_classes: C, for a subclass that needs it; None: ``trainer.datamodule.num_classes``.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If ``every_n_epochs`` is below 1.
     """
 
     progress_bar: frozenset[str] = frozenset()
@@ -53,14 +74,14 @@ class EvaluationCallback(Callback):
         self.every_n_epochs = every_n_epochs
 
     def check(self, trainer: Trainer) -> None:
-        """Raise if the module or the data module lacks what the callback needs; called in the sanity check too.
+        """Raise if the module or the data module lacks what the callback requires; called in the sanity check too.
 
         Args:
             trainer: With its module and data module.
         """
 
     def reset(self, trainer: Trainer) -> None:
-        """Forget the last epoch.
+        """Clear the state before an epoch.
 
         Args:
             trainer: The trainer.
@@ -75,7 +96,7 @@ class EvaluationCallback(Callback):
             embeddings: This process's ``(N, D)``, detached.
             labels: ``(N,)``.
             batch: As the step received it.
-            index: Number of the data loader and of the batch.
+            index: Index of the data loader and of the batch.
         """
         raise NotImplementedError
 
@@ -88,7 +109,7 @@ class EvaluationCallback(Callback):
             stage: "val" or "test".
 
         Returns:
-            Scalars of all processes by name; empty if there is nothing to log.
+            Scalars over all processes by name; empty if there is nothing to log.
         """
         raise NotImplementedError
 
@@ -102,9 +123,9 @@ class EvaluationCallback(Callback):
             values: Scalars, the same on every process.
         """
         for name, value in values.items():
-            # sync_dist only tells Lightning that the value is meant for all processes, which it already is
-            shown = name in self.progress_bar
-            pl_module.log(f"{stage}/{name}", value.to(pl_module.device), prog_bar=shown, sync_dist=True)
+            # every process has the same value; without sync_dist Lightning warns that it might not
+            prog_bar = name in self.progress_bar
+            pl_module.log(f"{stage}/{name}", value.to(pl_module.device), prog_bar=prog_bar, sync_dist=True)
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,11 +141,11 @@ class EvaluationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        found = step_embeddings(outputs)
-        if found is not None:
+        returned = step_embeddings(outputs)
+        if returned is not None:
             self.check(trainer)
             if self._is_due(trainer):
-                self.update(trainer, *found, batch, (dataloader_idx, batch_idx))
+                self.update(trainer, *returned, batch, (dataloader_idx, batch_idx))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,12 +163,12 @@ class EvaluationCallback(Callback):
         return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _known_num_classes(self, trainer: Trainer) -> int:
-        """C as given, or that of the data module."""
+        """C as passed, or that of the data module."""
         num_classes: int | None = self.num_classes or getattr(getattr(trainer, "datamodule", None), "num_classes", None)
         if num_classes is None:
             name = type(self).__name__
             raise ValueError(
-                f"{name} needs the number of classes: give {name}(num_classes=...) or a data module with the attribute "
-                "num_classes, got neither"
+                f"{name} requires the number of classes: pass {name}(num_classes=...) or a data module with the "
+                "attribute num_classes, got neither"
             )
         return num_classes

@@ -13,7 +13,7 @@ class GeometryMonitor(ClassMomentsCallback):
     """Log every metric of :data:`~simo_lightning.functional.geometry.GEOMETRY` after each validation and test epoch.
 
     The names are ``val/class_cosine``, ``test/effective_rank`` and so on. With ``every_n_steps`` also
-    ``train/class_cosine`` and so on, of all training batches since the last time, as
+    ``train/class_cosine`` and so on, of all training batches since the last evaluation, as
     :class:`~simo_lightning.callbacks.moments.ClassMomentsCallback` describes. The values are exact over batches,
     loaders and processes. A module whose steps return no ``embeddings`` and ``labels`` is not evaluated.
 

@@ -1,6 +1,6 @@
-"""Evaluate the encoder by nearest neighbours among the training images, while it trains."""
+"""Evaluate the encoder by nearest neighbours among the training images during training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from simo_lightning.callbacks.evaluation import EvaluationCallback
@@ -31,12 +32,12 @@ class OnlineKNN(EvaluationCallback):
 
     Args:
         k: Neighbours that vote, by cosine similarity.
-        bank_size: Training images to compare with; None: all.
-        every_n_epochs: Epochs of training from one evaluation to the next; in the epochs between, the values stay what
-            they were, for checkpoints. ``trainer.validate`` and ``trainer.test`` always evaluate.
+        bank_size: Number of training images to compare with; None: all.
+        every_n_epochs: Epochs of training from one evaluation to the next; in between, checkpoints see the last
+            values. ``trainer.validate`` and ``trainer.test`` always evaluate.
 
     Raises:
-        ValueError: If a number is below 1; and at the end of an epoch, if k exceeds the bank.
+        ValueError: If a number is below 1; and at the start of a fit, if k exceeds the images of the bank.
         TypeError: With the first embeddings, if the data module has no ``bank_dataloader`` and ``prepare``, or the
             module no ``embed``.
     """
@@ -55,15 +56,29 @@ class OnlineKNN(EvaluationCallback):
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        make_loader = getattr(getattr(trainer, "datamodule", None), "bank_dataloader", None)
+        if not trainer.enable_validation or make_loader is None or not callable(getattr(pl_module, "embed", None)):
+            return
+        loader = make_loader(limit=self.bank_size)
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized):  # else the size is not known yet
+            share = torch.tensor(len(loader.sampler), device=trainer.strategy.root_device)
+            self._check_k(int(sum_over_ranks(share)))
+
+    def _check_k(self, bank_size: int) -> None:
+        if self.k > bank_size:
+            raise ValueError(f"k must be at most the {bank_size} images of the bank, got k={self.k}")
+
+    @override
     def check(self, trainer: Trainer) -> None:
         datamodule = getattr(trainer, "datamodule", None)
-        for kind, owner, method in (
+        for part, owner, method in (
             ("data module", datamodule, "bank_dataloader"),
             ("data module", datamodule, "prepare"),
             ("module", trainer.lightning_module, "embed"),
         ):
             if not callable(getattr(owner, method, None)):
-                raise TypeError(f"OnlineKNN needs a {kind} with the method {method}, got {type(owner).__name__}")
+                raise TypeError(f"OnlineKNN requires a {part} with the method {method}, got {type(owner).__name__}")
 
     @override
     def reset(self, trainer: Trainer) -> None:
@@ -79,8 +94,7 @@ class OnlineKNN(EvaluationCallback):
         if not self._queries:
             return {}
         bank, bank_labels = self._bank(trainer, pl_module)
-        if self.k > len(bank):
-            raise ValueError(f"k must be at most the {len(bank)} images of the bank, got k={self.k}")
+        self._check_k(len(bank))
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
         predictions = {
@@ -89,22 +103,22 @@ class OnlineKNN(EvaluationCallback):
         }
         correct = [(predicted == labels).sum() for predicted in predictions.values()]
         *correct, count = sum_over_ranks(torch.stack([*correct, torch.tensor(len(labels), device=labels.device)]))
-        return {name: right.float() / count for name, right in zip(predictions, correct, strict=True)}
+        return {name: number.float() / count for name, number in zip(predictions, correct, strict=True)}
 
     def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Embeddings and labels of the training images of all processes, none twice."""
+        """Embeddings and labels of the bank, gathered from all processes."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
         precision, device = trainer.precision_plugin, trainer.strategy.root_device
         embeddings, labels = [], []
         with _eval_mode(pl_module):
             for batch in datamodule.bank_dataloader(limit=self.bank_size):
-                # not by the trainer's hooks: the data module's would prepare the batch once more
+                # not by the trainer's hooks: those of the data module would prepare the batch a second time
                 images, batch_labels = datamodule.prepare(move_data_to_device(batch, device), augment=False)
                 with precision.forward_context():
                     embeddings.append(module.embed(precision.convert_input(images)))
                 labels.append(batch_labels)
-        # a process without a share of the bank does not know D, and still has to take part in the gathering
+        # a process without a share of the bank does not know D, and must take part in the collectives
         own = embeddings[0].shape[1] if embeddings else 0
         dim = int(gather_rows(torch.tensor([own], device=device)).max())
         return (
@@ -114,7 +128,7 @@ class OnlineKNN(EvaluationCallback):
 
 
 def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Means of the classes 0..the largest label, (C, D); nan for a class without embeddings."""
+    """Class means (C, D), where C - 1 is the largest label; nan for a class without embeddings."""
     counts = torch.bincount(labels)
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
@@ -122,7 +136,7 @@ def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards each of its parts is in the mode it was in before."""
+    """The module in eval mode; afterwards every submodule is in its previous mode."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""The base class of callbacks that evaluate class moments, which all of them share."""
+"""The base class of callbacks that evaluate class moments, which are summed once for all of them."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -15,12 +15,12 @@ from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.lightning_private import logged_step
 from simo_lightning.metrics import ClassMomentsMetric
 
-# Batches are kept until they have this many rows together: adding them costs a fixed time more than time per row.
-_ROWS_AT_ONCE = 4096
+# Batches are added together once they have this many embeddings: most of the time of an addition is a fixed cost.
+_CHUNK_SIZE = 4096
 
 
 class _SharedMoments:
-    """Class moments that several callbacks of one trainer sum once: each adds every batch, the first one does it."""
+    """Class moments that several callbacks of one trainer share: each passes every batch, which is added once."""
 
     def __init__(self, num_classes: int, skip_unknown: bool) -> None:
         self.num_classes, self.skip_unknown = num_classes, skip_unknown
@@ -37,11 +37,11 @@ class _SharedMoments:
         self._last_added = index
         # copies: the next step of a compiled module may overwrite what this one returned
         self._batches.append((embeddings.clone(), labels.clone()))
-        if sum(len(kept) for _, kept in self._batches) >= _ROWS_AT_ONCE:
+        if sum(len(kept) for _, kept in self._batches) >= _CHUNK_SIZE:
             self._add_batches()
 
     def compute(self, index: Hashable) -> ClassMoments | None:
-        """Moments of all processes, on the CPU, of the batches since the last index; at the same index the same."""
+        """Moments over all processes, on the CPU, of the batches since the last index; computed once per index."""
         if index != self._result_at:
             self._add_batches()
             self._result, self._result_at = None, index
@@ -64,7 +64,7 @@ class _SharedMoments:
         self._metric.update(embeddings, labels)
 
 
-# Of each trainer, by the number of classes and the length of the window in steps; 0 for validation and test.
+# By trainer, then by number of classes and length of the window in steps, 0 for validation and test.
 _SHARED: WeakKeyDictionary[Trainer, dict[tuple[int, int], _SharedMoments]] = WeakKeyDictionary()
 
 
@@ -74,26 +74,25 @@ def _shared(trainer: Trainer, num_classes: int, window: int) -> _SharedMoments:
 
 
 def _forget(trainer: Trainer, training: bool) -> None:
-    """Let the windows of training begin anew, or validation and test; all callbacks call it before a first batch."""
+    """Clear the windows of training, or validation and test; all callbacks call it before the first batch."""
     _SHARED[trainer] = {key: kept for key, kept in _SHARED.get(trainer, {}).items() if (key[1] > 0) != training}
 
 
 class ClassMomentsCallback(EvaluationCallback):
-    """Evaluates the class moments of each validation and test epoch, and of training batches if asked for.
+    """Evaluates the class moments of each validation and test epoch, and optionally of training batches.
 
     A subclass implements :meth:`evaluate`. The moments are summed over batches, loaders and processes, so they are
-    exact, and they are summed once however many such callbacks a trainer has.
+    exact, and they are summed once for all such callbacks of a trainer.
 
-    In training they are the moments of all batches since the last evaluation: embeddings as the loss saw them, of
-    augmented images, in training mode and with the weights of those steps, which change within the window. An embedding
-    whose label is no class, such as that of an image whose label is hidden, is left out there. After a resume a window
-    begins anew.
+    In training they are the moments of all batches since the last evaluation: embeddings of augmented images in
+    training mode, as in the loss, with the weights of each step, which change within the window. Embeddings whose label
+    is not a class, such as those of unlabelled images, are ignored there. A resumed run begins a new window.
 
     Args:
         num_classes: C; None: ``trainer.datamodule.num_classes``.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
-        every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: no such evaluation,
-            and no cost.
+        every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none, at
+            no cost.
 
     Raises:
         ValueError: If a number is below 1; and when the first embeddings come, if the number of classes is unknown.
@@ -109,7 +108,7 @@ class ClassMomentsCallback(EvaluationCallback):
         self.every_n_steps = every_n_steps
         self._epoch: _SharedMoments | None = None
         self._window: _SharedMoments | None = None
-        self._windows = 0  # that are complete
+        self._windows = 0  # complete ones
 
     def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
         """Evaluate; every process calls it with the same moments.
@@ -117,7 +116,7 @@ class ClassMomentsCallback(EvaluationCallback):
         Args:
             trainer: The trainer.
             stage: "train", "val" or "test".
-            moments: Of all processes, on the CPU.
+            moments: Over all processes, on the CPU.
 
         Returns:
             Scalars to log by name.
@@ -140,7 +139,7 @@ class ClassMomentsCallback(EvaluationCallback):
         return {} if moments is None else self.evaluate(trainer, stage, moments)
 
     def log_values(self, trainer: Trainer, pl_module: LightningModule, stage: str, values: dict[str, Tensor]) -> None:
-        """Log values as ``<stage>/<name>``; those of training at this very step, whenever Lightning logs next.
+        """Log values as ``<stage>/<name>``; those of training at the current step.
 
         Args:
             trainer: With the loggers.
@@ -151,7 +150,7 @@ class ClassMomentsCallback(EvaluationCallback):
         if stage != "train":
             super().log_values(trainer, pl_module, stage, values)
             return
-        # pl_module.log would hold a value back until log_every_n_steps, and then repeat it; so do Lightning's monitors
+        # pl_module.log would delay a value until log_every_n_steps and then repeat it
         named = {f"{stage}/{name}": value for name, value in values.items()}
         trainer.callback_metrics.update(named)
         step = logged_step(trainer)
@@ -171,10 +170,10 @@ class ClassMomentsCallback(EvaluationCallback):
     ) -> None:
         if self.every_n_steps is None:
             return
-        found, index = step_embeddings(outputs), (trainer.current_epoch, batch_idx)
-        if found is not None:
+        returned, index = step_embeddings(outputs), (trainer.current_epoch, batch_idx)
+        if returned is not None:
             self._window = _shared(trainer, self._known_num_classes(trainer), self.every_n_steps)
-            self._window.update(*found, index)
+            self._window.update(*returned, index)
         if trainer.global_step // self.every_n_steps > self._windows:
             self._windows = trainer.global_step // self.every_n_steps
             moments = None if self._window is None else self._window.compute(index)

@@ -1,4 +1,4 @@
-"""Pictures of the embedding along training, and what is needed to draw its history afterwards."""
+"""Pictures and snapshots of the embeddings during training."""
 
 import math
 import os
@@ -39,21 +39,20 @@ Result = TypeVar("Result")
 class EmbeddingPlots(ClassMomentsCallback):
     """Draw the validation embeddings: cosines between class means, points in the plane, singular values, norms.
 
-    Writes ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, always the latest, and in training a
-    copy per epoch such as ``scatter_epoch=003.png``; and hands them to TensorBoard, Weights & Biases or MLflow where
-    one logs. The scatter plot shows the first few embeddings of each class, the others are of all embeddings. In
-    training it also keeps a small :class:`~simo_lightning.plotting.Snapshot` per epoch, such as
-    ``snapshots/epoch=003.npz``, from which the history can be drawn. A module whose steps return no embeddings is not
-    drawn.
+    Writes the latest ``similarity.png``, ``scatter.png``, ``spectrum.png`` and ``norms.png``, and in training a copy
+    per epoch such as ``scatter_epoch=003.png``, and logs them to TensorBoard, Weights & Biases or MLflow. The scatter
+    plot shows the first embeddings of each class, the other pictures show all embeddings. Training also writes a small
+    :class:`~simo_lightning.plotting.Snapshot` per epoch, such as ``snapshots/epoch=003.npz``, from which the history
+    can be drawn. A module whose steps return no embeddings is not drawn.
 
-    A picture that cannot be drawn or written does not end the training: a warning names it and the reason, once.
+    A picture that cannot be drawn or written does not end training: one warning names it and the reason.
 
     Args:
         every_n_epochs: Epochs of training from one picture to the next. ``trainer.validate`` always draws.
         max_points: Points in the scatter plot, over all classes and processes.
         dirname: Folder of the pictures, under ``trainer.default_root_dir``.
         projection: From D dimensions to the plane; see :func:`~simo_lightning.plotting.project_2d`.
-        snapshot_points: Points in a snapshot, over all classes, at most `max_points`; the same images in every epoch.
+        snapshot_points: Points in a snapshot, over all classes, at most ``max_points``; the same images in every epoch.
 
     Raises:
         ValueError: If a number is below 1, or the projection is unknown or not installed.
@@ -81,7 +80,7 @@ class EmbeddingPlots(ClassMomentsCallback):
         self.projection = projection
         self.snapshot_points = snapshot_points
         self._points: list[tuple[Tensor, Tensor]] = []
-        self._seen: Tensor | None = None  # (C,) embeddings of each class so far
+        self._seen: Tensor | None = None  # (C,) number of embeddings of each class so far
         self._failed: set[str] = set()  # pictures that a warning has named
 
     @override
@@ -89,9 +88,9 @@ class EmbeddingPlots(ClassMomentsCallback):
         if stage not in ("fit", "validate") or not trainer.is_global_zero:
             return
         folder = self._folder(trainer)
-        found = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-        if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):  # warn now, not after the first epoch
-            reason = f"no permission in {found}" if found.is_dir() else f"{found} is a file"
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):  # warn now, not after the first epoch
+            reason = f"no permission in {existing}" if existing.is_dir() else f"{existing} is a file"
             rank_zero_warn(f"EmbeddingPlots cannot write to its folder {folder}: {reason}; change default_root_dir")
             self._failed |= {"snapshots", "similarity", "scatter", "spectrum", "norms"}
 
@@ -100,7 +99,7 @@ class EmbeddingPlots(ClassMomentsCallback):
         datamodule = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "class_names"):
             raise TypeError(
-                f"EmbeddingPlots needs a data module with the attribute class_names, got {type(datamodule).__name__}"
+                f"EmbeddingPlots requires a data module with the attribute class_names, got {type(datamodule).__name__}"
             )
 
     @override
@@ -138,10 +137,10 @@ class EmbeddingPlots(ClassMomentsCallback):
         names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            few = _few(points, labels, min(self.snapshot_points, self.max_points), len(names))
-            snapshot = Snapshot.of_moments(trainer.current_epoch, trainer.global_step, moments, *few)
+            subset = _subset(points, labels, min(self.snapshot_points, self.max_points), len(names))
+            snapshot = Snapshot.of_moments(trainer.current_epoch, trainer.global_step, moments, *subset)
             self._try("snapshots", save_snapshot, snapshot, self._folder(trainer) / "snapshots")
-        points, labels = _few(points, labels, self.max_points, len(names))
+        points, labels = _subset(points, labels, self.max_points, len(names))
         title = f"{len(points)} of {int(moments.counts.sum())} validation embeddings"
         title = f"Epoch {trainer.current_epoch}: {title}" if fitting else title
         drawings: dict[str, Callable[[], Figure]] = {
@@ -166,25 +165,28 @@ class EmbeddingPlots(ClassMomentsCallback):
             shutil.copyfile(latest, latest.with_name(f"{name}_epoch={trainer.current_epoch:03d}.png"))
 
     def _try(self, picture: str, step: Callable[..., Result], *arguments: Any) -> Result | None:
-        """The result of a step; what fails is named in one warning, and the training goes on."""
+        """The result of a step; a failure is reported in one warning per picture, and training continues."""
         try:
             return step(*arguments)
         except Exception as error:  # whatever matplotlib, the disk or a logger's server may raise
             if picture not in self._failed:
                 self._failed.add(picture)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                rank_zero_warn(f"EmbeddingPlots cannot draw {picture}: {reason}; the training goes on without it")
+                rank_zero_warn(f"EmbeddingPlots cannot draw {picture}: {reason}; training continues without it")
             return None
 
 
 def _first_of_class(labels: Tensor, quota: int, seen: Tensor) -> Tensor:
-    """Mask (N,) of the first `quota` embeddings of each class, of which `seen` (C,) came in earlier batches."""
-    one_hot = torch.nn.functional.one_hot(labels, len(seen))  # (N, C)
-    rank = (one_hot.cumsum(dim=0) - 1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    """Mask (N,) of the first ``quota`` embeddings of each class, of which earlier batches had ``seen`` (C,)."""
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels, minlength=len(seen))
+    first = counts.cumsum(dim=0) - counts  # (C,) where each class begins in the sorted labels
+    rank = torch.empty_like(labels)
+    rank[order] = torch.arange(len(labels), device=labels.device) - first[labels[order]]
     return rank + seen[labels] < quota
 
 
-def _few(points: Tensor, labels: Tensor, most: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The first points of each class with their labels, at most `most`."""
-    kept = _first_of_class(labels, math.ceil(most / num_classes), torch.zeros(num_classes, dtype=torch.long))
-    return points[kept][:most], labels[kept][:most]
+def _subset(points: Tensor, labels: Tensor, size: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The first points of each class with their labels, at most ``size``."""
+    kept = _first_of_class(labels, math.ceil(size / num_classes), torch.zeros(num_classes, dtype=torch.long))
+    return points[kept][:size], labels[kept][:size]

@@ -1,4 +1,4 @@
-"""Evaluate the encoder by a linear classifier that is trained beside it."""
+"""Evaluate the encoder by a linear classifier that is trained alongside."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ class OnlineProbe(EvaluationCallback):
     """Log the accuracy of a linear classifier of the embeddings as ``val/probe`` and ``test/probe``.
 
     The classifier takes one step on the embeddings of every second training batch as the encoder returned them: of
-    augmented images, in training mode. It has its own parameters and optimizer (Adam, cross-entropy) and sends no
+    augmented images, in training mode. It has its own parameters and optimizer (Adam, cross-entropy) and passes no
     gradient to the encoder, whose training is the same to the last bit without it. Each embedding is scaled to the norm
-    ``sqrt(D)``, so that the learning rate fits at any scale. The classifier starts from zeros, takes the mean over the
-    embeddings of all processes, so that its weights are equal on all, and is part of the checkpoint. An embedding whose
-    label is no class, such as that of an image whose label is hidden, does not count. A module whose steps return no
-    ``embeddings`` and ``labels`` is not evaluated; nor are validation and test before any training.
+    ``sqrt(D)``, so that the learning rate does not depend on its scale. The weights start at zero, are equal on all
+    processes because gradients are averaged over all embeddings, and are part of the checkpoint. Embeddings whose label
+    is not a class, such as those of unlabelled images, are ignored. A module whose steps return no ``embeddings`` and
+    ``labels`` is not evaluated, and neither is a classifier that has not been trained.
 
     Args:
         lr: Learning rate of Adam.
         num_classes: C; None: ``trainer.datamodule.num_classes``.
-        every_n_epochs: Epochs of training from one evaluation to the next; it learns in every one.
+        every_n_epochs: Epochs of training from one evaluation to the next; the classifier is trained in all of them.
             ``trainer.validate`` and ``trainer.test`` always evaluate.
         every_n_batches: Training batches from one step of the classifier to the next. A step takes about 1.5 ms
             beside a small encoder on a CPU.
@@ -49,12 +49,12 @@ class OnlineProbe(EvaluationCallback):
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, got {every_n_batches}")
         self.every_n_batches = every_n_batches
-        self.lr = float(lr)  # it is in the checkpoint, where a NumPy number is no plain data
+        self.lr = float(lr)  # a checkpoint takes plain data, which a NumPy number is not
         self.num_classes = num_classes
         self.head: nn.Linear | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] = {}  # of a checkpoint, until the device is known
-        self._counts: Tensor | None = None  # correct predictions and embeddings
+        self._counts: Tensor | None = None  # (2,) correct predictions, embeddings
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -71,9 +71,9 @@ class OnlineProbe(EvaluationCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        found = None if batch_idx % self.every_n_batches else step_embeddings(outputs)
-        if found is not None:
-            self._learn(self._head(trainer, found[0]), *found)
+        returned = None if batch_idx % self.every_n_batches else step_embeddings(outputs)
+        if returned is not None:
+            self._learn(self._head(trainer, returned[0]), *returned)
 
     @override
     def reset(self, trainer: Trainer) -> None:
@@ -82,8 +82,8 @@ class OnlineProbe(EvaluationCallback):
     @override
     @torch.no_grad()
     def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
-        if not self.state_dict():
-            return
+        if self.head is None and not self._state:
+            return  # not trained yet
         head = self._head(trainer, embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
             correct = (head(_directions(embeddings)).argmax(dim=1) == labels).sum()
@@ -99,12 +99,12 @@ class OnlineProbe(EvaluationCallback):
         return {"probe": correct.float() / count}
 
     def _head(self, trainer: Trainer, embeddings: Tensor) -> nn.Linear:
-        """The classifier on the device of the embeddings; new or from a checkpoint if there is none yet."""
+        """The classifier on the device of the embeddings; created or restored if there is none yet."""
         if self.head is not None and self.head.weight.device == embeddings.device:
             return self.head
         num_classes = self._known_num_classes(trainer)
         state, self._state = self.state_dict(), {}
-        # skip_init: weights drawn here would move the generator from which the encoder's training draws
+        # skip_init, because random weights would advance the generator that the encoder's training uses
         options = {"dtype": torch.float32, "device": embeddings.device}
         self.head = nn.utils.skip_init(nn.Linear, embeddings.shape[1], num_classes, **options)
         self._optimizer = torch.optim.Adam(self.head.parameters(), lr=self.lr, fused=embeddings.device.type != "mps")
@@ -116,7 +116,7 @@ class OnlineProbe(EvaluationCallback):
         return self.head
 
     def _learn(self, head: nn.Linear, embeddings: Tensor, labels: Tensor) -> None:
-        """One step of Adam on the mean cross-entropy over the rows of all processes whose label is a class."""
+        """One step of Adam on the mean cross-entropy over the embeddings of all processes whose label is a class."""
         assert self._optimizer is not None
         parameters = list(head.parameters())
         known = (labels >= 0) & (labels < head.out_features)
@@ -132,5 +132,5 @@ class OnlineProbe(EvaluationCallback):
 
 
 def _directions(embeddings: Tensor) -> Tensor:
-    """Rows over their norm, times sqrt(D), so that an entry has a mean square of 1; float32 (N, D)."""
+    """Embeddings scaled to the norm sqrt(D), so that the mean square of the entries is 1; float32 (N, D)."""
     return nn.functional.normalize(embeddings.float(), dim=1).mul_(embeddings.shape[1] ** 0.5)

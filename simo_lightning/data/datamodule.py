@@ -20,6 +20,7 @@ from simo_lightning.data.loader import (
 )
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
 from simo_lightning.data.sources import ImageSource, Split, channel_statistics, stratified_split, stratified_subset
+from simo_lightning.lightning_private import batches_processed
 
 Batch = tuple[Tensor, Tensor]
 
@@ -225,7 +226,7 @@ class PairDataModule(LightningDataModule):
 
     def _batches_processed(self) -> int:
         assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return batches_processed(self.trainer)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """This rank's share of the validation split; no loader where ``val_fraction`` is 0."""

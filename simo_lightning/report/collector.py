@@ -1,5 +1,6 @@
-"""Keeps what one pass over a split gives: embeddings, labels and small copies of the images."""
+"""Keeps the embeddings, labels and small copies of the images of one pass over a split."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
-from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.distributed import gather_rows, world_size
+from simo_lightning.callbacks.evaluation import EvaluationCallback, gather_in_order
+from simo_lightning.distributed import world_size
 from simo_lightning.report.pictures import EmbeddedImages
 
 _LARGEST_SIDE = 64  # pixels of an image that is kept
@@ -18,15 +19,16 @@ _LARGEST_SIDE = 64  # pixels of an image that is kept
 class EmbeddingCollector(EvaluationCallback):
     """Keeps the embeddings of a validation or test pass, on the CPU, in the order of the data set.
 
-    Any module will do whose steps return ``embeddings`` and ``labels``. Images are kept where a batch begins with a
-    tensor ``(N, C, H, W)`` of one or three channels, as bytes and at most 64 pixels long: scaled back by the data
-    module's ``mean`` and ``std`` where it has them, else each from its darkest to its brightest value.
+    It accepts any module whose steps return ``embeddings`` and ``labels``. Images are kept if each batch begins with a
+    tensor ``(N, C, H, W)`` of one or three channels, as uint8 of at most 64 pixels a side: normalisation is undone by
+    the data module's ``mean`` and ``std`` if it has them, else each image is scaled from its minimum to its maximum.
 
     Args:
-        max_images: Images to keep over all processes, the first of the split; embeddings are kept of all.
+        max_images: Images to keep over all processes, the first of the split; the embeddings of all images are kept.
 
     Attributes:
-        result: What the last pass gave, on every process; None before, or where the steps returned no embeddings.
+        result: Embeddings and images of the last pass, on every process; None before it, or if the steps returned no
+            embeddings.
     """
 
     def __init__(self, max_images: int = 20_000) -> None:
@@ -48,28 +50,26 @@ class EmbeddingCollector(EvaluationCallback):
         self._labels.append(labels.cpu())
         images: Any = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         self._has_images &= _are_images(images, len(labels))
-        room = -(-self.max_images // world_size()) - sum(map(len, self._images))
-        if self._has_images and room > 0:
-            self._images.append(as_pixels(images[:room], getattr(trainer, "datamodule", None)).cpu())
+        left = math.ceil(self.max_images / world_size()) - sum(map(len, self._images))
+        if self._has_images and left > 0:
+            self._images.append(as_pixels(images[:left], getattr(trainer, "datamodule", None)).cpu())
 
     @override
     @torch.no_grad()
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if not self._embeddings:
             return {}
-        embeddings, order = _of_all_ranks(trainer, self._embeddings)
-        labels, _ = _of_all_ranks(trainer, self._labels)
-        images, image_order = None, order
-        if self._has_images and self._images:
-            images, image_order = _of_all_ranks(trainer, self._images)
+        device = trainer.strategy.root_device
+        embeddings, labels = gather_in_order(self._embeddings, device), gather_in_order(self._labels, device)
+        # each process keeps equally many of its first images, so together they are the first of the split
+        images = gather_in_order(self._images, device) if self._has_images and self._images else None
         self.reset(trainer)
-        # rank r holds the rows r, r + W, ...: as many images of each rank are the first ones of the split
-        self.result = EmbeddedImages(embeddings[order], labels[order], None if images is None else images[image_order])
+        self.result = EmbeddedImages(embeddings, labels, images)
         return {}
 
 
 def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:
-    """Images as bytes, for display.
+    """Images as uint8, for display.
 
     Args:
         images: ``(N, C, H, W)``, uint8 or normalised floats.
@@ -101,13 +101,3 @@ def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:
 
 def _are_images(images: Any, count: int) -> bool:
     return isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3) and len(images) == count
-
-
-def _of_all_ranks(trainer: Trainer, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of all processes and the order that makes them the split's."""
-    rows = torch.cat(parts)
-    if world_size() == 1:
-        return rows, torch.arange(len(rows))
-    device = trainer.strategy.root_device
-    index = trainer.global_rank + world_size() * torch.arange(len(rows), device=device)
-    return gather_rows(rows.to(device)).cpu(), gather_rows(index).argsort().cpu()
