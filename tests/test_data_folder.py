@@ -227,8 +227,8 @@ def test_images_left_on_disk_are_the_same_and_the_log_says_what_is_not_counted(
     assert isinstance(memory, LabelledImages)
     assert torch.equal(disk.__getitems__(range(12))[0], memory.images)
     assert lines[0].endswith(
-        "12 images of 2 classes (8 png, 2 jpg, 1 gif, 1 tif); larger than max_memory_gib, so they stay on disk: no file "
-        "is opened yet, conversions are not counted, and a damaged file ends the run when it is read"
+        "12 images of 2 classes (8 png, 2 jpg, 1 gif, 1 tif); larger than max_memory_gib, so they stay on disk: no "
+        "file is opened yet, conversions are not counted, and a damaged file ends the run when it is read"
     )
 
 

@@ -194,6 +194,7 @@ def _depth(image: Any, stored: str) -> str:
     """Bits per channel in the file, of an image that Pillow reads as integers or floats."""
     if ";16S" in stored or ";16BS" in stored:
         return "signed 16-bit"
-    if image.mode == "F" or ("16" not in image.mode and image.format not in ("PNG", "PPM")):  # these two hold at most 16 bits
+    at_most_16 = "16" in image.mode or image.format in ("PNG", "PPM")
+    if image.mode == "F" or not at_most_16:
         return "32-bit"
     return "12-bit" if "I;12" in stored else "16-bit"
