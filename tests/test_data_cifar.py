@@ -69,12 +69,12 @@ def test_cifar_from_torchvisions_archive(tmp_path, monkeypatch, name, download):
 def test_cifar_that_is_not_there_says_what_to_put_where(tmp_path, monkeypatch, download):
     made, _ = make_cifar(tmp_path / "data", monkeypatch)
     tried = "the download failed" if download else "download is False"
-    expected = rf"cifar10 is not there in data_dir '.*none' and {tried}.*Put cifar-10-python.tar.gz .*train/<class>/\*"
+    expected = rf"cifar10 is missing in data_dir '.*none' and {tried}.*Put cifar-10-python.tar.gz .*train/<class>/\*"
     with pytest.raises(FileNotFoundError, match=expected):
         load_cifar(tmp_path / "none", "cifar10", "train", download)
     archive = tmp_path / "data" / made.filename
     archive.write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match="is damaged or half downloaded"):
+    with pytest.raises(FileNotFoundError, match="is damaged or incomplete"):
         load_cifar(tmp_path / "data", "cifar10", "train", download)
     archive.unlink()
     (tmp_path / "data" / made.base_folder).mkdir()

@@ -1,4 +1,4 @@
-"""Image files in the wild, each against what Pillow, the format's definition or NumPy says of it."""
+"""Image files of all formats and depths, compared with Pillow, the definition of the format, or NumPy."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps, features
 
 from simo_lightning.data.decode import Decoder
 
@@ -75,9 +75,62 @@ def test_16_bit_colour_keeps_the_upper_byte(tmp_path: Path, channels: int, colou
     assert "16-bit, upper byte kept" in changes
 
 
-def test_16_bit_file_of_12_bit_data_is_pointed_out_and_can_be_stretched(tmp_path: Path) -> None:
+def tiff(bits: int, channels: int, pixels: bytes, sample_format: int = 1) -> bytes:
+    """An uncompressed TIFF file of SIZE x SIZE by its specification: Pillow writes no 12 bits and no 16-bit colour."""
+    tags = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: 2 if channels == 3 else 1, 277: channels, 278: SIZE}
+    values = {tag: struct.pack("<HI", 3, 1) + struct.pack("<HH", value, 0) for tag, value in tags.items()}
+    first = 8 + 2 + 12 * 10 + 4  # behind header, directory of 10 entries and the offset of the next one
+    values[273] = struct.pack("<HII", 4, 1, first + 6)
+    values[279] = struct.pack("<HII", 4, 1, len(pixels))
+    values[339] = struct.pack("<HI", 3, 1) + struct.pack("<HH", sample_format, 0)
+    if channels == 3:
+        values[258] = struct.pack("<HII", 3, 3, first)
+    entries = b"".join(struct.pack("<H", tag) + values[tag] for tag in sorted(values))
+    directory = struct.pack("<H", len(values)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<HHH", bits, bits, bits) + pixels
+
+
+def test_12_bit_tiff_keeps_the_upper_8_bits(tmp_path: Path) -> None:
+    values = RAMP // 16  # 187..3437
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = pairs[:, 0] << 12 | pairs[:, 1]  # two pixels in three bytes
+    content = tiff(12, 1, np.stack([packed >> 16, packed >> 8, packed], axis=1).astype(np.uint8).tobytes())
+    pixels, changes = decoded(content, tmp_path / "x.tif")
+    assert (pixels == (values // 16)[..., None]).all()
+    assert changes == ["grey", "12-bit, upper byte kept"]
+    pixels, changes = decoded(content, tmp_path / "x.tif", Decoder(SIZE, max_value=3437))
+    assert (pixels[..., 0] == (values / 3437 * 255).round()).all()
+    assert changes == ["grey", "12-bit, scaled from 0..3437"]
+
+
+def test_16_bit_colour_tiff_keeps_the_upper_byte(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (SIZE, SIZE, 3)).astype("<u2")
+    pixels, changes = decoded(tiff(16, 3, values.tobytes()), tmp_path / "x.tif")
+    assert (pixels == values // 256).all()
+    assert changes == ["16-bit, upper byte kept"]
+
+
+def test_signed_16_bit_tiff_is_scaled_from_the_range_of_the_file(tmp_path: Path) -> None:
+    values = RAMP.astype(np.int32) - 30_000
+    pixels, changes = decoded(tiff(16, 1, values.astype("<i2").tobytes(), sample_format=2), tmp_path / "x.tif")
+    assert np.abs(pixels[..., 0] - (values - values.min()) / (values.max() - values.min()) * 255).max() <= 0.5 + 1e-9
+    assert changes == ["grey", "signed 16-bit, scaled from its own range"]
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="Pillow was built without JPEG 2000")
+@pytest.mark.parametrize("name", ["x.jp2", "x.j2k"])
+def test_jpeg_2000(tmp_path: Path, name: str) -> None:
+    pixels, changes = decoded(photo(), tmp_path / name)
+    assert (pixels == np.asarray(photo())).all()  # lossless by default
+    assert changes == []
+    pixels, changes = decoded(Image.fromarray(RAMP), tmp_path / name)
+    assert (pixels == (RAMP // 256)[..., None]).all()
+    assert changes == ["grey", "16-bit, upper byte kept"]
+
+
+def test_16_bit_file_of_12_bit_data_is_reported_and_can_be_stretched(tmp_path: Path) -> None:
     values = (RAMP // 16).astype(np.uint16)  # 187..3437
-    assert any("max_value 4095" in change for change in decoded(Image.fromarray(values), tmp_path / "x.png")[1])
+    assert any("set max_value to 4095" in change for change in decoded(Image.fromarray(values), tmp_path / "x.png")[1])
     pixels, changes = decoded(Image.fromarray(values), tmp_path / "x.png", Decoder(SIZE, max_value=4095))
     assert (pixels[..., 0] == (values / 4095 * 255).round()).all()
     assert changes == ["grey", "16-bit, scaled from 0..4095"]
@@ -139,7 +192,7 @@ def test_one_bit_and_palette_are_black_white_and_the_colours(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("mode, name", [("CMYK", "x.jpg"), ("CMYK", "x.tif"), ("YCbCr", "x.tif"), ("LAB", "x.tif")])
-def test_other_colour_spaces_look_as_they_are(tmp_path: Path, mode: str, name: str) -> None:
+def test_other_colour_spaces_become_rgb(tmp_path: Path, mode: str, name: str) -> None:
     original = photo().point(lambda value: 64 + value // 2)  # dark colours suffer from 8 bits of CIELAB
     image = original.convert(mode) if mode != "LAB" else to_lab(original)
     save = {"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}
@@ -180,7 +233,7 @@ def test_exif_orientation(tmp_path: Path, name: str, orientation: int, scale: in
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.webp"])  # of JPEG Pillow ignores it itself
-def test_damaged_exif_is_told_and_the_image_read(tmp_path: Path, name: str) -> None:
+def test_damaged_exif_is_reported_and_the_image_read(tmp_path: Path, name: str) -> None:
     plain, _ = decoded(photo(), tmp_path / name)
     pixels, changes = decoded(photo(), tmp_path / name, exif=b"Exif\0\0no TIFF header")
     assert (pixels == plain).all()
@@ -302,7 +355,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow also warns of some
-@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "x.gif", "x.webp", "x.bmp", "x.ppm"])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "x.gif", "x.webp", "x.bmp", "x.ppm", "x.jp2"])
 def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
     photo(64, 64, blur=0.5).save(tmp_path / name)
     content = (tmp_path / name).read_bytes()
@@ -359,8 +412,9 @@ def as_nobody(folder: Path, act: Any) -> str:
     [
         ({"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
         ({"background": "whitish"}, "background must be a colour's name or #rrggbb, got 'whitish'"),
-        ({"max_value": 0}, "max_value must be positive, got 0"),
-        ({"max_value": float("nan")}, "max_value must be positive, got nan"),
+        ({"max_value": 0}, "max_value must be positive and finite, got 0"),
+        ({"max_value": float("nan")}, "max_value must be positive and finite, got nan"),
+        ({"max_value": float("inf")}, "max_value must be positive and finite, got inf"),
     ],
 )
 def test_errors(arguments: dict[str, Any], message: str) -> None:

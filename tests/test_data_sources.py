@@ -170,11 +170,11 @@ def test_processes_decode_the_same(tmp_path):
     "break_it, error, message",
     [
         (lambda root: (root / "cow").mkdir(), ValueError, r"class folder '.*cow' holds no image"),
-        (lambda root: (root / "bee" / "notes.txt").touch(), ValueError, r"notes\.txt' is no image"),
+        (lambda root: (root / "bee" / "notes.txt").touch(), ValueError, r"notes\.txt' is not an image"),
         (lambda root: (root / "bee" / "9.jpg").write_bytes(b"text"), ValueError, r"9\.jpg' does not decode"),
         (lambda root: cut(root / "bee" / "1.png"), ValueError, r"1\.png' does not decode"),
         (lambda root: (root / "bee").rename(root / ".bee"), FileNotFoundError, r"at least 2 class folders.*found 1"),
-        (lambda root: root.rename(root.parent / "moved"), FileNotFoundError, "is no folder"),
+        (lambda root: root.rename(root.parent / "moved"), FileNotFoundError, "is not a folder"),
     ],
 )
 def test_folder_errors(tmp_path, break_it, error, message):

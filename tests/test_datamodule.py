@@ -248,8 +248,17 @@ def test_splits_with_other_classes_are_an_error(tmp_path):
     write(tmp_path / "train", ["ant", "bee"])
     write(tmp_path / "test", ["ant", "cow"])
     data = ImageFolderPairDataModule(str(tmp_path), **FOLDER)
-    with pytest.raises(ValueError, match=r"test split.*it lacks \['bee'\], and training lacks \['cow'\]"):
+    with pytest.raises(ValueError, match=r"test split.*it lacks 'bee', and training lacks 'cow'"):
         data.setup("test")
+    names = [f"class {number}" for number in range(10_000)]
+    train = LabelledImages(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]), names)
+    for given, message in (
+        (names[::-1], "the order differs"),
+        (["cow"], "it lacks 'class 0', 'class 1', 'class 10', 'class 100', 'class 1000' and 9,995 more, and training"),
+    ):
+        val = LabelledImages(train.images[:1], train.labels[:1], given)
+        with pytest.raises(ValueError, match=f"the val split must have .* in the same order: {message}"):
+            TensorPairDataModule(train, val).setup("fit")
 
 
 def test_the_smallest_class_is_named():
@@ -274,6 +283,20 @@ def test_the_smallest_class_is_named():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"max_memory_gib": -1.0}, "max_memory_gib must be non-negative, got -1.0"),
+        ({"max_memory_gib": float("nan")}, "max_memory_gib must be non-negative, got nan"),
+        ({"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
+        ({"background": "whitish"}, "background must be a colour's name or #rrggbb, got 'whitish'"),
+    ],
+)
+def test_folder_arguments_are_checked_before_a_file_is_read(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFolderPairDataModule(tmp_path, **arguments)
 
 
 def test_only_the_draw_in_the_batch_decides_the_augmentation():

@@ -56,7 +56,7 @@ def test_a_share_out_of_range_is_told(fraction):
 
 def test_a_class_without_a_label_is_named():
     labels = torch.tensor([0] * 100 + [1] * 4)
-    with pytest.raises(ValueError, match=r"at least one labelled image, got 0.1 for 'bee' with 4 images"):
+    with pytest.raises(ValueError, match=r"at least one labelled image, got 0.1 for 'bee \(4 images\)'"):
         stratified_labelled(labels, NAMES[:2], 0.1, seed=0)
     with pytest.raises(ValueError, match=r"smallest class.*'ant' has 2 labelled images, got 3"):
         ready(label_fraction=0.1, views=2, samples_per_class=3, val_fraction=0)
@@ -112,11 +112,11 @@ def test_coarse_labels_can_be_hidden_too():
 @pytest.mark.parametrize(
     "coarse, message",
     [
-        ({"a": ["ant", "bee"], "b": ["cat"]}, "got missing: dog"),
-        ({"a": ["ant", "bee"], "b": ["cat", "dog", "cow"]}, "got unknown: cow"),
-        ({"a": ["ant", "bee"], "b": ["cat", "dog", "ant"]}, "got more than once: ant"),
-        ({"a": NAMES, "b": []}, "got without a class: b"),
-        ({"a": ["ant", "eel"], "b": ["cat", "cat"]}, "unknown: eel; missing: bee, dog; more than once: cat"),
+        ({"a": ["ant", "bee"], "b": ["cat"]}, "got missing: 'dog'"),
+        ({"a": ["ant", "bee"], "b": ["cat", "dog", "cow"]}, "got unknown: 'cow'"),
+        ({"a": ["ant", "bee"], "b": ["cat", "dog", "ant"]}, "got repeated: 'ant'"),
+        ({"a": NAMES, "b": []}, "got empty: 'b'"),
+        ({"a": ["ant", "eel"], "b": ["cat", "cat"]}, "unknown: 'eel'; missing: 'bee', 'dog'; repeated: 'cat'"),
         ({"a": NAMES}, "at least 2 coarse classes, got 1"),
     ],
 )

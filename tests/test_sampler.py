@@ -110,7 +110,7 @@ def test_lightning_takes_them_for_distributed_samplers():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((UNEQUAL, 6, 2), r"classes_per_batch must lie in 1..5, the classes there are, got 6"),
+        ((UNEQUAL, 6, 2), r"classes_per_batch must lie in 1..5, the number of classes, got 6"),
         ((UNEQUAL, 0, 2), "classes_per_batch"),
         ((UNEQUAL, 2, 1), "samples_per_class must be at least 2"),
         ((UNEQUAL, 2, 5), "class 3 has 4 images, got 5"),

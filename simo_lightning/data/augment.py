@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
-GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class BatchAugment:
     """Zoom, crop, horizontal flip, colour jitter, grey and cutout, in this order, drawn independently for every image.
 
     Args:
-        crop_padding: Pixels added on every side before a crop of the old size; 0 = no crop.
-        padding_mode: What is added: "reflect" the border, or "zeros".
+        crop_padding: Pixels added on every side before a random crop of the original size; 0 = no crop.
+        padding_mode: "reflect" pads with reflected pixels, "zeros" with zeros.
         flip: Probability in [0, 1] of a horizontal flip.
         brightness: Strength s in [0, 1]: pixels times a factor uniform in 1 - s .. 1 + s; 0 = off.
-        contrast: The same for the distance to the mean grey of the image; 0 = off.
-        saturation: The same for the distance to the grey of the pixel; 0 = off; without effect on one channel.
-        cutout: Side in pixels of a square, centred on any pixel, that is filled with the image's mean; 0 = off.
-        zoom: Least share in (0, 1] of the image's area that a rectangle of sides 3:4 to 4:3, resized to the whole,
-            covers; uniform in zoom .. 1; 1 = off.
-        grey: Probability in [0, 1] that an image loses its colours.
+        contrast: The same for the difference from the mean grey of the image; 0 = off.
+        saturation: The same for the difference from the grey of the pixel; 0 = off; no effect on one channel.
+        cutout: Side in pixels of a square at a random pixel that is filled with the image's mean; 0 = off.
+        zoom: Smallest area, as a share in (0, 1] of the image, of a random rectangle (aspect ratio 3:4 to 4:3) that is
+            resized to the full image; uniform in zoom .. 1; 1 = off.
+        grey: Probability in [0, 1] of conversion to grey.
 
     Raises:
-        ValueError: If a parameter lies outside its range.
+        ValueError: If a parameter is out of range.
 
     Example:
         >>> augment = BatchAugment(crop_padding=0, flip=1.0)
@@ -39,9 +39,9 @@ class BatchAugment:
         tensor([[[[3, 2, 1]]]], dtype=torch.uint8)
 
     Source:
-        Crop and flip as is usual for CIFAR; jitter as torchvision's ``ColorJitter``, in a fixed order; cutout by
-        DeVries & Taylor, arXiv 1708.04552, who fill with the data's mean; zoom as torchvision's ``RandomResizedCrop``
-        without its second tries: a side longer than the image's is cut to it.
+        Crop and flip as usual for CIFAR; jitter as torchvision's ``ColorJitter``, in a fixed order; cutout by
+        DeVries & Taylor, arXiv 1708.04552, who fill with the data's mean; zoom as torchvision's ``RandomResizedCrop``,
+        but a side longer than the image's is clipped instead of drawn again.
     """
 
     crop_padding: int = 4
@@ -71,13 +71,13 @@ class BatchAugment:
 
         Args:
             images: ``(N, C, H, W)``, uint8 in 0..255 or float in 0..1.
-            generator: Source of the parameters, on the device of ``images``; the result is a function of it alone.
+            generator: Random generator of the parameters, on the device of ``images``.
 
         Returns:
             Tensor of the same shape, dtype and range; ``images`` are not changed.
 
         Raises:
-            ValueError: If ``images`` are not ``(N, C, H, W)``, or ``crop_padding`` reflects beyond them.
+            ValueError: If ``images`` are not ``(N, C, H, W)``, or ``crop_padding`` is too large to reflect.
         """
         if images.ndim != 4:
             raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
@@ -85,7 +85,7 @@ class BatchAugment:
             raise ValueError(f"crop_padding must be less than the image's side to reflect it, got {self.crop_padding} "
                              f"for {tuple(images.shape[-2:])} pixels")  # fmt: skip
         draws = torch.rand(8, len(images), generator=generator, device=generator.device).to(images.device)
-        if self.zoom < 1 or self.grey:  # drawn last, so that the others stay the same without them
+        if self.zoom < 1 or self.grey:  # drawn last, so that the other draws do not depend on them
             more = torch.rand(5, len(images), generator=generator, device=generator.device).to(images.device)
         if self.zoom < 1:
             images = self._zoom(images, more[:4])
@@ -98,18 +98,17 @@ class BatchAugment:
         return self._cut(images, draws[6], draws[7]) if self.cutout else images
 
     def _zoom(self, images: Tensor, draws: Tensor) -> Tensor:
-        """A rectangle of each image, resized to the whole by bilinear interpolation."""
+        """Random rectangle of each image, resized to the full image by bilinear interpolation."""
         area = self.zoom + (1 - self.zoom) * draws[0]
         ratio = (math.log(4 / 3) * (2 * draws[1] - 1)).exp()  # width over height
         sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).clamp(max=1)  # (2, N) of 1: x, y
         centres = (1 - sides) * (2 * draws[2:4] - 1)  # (2, N) in -1..1
         theta = torch.diag_embed(sides.T)  # (N, 2, 2)
         grid = affine_grid(torch.cat([theta, centres.T[:, :, None]], dim=2), list(images.shape), align_corners=False)
-        zoomed = grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-        return _as(images, zoomed)
+        return _as(images, grid_sample(images.float(), grid, padding_mode="border", align_corners=False))
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-        """One gather for both: each image reads from its own rows and columns."""
+        """Crop and flip by one gather, with row and column indices of each image."""
         _, channels, height, width = images.shape
         padding = self.crop_padding
         rows = _whole(top, 2 * padding + 1)[:, None] + torch.arange(height, device=images.device)  # (N, H), padded
@@ -123,7 +122,7 @@ class BatchAugment:
         return images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).unflatten(2, (height, width))
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Brightness, contrast, saturation; each step keeps within the range."""
+        """Brightness, contrast, saturation; each step clamps to the range."""
         top = 1.0 if images.is_floating_point() else 255.0
         strengths = (self.brightness, self.contrast, self.saturation)
         factors = [1 + s * (2 * draw.view(-1, 1, 1, 1) - 1) for s, draw in zip(strengths, draws, strict=True)]
@@ -135,10 +134,10 @@ class BatchAugment:
             pixels = torch.lerp(mean, pixels, factors[1].to(pixels.dtype)).clamp(0, top)
         if self.saturation and images.shape[1] > 1:
             pixels = torch.lerp(_grey(pixels), pixels, factors[2].to(pixels.dtype)).clamp(0, top)
-        return pixels.to(images.dtype) if images.is_floating_point() else pixels.round().to(images.dtype)
+        return _as(images, pixels)
 
     def _cut(self, images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """A square about the drawn pixel, as much of it as lies in the image, becomes the mean of each channel."""
+        """Fill a square around the drawn pixel, clipped to the image, with the mean of each channel."""
         height, width = images.shape[-2:]
         inside = []
         for centre, size in ((_whole(row, height), height), (_whole(column, width), width)):
@@ -146,27 +145,26 @@ class BatchAugment:
             pixels = torch.arange(size, device=images.device)
             inside.append((pixels >= first) & (pixels < first + self.cutout))  # (N, size)
         mean = images.mean(dim=(2, 3), keepdim=True, dtype=torch.float32)
-        fill = mean.to(images.dtype) if images.is_floating_point() else mean.round().to(images.dtype)
-        return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], fill, images)
+        return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], _as(images, mean), images)
 
 
 def _as(images: Tensor, pixels: Tensor) -> Tensor:
-    """Float pixels in the dtype of ``images``."""
+    """Float pixels in the dtype of ``images``, rounded if that is an integer."""
     return (pixels if images.is_floating_point() else pixels.round()).to(images.dtype)
 
 
 def _whole(draw: Tensor, count: int) -> Tensor:
-    """Uniform draws in [0, 1) as whole numbers 0..count - 1 (float32 rounds the largest draw up)."""
+    """Uniform draws in [0, 1) as integers 0..count - 1 (float32 may round ``draw * count`` up to ``count``)."""
     return (draw * count).long().clamp(max=count - 1)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices outside 0..size - 1 mirrored at the border pixel, which is not doubled."""
+    """Indices outside 0..size - 1 reflected at the border pixel, which is not repeated."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """Grey of each pixel, ``(N, 1, H, W)``: luma of three channels, else their mean."""
+    """Grey of each pixel, ``(N, 1, H, W)``: luma of three channels, otherwise the mean of the channels."""
     if pixels.shape[1] != 3:
         return pixels.mean(dim=1, keepdim=True)
     red, green, blue = pixels.unbind(1)
@@ -174,12 +172,12 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Raw images with mean 0 and standard deviation 1 over the training images.
+    """Scale raw images to mean 0 and standard deviation 1 per channel.
 
     Args:
         images: uint8 ``(N, C, H, W)``.
-        mean: Of each channel, in 0..1.
-        std: Of each channel, in 0..1, > 0.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel on the same scale, > 0.
 
     Returns:
         float32 ``(N, C, H, W)``.
@@ -195,5 +193,5 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 @lru_cache(maxsize=64)
 def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Values in 0..255 as (C, 1, 1), sent to a device once."""
+    """Values times 255 as (C, 1, 1), copied to a device once."""
     return 255 * torch.tensor(values, device=device).view(-1, 1, 1)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from simo_lightning.data.decode import Decoder
 
-CACHE = ".simo_lightning_"  # how the file's name begins
-LAYOUT = 2  # raise when what decoding gives, or what the file holds, changes
+CACHE = ".simo_lightning_"  # prefix of the file's name
+LAYOUT = 2  # increase when the decoding or the content of the file changes
 
 
 def fingerprint(root: Path, names: Iterable[str], decoder: Decoder) -> str:
@@ -30,19 +29,19 @@ def fingerprint(root: Path, names: Iterable[str], decoder: Decoder) -> str:
 
 
 def cache_paths(root: Path, image_size: int) -> list[Path]:
-    """Where the cache may lie: in ``root`` itself (hidden, so that it is no class), then in the user's cache folder."""
+    """Candidates in order: a hidden file in ``root`` itself, then a file in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    place = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
     return [
         root / f"{CACHE}{image_size}.pt",
-        home / "simo_lightning" / f"{root.name}_{place}_{image_size}.pt",
+        home / "simo_lightning" / f"{root.name}_{digest}_{image_size}.pt",
     ]
 
 
 def read_cache(root: Path, image_size: int, key: str, count: int) -> tuple[Tensor | None, dict[str, int]]:
     """The ``count`` images stored under ``key`` and their conversions; None without one. Warns of a damaged file."""
     for path in cache_paths(root, image_size):
-        if not os.path.isfile(path):  # False also where the folder may not be read
+        if not os.path.isfile(path):  # also where the folder may not be read
             continue
         try:
             kept = torch.load(path, weights_only=True)
@@ -52,7 +51,7 @@ def read_cache(root: Path, image_size: int, key: str, count: int) -> tuple[Tenso
             whole = images.dtype == torch.uint8 and images.shape == (count, 3, image_size, image_size)
             if not whole or _checksum(images) != kept["checksum"]:
                 raise ValueError("its content does not match its checksum")
-        except Exception as error:  # a damaged archive fails in many ways, and none may stop a run
+        except Exception as error:  # a damaged archive raises many exception types, and none may stop a run
             warnings.warn(f"the cache {str(path)!r} cannot be read and is built again: {error!r}", stacklevel=2)
             continue
         return images, dict(kept["changes"])
@@ -74,20 +73,14 @@ def write_cache(root: Path, image_size: int, key: str, images: Tensor, changes: 
 
 
 def _write_whole(path: Path, content: dict[str, object]) -> None:
-    """Write beside ``path``, then move: a reader sees the old file or the new one, also with several writers."""
-    handle, name = tempfile.mkstemp(
-        prefix=f"{path.name}." if path.name.startswith(".") else f".{path.name}.", dir=path.parent
-    )
+    """Write a file beside ``path``, then rename it, so that readers see the old or the new content."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("xb") as file:
             torch.save(content, file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are for their owner alone
-        os.replace(name, path)
+        partial.replace(path)
     except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -19,34 +19,42 @@ from simo_lightning.data.loader import (
     silence_inapplicable_warnings,
 )
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
-from simo_lightning.data.sources import ImageSource, Split, channel_statistics, stratified_split, stratified_subset
+from simo_lightning.data.sources import (
+    ImageSource,
+    Split,
+    channel_statistics,
+    name_list,
+    stratified_split,
+    stratified_subset,
+)
 from simo_lightning.lightning_private import batches_processed
 
 Batch = tuple[Tensor, Tensor]
 
 
 class PairDataModule(LightningDataModule):
-    """Balanced training batches of any labelled images, and plain ones for evaluation.
+    """Balanced training batches of labelled images, and batches in a fixed order for evaluation.
 
     A subclass adds a data set by one method, ``load(split)``. A training batch on the device is ``(images, labels)`` of
-    P classes x K images x V views, normalised, the views of an image adjacent. Its order and augmentation are functions
-    of ``seed``, the epoch and the number of the batch alone, so that a resumed run draws the same.
+    P classes x K images x V views, normalised, the views of an image adjacent. Order and augmentation depend only on
+    ``seed``, the epoch and the index of the batch, so that a resumed run draws the same batches.
 
     Args:
-        classes_per_batch: P, different classes of a training batch on each rank.
-        samples_per_class: K, different images of each class; at least 2, at most the smallest class.
-        views: V, augmented copies of each image.
-        val_fraction: Share of each training class held out as validation split, in [0, 1); 0: no validation. Not used
-            by a data set that has a validation split of its own.
-        split_seed: Seed of that split and of the bank's subset, separate from ``seed`` so that runs of several seeds
-            are compared on one split.
+        classes_per_batch: P, number of classes in a training batch of each rank.
+        samples_per_class: K, number of images of each class; at least 2, at most the size of the smallest class.
+        views: V, number of augmented copies of each image.
+        val_fraction: Share of each training class held out for validation, in [0, 1); 0: no validation. Not used if the
+            data set has its own validation split.
+        split_seed: Seed of that split and of the bank's subset, separate from ``seed`` so that runs with several seeds
+            use the same split.
         seed: Seed of batches and augmentation; the same config and seeds give the same weights.
         augment: Augmentation of the training batches; null: none.
         mean: Mean of each channel, on the scale 0..1; null: computed from the training images.
         std: Standard deviation of each channel on the same scale; null: computed from the training images.
-        eval_batch_size: Images of an evaluation batch on each rank; near it where ranks would differ in batches.
+        eval_batch_size: Images in an evaluation batch of each rank; a nearby size is used if the ranks would otherwise
+            have different numbers of batches.
         num_workers: Processes that read batches; 0 is best for images in memory.
-        coarse: Train on coarse classes: the classes that each joins, such as
+        coarse: Coarse classes to train on, each with the classes that it joins, such as
             {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
 
     Attributes:
@@ -55,8 +63,8 @@ class PairDataModule(LightningDataModule):
         train_class_names: Names of the classes of training, the true or the coarse ones, after ``setup``.
 
     Raises:
-        ValueError: If an argument is out of its range, ``mean`` is given without ``std``; in ``setup`` also if the
-            training images do not fit the arguments.
+        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if a
+            class has fewer than ``samples_per_class`` images, or the splits have different classes.
 
     Example:
         >>> from simo_lightning.data import LabelledImages
@@ -112,10 +120,10 @@ class PairDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.coarse = coarse
-        self._prepared: dict[Split, ImageSource | None] = {}  # read by prepare_data, until setup takes it
+        self._prepared: dict[Split, ImageSource | None] = {}  # loaded by prepare_data and not yet used by setup
         self._splits: dict[Split, ImageSource | None] = {}
-        self._training: ImageSource  # the training images under the labels that training uses, after setup
-        self._bank: ImageSource  # the training images whose label is known under their true labels, after setup
+        self._training: ImageSource  # training images with the labels used in training, after setup
+        self._bank: ImageSource  # labelled training images with their true labels, after setup
         self._train_loader: ResumableLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -126,7 +134,7 @@ class PairDataModule(LightningDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            ``LabelledImages``, or any other ``ImageSource``; None where the data set has no such split. Validation
+            ``LabelledImages``, or any other ``ImageSource``; None if the data set has no such split; validation
             images are then held out from the training images.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load(split), which reads its images")
@@ -138,7 +146,7 @@ class PairDataModule(LightningDataModule):
             self._prepared[split] = self.load(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the splits that ``stage`` needs and that are not there yet; the training split always."""
+        """Load the training split and the other splits that ``stage`` needs, each once."""
         overfit = getattr(self.trainer, "overfit_batches", 0)
         if overfit:
             raise ValueError(
@@ -158,7 +166,7 @@ class PairDataModule(LightningDataModule):
     def _setup_training(self) -> None:
         train, val = self._read("train"), self._read("val")
         if train is None:
-            raise ValueError(f"{type(self).__name__}.load('train') must give images, got None")
+            raise ValueError(f"{type(self).__name__}.load('train') must return images, got None")
         self.class_names = list(train.class_names)
         self.num_classes = len(self.class_names)
         if val is None and self.val_fraction > 0:
@@ -203,7 +211,7 @@ class PairDataModule(LightningDataModule):
         return 1 if self.trainer is None else self.trainer.world_size
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of P x K raw images of this rank, whose position in the epoch goes into a checkpoint."""
+        """Batches of P x K raw images of this rank; a checkpoint holds the position in the epoch."""
         self._need("train")
         processed = None if self.trainer is None else self._batches_processed
         arguments = self._loader_arguments()
@@ -216,12 +224,12 @@ class PairDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The training loader's position.
 
-        Lightning's own copy is lost where a schedule asks for ``trainer.estimated_stepping_batches`` before a restore.
+        Lightning's own copy is lost if a schedule reads ``trainer.estimated_stepping_batches`` before the restore.
         """
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the training loader, which is made later."""
+        """Keep the position for the training loader, which is created later."""
         self._resume = state_dict.get("train_loader")
 
     def _batches_processed(self) -> int:
@@ -229,7 +237,7 @@ class PairDataModule(LightningDataModule):
         return batches_processed(self.trainer)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """This rank's share of the validation split; no loader where ``val_fraction`` is 0."""
+        """This rank's share of the validation split; no loader if ``val_fraction`` is 0."""
         if self._splits and self._splits["val"] is None:
             return []
         return self._evaluation_loader(self._need("val"))
@@ -239,20 +247,20 @@ class PairDataModule(LightningDataModule):
         return self._evaluation_loader(self._need("test"))
 
     def predict_dataloader(self) -> DataLoader:
-        """This rank's share of the test split, or of the validation split where there is no test."""
+        """This rank's share of the test split, or of the validation split if there is no test split."""
         return self._evaluation_loader(self._need("val" if self._splits.get("test") is None else "test"))
 
     def bank_dataloader(
         self, limit: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> DataLoader:
-        """Raw training images in a fixed order, each once: what a kNN classifier or a probe compares with.
+        """Raw training images with their true labels, each once in a fixed order: the bank of kNN and probes.
 
-        They have their true labels; images whose label is hidden are not among them.
+        Images with a hidden label are left out.
 
         Args:
-            limit: Images over all ranks, the classes in proportion, drawn by ``split_seed``; None: all.
-            rank: Whose share; None: this process's.
-            world_size: Number of shares; None: of processes.
+            limit: Number of images over all ranks, the classes in proportion, drawn by ``split_seed``; None: all.
+            rank: Rank whose share is returned; None: this process.
+            world_size: Number of shares; None: the number of processes.
 
         Returns:
             Loader of uint8 batches for ``prepare(batch, augment=False)``.
@@ -282,20 +290,20 @@ class PairDataModule(LightningDataModule):
         }
 
     def on_after_batch_transfer(self, batch: Batch | TrainingBatch, dataloader_idx: int) -> Batch:
-        """Prepare a batch on its device: augmented in training, else only normalised."""
+        """Prepare a batch on its device: augmented in training, otherwise only normalised."""
         return self.prepare(batch, augment=self.trainer is not None and self.trainer.training)
 
     def prepare(self, batch: Batch | TrainingBatch, augment: bool) -> Batch:
-        """Raw images as the encoder takes them.
+        """Raw images as the encoder expects them.
 
         Args:
-            batch: uint8 images ``(N, C, H, W)`` and labels ``(N,)`` on any device, and the seed of the augmentation in
-                a training batch. It alone decides the augmentation.
+            batch: uint8 images ``(N, C, H, W)`` and labels ``(N,)`` on any device; a training batch also has the seed
+                of its augmentation, which determines it.
             augment: Whether to make V augmented views of each image.
 
         Returns:
-            float32 images ``(N * V, C, H, W)``, of mean 0 and standard deviation 1 over the training images, and labels
-            ``(N * V,)``; V is 1 where ``augment`` is False.
+            float32 images ``(N * V, C, H, W)``, normalised by ``mean`` and ``std``, and labels ``(N * V,)``; V is 1 if
+            ``augment`` is False.
 
         Raises:
             ValueError: If a batch without a seed is to be augmented.
@@ -305,7 +313,9 @@ class PairDataModule(LightningDataModule):
             images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
             if self.augment is not None:
                 if not draw:
-                    raise ValueError("batch must be (images, labels, draw) to be augmented, got no draw, the seed")
+                    raise ValueError(
+                        "batch must be (images, labels, draw) to be augmented, got no draw (seed of the augmentation)"
+                    )
                 images = self.augment(images, torch.Generator(images.device).manual_seed(draw[0]))
         if self.mean is None or self.std is None:
             raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
@@ -313,19 +323,19 @@ class PairDataModule(LightningDataModule):
 
 
 def _check_same_classes(split: str, source: ImageSource | None, class_names: list[str]) -> None:
-    """Raise ValueError, with the classes that differ, if a split has other classes than the training split."""
+    """Raise ValueError, naming the classes that differ, unless a split has the classes of the training split."""
     if source is None or list(source.class_names) == class_names:
         return
-    missing = sorted(set(class_names) - set(source.class_names))
-    extra = sorted(set(source.class_names) - set(class_names))
+    missing, extra = set(class_names) - set(source.class_names), set(source.class_names) - set(class_names)
+    found = [f"it lacks {name_list(missing)}"] * bool(missing) + [f"training lacks {name_list(extra)}"] * bool(extra)
     raise ValueError(
-        f"the {split} split must have the classes of the training split, in their order: "
-        f"it lacks {missing}, and training lacks {extra}"
+        f"the {split} split must have the classes of the training split in the same order: "
+        f"{', and '.join(found) or 'the order differs'}"
     )
 
 
 def _check_smallest_class(train: ImageSource, samples_per_class: int) -> None:
-    """Raise ValueError, with the class's name, if a class has too few labelled training images for a batch."""
+    """Raise ValueError, naming the class, if a class has fewer labelled training images than a batch takes of it."""
     known = train.labels[train.labels < len(train.class_names)]
     counts = torch.bincount(known, minlength=len(train.class_names))
     smallest = int(counts.argmin())

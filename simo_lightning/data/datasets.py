@@ -12,18 +12,19 @@ import torch
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
+from simo_lightning.data.decode import Decoder
 from simo_lightning.data.folder import SPLIT_NAMES, find_splits, load_image_folder
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 
 
 class TensorPairDataModule(PairDataModule):
-    """Images that are in memory already, for notebooks and tests.
+    """Images in memory, for notebooks and tests.
 
     Args:
         train: Training images.
-        val: Validation images; None: a share of the training images.
-        test: Test images, if there are any.
+        val: Validation images; None: ``val_fraction`` of the training images.
+        test: Test images; None: no test split.
         **kwargs: Arguments of ``PairDataModule``.
     """
 
@@ -38,7 +39,7 @@ class TensorPairDataModule(PairDataModule):
         self._given: dict[Split, LabelledImages | None] = {"train": train, "val": val, "test": test}
 
     def load(self, split: Split) -> ImageSource | None:
-        """The images given."""
+        """The images passed for ``split``."""
         return self._given[split]
 
 
@@ -47,7 +48,7 @@ class CIFAR10PairDataModule(PairDataModule):
 
     Args:
         data_dir: Folder of torchvision's files, or of class folders of images in folders ``train`` and ``test``.
-        download: Whether to fetch torchvision's archive into ``data_dir`` where no files are found.
+        download: Whether to fetch torchvision's archive into ``data_dir`` if no files are found.
         **kwargs: Arguments of ``PairDataModule``.
     """
 
@@ -59,7 +60,7 @@ class CIFAR10PairDataModule(PairDataModule):
         self.download = download
 
     def load(self, split: Split) -> ImageSource | None:
-        """The training or the test images; validation images only where ``data_dir`` has a folder of them."""
+        """The training or the test images; validation images only if ``data_dir`` has a folder of them."""
         return load_cifar(self.data_dir, self.dataset, split, self.download)
 
 
@@ -67,7 +68,7 @@ class CIFAR100PairDataModule(CIFAR10PairDataModule):
     """CIFAR-100: 50,000 training and 10,000 test images, 32 x 32 RGB, a hundred classes.
 
     Args:
-        data_dir: As of ``CIFAR10PairDataModule``.
+        data_dir: As for ``CIFAR10PairDataModule``.
         **kwargs: Arguments of ``CIFAR10PairDataModule``.
     """
 
@@ -81,8 +82,8 @@ class DigitsPairDataModule(PairDataModule):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 and one channel: real data with nothing to download.
 
     Args:
-        augment: Augmentation of the training batches; null: none. By default a crop by one pixel and no flip, as a
-            mirrored digit is another sign.
+        augment: Augmentation of the training batches; null: none. By default a crop with padding 1 and no flip,
+            since a mirrored digit is not that digit.
         **kwargs: Arguments of ``PairDataModule``.
     """
 
@@ -94,26 +95,29 @@ class DigitsPairDataModule(PairDataModule):
         super().__init__(augment=augment, **kwargs)
 
     def load(self, split: Split) -> ImageSource | None:
-        """The training images or the fixed fifth that is the test here."""
+        """The training images, or the fixed fifth that serves as test split."""
         return None if split == "val" else load_digits(train=split == "train")
 
 
 class ImageFolderPairDataModule(PairDataModule):
     """Any folder of class folders of images.
 
-    ``data_dir`` holds a folder of class folders for training and, where there are, for validation and test. They go by
-    their usual names in any case: train or training; val, valid or validation; test or testing. Or it holds the class
-    folders themselves, which are then the training split.
+    ``data_dir`` holds one folder of class folders per split, with the usual names in any case: train or training; val,
+    valid or validation; test or testing (only the training folder is required). Or it holds the class folders
+    themselves, which are then the training split.
 
     Args:
-        data_dir: That folder.
+        data_dir: The folder; ``~`` is the user's home.
         image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped.
-        max_memory_gib: Decoded size of a split in GiB above which its images stay on disk and are decoded by
-            ``num_workers`` processes, batch by batch.
+        max_memory_gib: Decoded size in GiB above which the images of a split stay on disk and are decoded batch by
+            batch in ``num_workers`` processes.
         background: Colour behind transparent pixels, a name or #rrggbb.
-        max_value: Grey value that becomes white in images of more than 8 bits, such as 4095; null: 65,535 in 16-bit
-            files, and in 32-bit ones the maximum of each file.
+        max_value: Grey value that becomes white in grey images of more than 8 bits, such as 4095; null: 65,535 in
+            16-bit files, the maximum of each file in 32-bit ones.
         **kwargs: Arguments of ``PairDataModule``.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -126,6 +130,9 @@ class ImageFolderPairDataModule(PairDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        Decoder(image_size, background, max_value)  # raises early if one of them is out of range
+        if not max_memory_gib >= 0:
+            raise ValueError(f"max_memory_gib must be non-negative, got {max_memory_gib}")
         self.data_dir = data_dir
         self.image_size = image_size
         self.max_memory_gib = max_memory_gib
@@ -138,9 +145,12 @@ class ImageFolderPairDataModule(PairDataModule):
         self._folders = self._folders or find_splits(self.data_dir)
         if split not in self._folders:
             return None
-        limit = int(self.max_memory_gib * 2**30)
         return load_image_folder(
-            self._folders[split], self.image_size, limit, background=self.background, max_value=self.max_value
+            self._folders[split],
+            self.image_size,
+            self.max_memory_gib * 2**30,
+            background=self.background,
+            max_value=self.max_value,
         )
 
 
@@ -167,7 +177,7 @@ class SemiSupervisedImageFolderPairDataModule(SemiSupervisedPairDataModule, Imag
 def load_digits(train: bool) -> LabelledImages:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 and one channel, grey levels 0..16 scaled to 0..255.
 
-    The set has no test split: one fifth of each class (fixed, stratified) is its test split here.
+    The data set has no test split; a fixed, stratified fifth of each class serves as one.
 
     Args:
         train: The training split (1,438 images) or the test split (359).
@@ -193,17 +203,18 @@ def load_cifar(
     """CIFAR-10 or CIFAR-100 from torchvision's files or from folders of JPEG or PNG images.
 
     Args:
-        data_dir: Holds either ``train/<class>/*`` and ``test/<class>/*``, with the names that ``find_splits`` knows, or
-            torchvision's archive or what it unpacks to; or nothing yet.
-        name: Which of the two.
-        split: "train", the 50,000 training images; "test", the 10,000 of the test; "val", only in class folders.
-        download: Fetch torchvision's archive where no files are found.
+        data_dir: Holds either ``train/<class>/*`` and ``test/<class>/*``, or the other names of ``find_splits``, or
+            torchvision's archive, packed or unpacked, or nothing yet.
+        name: Data set.
+        split: "train", the 50,000 training images; "test", the 10,000 test images; "val", only from class folders.
+        download: Whether to fetch torchvision's archive if no files are found.
 
     Returns:
-        uint8 images ``(N, 3, 32, 32)``; None where there are no validation images.
+        uint8 images ``(N, 3, 32, 32)``; None if there are no validation images.
 
     Raises:
-        FileNotFoundError: If the files are not there, or damaged, and cannot be fetched: says what to put where.
+        FileNotFoundError: If the files are missing or damaged and cannot be fetched; the message gives the files
+            expected and their folder.
     """
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
@@ -218,12 +229,12 @@ def load_cifar(
     if split == "val":
         return None
     archive_is_whole = check_integrity(str(archive), dataset_class.tgz_md5)
-    try:  # torchvision's download unpacks an archive that is there, and fetches none then
+    try:  # with an archive present, torchvision's download only unpacks it
         dataset = dataset_class(str(root), train=split == "train", download=download or archive_is_whole)
     except (URLError, OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-        state = "is not there"
+        state = "is missing"
         if archive.is_file() and not archive_is_whole:
-            state = f"is damaged or half downloaded ({archive.name} has another checksum than the original)"
+            state = f"is damaged or incomplete ({archive.name} has another checksum than the original)"
         elif (root / dataset_class.base_folder).is_dir():
             state = f"is incomplete or damaged ({dataset_class.base_folder} lacks files or has wrong checksums)"
         tried = "the download failed" if download else "download is False"

@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")  # none whose decoder starts a program
-UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "TIFF",
+    "GIF",
+    "BMP",
+    "PPM",
+    "JPEG2000",
+)  # without those whose decoder starts a program
+UPRIGHT = {  # EXIF orientation to the transpose that turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -19,7 +28,7 @@ UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-WHITE_IS_ZERO, PHOTOMETRIC = 0, 262  # TIFF tag and its value for inverted grey
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value for inverted grey
 
 
 @dataclass(frozen=True)
@@ -27,21 +36,21 @@ class Decoder:
     """Reads image files as RGB squares: upright, 8 bits a channel, opaque.
 
     - The shorter side is resized to ``image_size`` by bilinear interpolation and the centre is cropped.
-    - EXIF orientation is applied. Of an animation or a file of several pages the first picture is read.
-    - 16 bits a channel become 8 by keeping the upper byte, ``value // 256``.
-    - 32-bit integers and floats have no range in the file: each image is scaled from its own minimum and maximum to
-      0..255. NaN and infinite pixels become 0 and do not count.
+    - EXIF orientation is applied. Of an animation or a multi-page file the first picture is read.
+    - 16 bits per channel become 8 by keeping the upper byte, ``value // 256``.
+    - 32-bit integers, signed integers and floats have no nominal range: each image is scaled from its own minimum and
+      maximum to 0..255. NaN and infinite pixels become 0 and are left out of the range.
     - Transparent pixels are composited on ``background``.
     - CMYK, YCbCr and CIELAB become RGB. Embedded colour profiles are not applied.
 
     Args:
         image_size: Side of the square in pixels, at least 1.
         background: Colour behind transparent pixels, a name or ``#rrggbb``.
-        max_value: Grey value that becomes 255 in images of more than 8 bits, larger ones too, and 0 stays 0; None: the
-            rules above. 4095 is right for 12-bit data in 16-bit files, 1 for floats in 0..1.
+        max_value: In grey images of more than 8 bits 0..``max_value`` is scaled to 0..255 and larger values become 255:
+            4095 for 12-bit data in 16-bit files, 1 for floats in 0..1. None: the rules above.
 
     Raises:
-        ValueError: If an argument is out of its range or no colour.
+        ValueError: If an argument is out of range or not a colour.
 
     Example:
         >>> Decoder(224, background="black", max_value=4095).image_size
@@ -55,8 +64,8 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
-        if self.max_value is not None and not self.max_value > 0:
-            raise ValueError(f"max_value must be positive, got {self.max_value}")
+        if self.max_value is not None and not 0 < self.max_value < float("inf"):
+            raise ValueError(f"max_value must be positive and finite, got {self.max_value}")
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:
@@ -69,11 +78,11 @@ class Decoder:
             path: The file.
 
         Returns:
-            uint8 ``(3, image_size, image_size)``, and what was converted on the way: one phrase for each conversion.
+            uint8 ``(3, image_size, image_size)``, and one phrase for each conversion made.
 
         Raises:
-            OSError: If the file cannot be read; names it.
-            ValueError: If the file is no image of a format in ``FORMATS``, or damaged or truncated; names it.
+            OSError: If the file cannot be read; the message names it.
+            ValueError: If the file is not an image in one of ``FORMATS``, or is damaged; the message names it.
         """
         changes: list[str] = []
         try:
@@ -81,21 +90,23 @@ class Decoder:
                 pixels = self._square(self._rgb(image, changes))
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
-            if isinstance(error, OSError) and error.errno is not None:  # the file system's, not the decoder's
+        except Exception as error:  # Pillow's decoders raise many exception types on damaged files
+            if isinstance(error, OSError) and error.errno is not None:  # from the file system, not the decoder
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise ValueError(f"{str(path)!r} does not decode as an image: {error}") from error
         return np.asarray(pixels).transpose(2, 0, 1), changes
 
     def _rgb(self, image: Any, changes: list[str]) -> Image.Image:
-        """The whole picture upright in RGB; a large JPEG at a half, a quarter or an eighth of its size."""
+        """The whole picture, upright, in RGB; a large JPEG at 1/2, 1/4 or 1/8 of its size."""
         if getattr(image, "is_animated", False):
             changes.append("first picture of several")
-        stored = str(image.tile[0][3]) if image.tile else ""  # such as "RGB;16B"; loading, as getexif may, empties it
+        stored = (
+            str(image.tile[0][3]) if image.tile else ""
+        )  # such as "RGB;16B"; emptied by loading, which getexif may do
         turn = None
         try:
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-        except Exception:  # the parser of EXIF raises many kinds of errors on damaged data
+        except Exception:  # the EXIF parser raises many exception types on damaged data
             changes.append("damaged EXIF, taken as upright")
         upright_when_loaded = image.format == "TIFF"
         image.draft("RGB", (self.image_size, self.image_size))
@@ -118,18 +129,16 @@ class Decoder:
         return image if turn is None or upright_when_loaded else image.transpose(turn)
 
     def _eight_bits(self, image: Any, stored: str, changes: list[str]) -> Image.Image:
-        """Grey of more than 8 bits as mode L, or LA where one value is transparent."""
+        """Grey of more than 8 bits as mode L, or LA if one value is transparent."""
         values = np.asarray(image)
-        if "I;32N" in stored:  # unsigned in the file, but Pillow keeps it in int32
+        if "I;32N" in stored:  # unsigned in the file; Pillow stores it as int32
             values = values.view(np.uint32)
-        bits = 32
-        if image.mode != "F" and ("16" in image.mode or image.format in ("PNG", "PPM")):  # which hold at most 16 bits
-            bits = 12 if "I;12" in stored else 16
-        if bits < 32 and self.max_value is None:
-            grey = values >> (bits - 8)
-            changes.append(f"{bits}-bit, upper byte kept")
-            if bits == 16 and int(values.max()) < 4096:
-                changes.append("16-bit without a value above 4,095 and so nearly black: is max_value 4095 right?")
+        depth = _depth(image, stored)
+        if depth in ("12-bit", "16-bit") and self.max_value is None:
+            grey = values >> (4 if depth == "12-bit" else 8)
+            changes.append(f"{depth}, upper byte kept")
+            if depth == "16-bit" and int(values.max()) < 4096:
+                changes.append("16-bit without a value above 4,095, nearly black (12-bit data? set max_value to 4095)")
         else:
             finite = np.isfinite(values)
             if not finite.all():
@@ -142,8 +151,8 @@ class Decoder:
             scaled = (values.astype(np.float64) - low) * (255 / (high - low) if high > low else 0)
             grey = np.where(finite, scaled, 0).round().clip(0, 255)
             own = "its own range" if self.max_value is None else f"0..{self.max_value:g}"
-            changes.append(f"{bits}-bit, scaled from {own}")
-        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts such grey at 8 bits only
+            changes.append(f"{depth}, scaled from {own}")
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow inverts only at 8 bits
             grey = 255 - grey
         result = Image.fromarray(grey.astype(np.uint8))
         transparent = image.info.get("transparency")
@@ -152,13 +161,13 @@ class Decoder:
         return result
 
     def _opaque(self, image: Any, stored: str, changes: list[str]) -> Any:
-        """The image on the background where any pixel lets it through."""
+        """Composite the image on the background if any pixel is transparent."""
         transparent = image.info.get("transparency")
         if transparent is None and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
             return image
         if isinstance(transparent, tuple) and ";16" in stored:
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
-        if stored in ("L;2", "L;4"):  # pixels are stretched to 0..255, the transparent value is as stored
+        if stored in ("L;2", "L;4"):  # pixels are scaled to 0..255, the transparent value is not
             image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[stored]
         layer = image.convert("RGBA")
         if layer.getextrema()[3][0] == 255:
@@ -169,13 +178,23 @@ class Decoder:
         return canvas
 
     def _square(self, image: Image.Image) -> Image.Image:
-        """The centre at ``image_size``. Only the part that is shown is resized, so that a strip does not grow huge."""
+        """The centre at ``image_size``; only the visible part is resized, so that a long strip needs little memory."""
         side, (width, height) = self.image_size, image.size
         if width == height == side:
             return image
         scale = side / min(width, height)
-        wide, high = max(side, round(width * scale)), max(side, round(height * scale))  # of the resized whole
+        wide, high = max(side, round(width * scale)), max(side, round(height * scale))  # of the whole picture, resized
         left, top = (wide - side) // 2, (high - side) // 2
         x, y = width / wide, height / high  # pixels of the image per pixel of the result
         box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
         return image.resize((side, side), Image.Resampling.BILINEAR, box)
+
+
+def _depth(image: Any, stored: str) -> str:
+    """Bits per channel in the file, of an image that Pillow reads as integers or floats."""
+    if ";16S" in stored or ";16BS" in stored:
+        return "signed 16-bit"
+    at_most_16 = "16" in image.mode or image.format in ("PNG", "PPM")
+    if image.mode == "F" or not at_most_16:
+        return "32-bit"
+    return "12-bit" if "I;12" in stored else "16-bit"

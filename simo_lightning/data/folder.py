@@ -1,4 +1,4 @@
-"""Folders of class folders: listed, checked, decoded on every core, cached, or left on disk where they are large."""
+"""Folders of class folders: listed, checked, decoded on all cores, cached; large ones stay on disk."""
 
 from __future__ import annotations
 
@@ -11,37 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
 from simo_lightning.data.cache import CACHE, fingerprint, read_cache, write_cache
-from simo_lightning.data.decode import Decoder
-from simo_lightning.data.sources import LabelledImages, Split
+from simo_lightning.data.decode import FORMATS, Decoder
+from simo_lightning.data.sources import LabelledImages, Split, name_list
 
-SUFFIXES = frozenset(
-    [
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)  # of the formats in decode.FORMATS
-IGNORED = frozenset(  # left behind by operating systems and archives; also every name that begins with a dot
+IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 )
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -56,15 +39,15 @@ class FolderImages:
     """Labelled images that stay on disk and are decoded batch by batch, in the loader's workers.
 
     Args:
-        root: Folder that ``names`` start from.
-        names: File of each image, relative to ``root``.
+        root: Folder of all images.
+        names: Path of each image relative to ``root``.
         labels: Class index of each image, int64 ``(N,)``.
         class_names: One name per class.
-        decoder: How a file becomes pixels.
+        decoder: Reads a file.
     """
 
     root: Path
-    names: np.ndarray  # of str: one block of memory, so that workers share it
+    names: np.ndarray  # of str: one block of memory, which forked workers share
     labels: Tensor
     class_names: list[str]
     decoder: Decoder
@@ -81,7 +64,7 @@ class FolderImages:
         return torch.from_numpy(images), self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
     def decode(self, indices: Sequence[int]) -> tuple[np.ndarray, Counter[str]]:
-        """The images at ``indices``, uint8 ``(len(indices), 3, S, S)``, and how many were converted in which way."""
+        """The images at ``indices``, uint8 ``(len(indices), 3, S, S)``, and the number of each conversion."""
         side = self.decoder.image_size
         images, changes = np.empty((len(indices), 3, side, side), dtype=np.uint8), Counter[str]()
         for position, index in enumerate(indices):
@@ -95,20 +78,20 @@ class FolderImages:
 
 
 def find_splits(folder: str | Path, report: bool = True) -> dict[Split, Path]:
-    """Folders of the splits by their usual names, in any case: ``SPLIT_NAMES``.
+    """Folders of the splits, recognised by their usual names in any case (``SPLIT_NAMES``).
 
     Args:
-        folder: Holds either one folder per split, each with the class folders, or the class folders themselves.
-        report: Whether to say in the log what was found.
+        folder: Holds either one folder per split, each with class folders, or the class folders themselves.
+        report: Whether to log which folders were found.
 
     Returns:
-        Folder of each split that is there; ``folder`` itself as training split where no training folder is in it. A
-        folder without sub-folders is no split, whatever its name.
+        Folder of each split found; ``folder`` itself as the training split if it holds no training folder. A folder
+        without sub-folders is not a split.
 
     Raises:
         FileNotFoundError: If there is no such folder.
         OSError: If a folder cannot be read.
-        ValueError: If two folders are the same split, or ``folder`` looks as if it was one level above the classes.
+        ValueError: If two folders are the same split, or ``folder`` looks one level above the class folders.
     """
     root = _existing(folder)
     inside = {name: set(_folders(root / name)) for name in _folders(root)}
@@ -126,7 +109,7 @@ def find_splits(folder: str | Path, report: bool = True) -> dict[Split, Path]:
         others = sorted(set(inside) - {path.name for path in found.values()})
         rank_zero_info(
             f"{str(root)!r}: {', '.join(f'{split} split in {path.name!r}' for split, path in found.items())}"
-            + (f"; left out: {_some(others)}" if others else "")
+            + (f"; left out: {name_list(others)}" if others else "")
         )
     return found
 
@@ -134,52 +117,46 @@ def find_splits(folder: str | Path, report: bool = True) -> dict[Split, Path]:
 def _check_level(root: Path, inside: dict[str, set[str]], found: dict[Split, Path]) -> None:
     """Refuse a folder whose sub-folders look like splits or folds rather than classes."""
     advice = (
-        "data_dir must hold class folders, or folders 'train', 'val', 'test' that do. Where the folders in it are the "
-        "classes all the same, put them into a folder 'train'"
+        "data_dir must hold class folders, or folders 'train', 'val', 'test' that do. If its sub-folders are the "
+        "classes after all, put them into a folder 'train'"
     )
     for split, path in found.items():
         raise ValueError(f"{str(path)!r} looks like a {split} split, but there is no training folder: {advice}")
-    if len(inside) == 1:
-        ((name, below),) = inside.items()
-        if len(below) > 1:
-            raise ValueError(f"{str(root)!r} holds the single folder {name!r}, is that the data_dir? {advice}")
-    if (
-        not inside
-        or not all(inside.values())
-        or any(len(_entries(root / name)) > len(below) for name, below in inside.items())
-    ):
-        return
-    shared = Counter(name for names in inside.values() for name in names)
-    twice = sorted(name for name, count in shared.items() if count > 1)
-    if len(twice) > 1:
+    if len(inside) == 1 and len(*inside.values()) > 1:
+        raise ValueError(f"{str(root)!r} holds the single folder {name_list(inside)}, is that the data_dir? {advice}")
+    if not inside or any(not below or len(_entries(root / name)) > len(below) for name, below in inside.items()):
+        return  # some folder holds images itself
+    counts = Counter(name for below in inside.values() for name in below)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if len(repeated) > 1:
         raise ValueError(
-            f"{str(root)!r} looks one level too high: its folders {_some(inside)} hold no image themselves, and "
-            f"several of them hold the same folders {_some(twice)}. {advice}"
+            f"{str(root)!r} looks one level too high: its folders {name_list(inside)} hold no image themselves, and "
+            f"several of them hold the same folders {name_list(repeated)}. {advice}"
         )
     rank_zero_warn(
         f"{str(root)!r}: no class folder holds an image itself, only sub-folders, whose images are joined: "
-        f"are {_some(inside)} the classes?"
+        f"are {name_list(inside)} the classes?"
     )
 
 
 def list_image_folder(folder: str | Path, decoder: Decoder) -> tuple[FolderImages, list[str]]:
-    """List ``folder/<class>/**/*`` without decoding, classes and files in the order of their names.
+    """List ``folder/<class>/**/*`` without decoding, classes and files sorted by name.
 
     Names that begin with a dot or are in ``IGNORED`` are left out at every level, and so are files beside the class
     folders. Links to files and folders are followed.
 
     Args:
         folder: Holds the class folders.
-        decoder: How a file becomes pixels.
+        decoder: Reads a file.
 
     Returns:
         The images and the names that were left out.
 
     Raises:
-        FileNotFoundError: If ``folder`` is no folder or holds fewer than two class folders, or a link is broken.
+        FileNotFoundError: If ``folder`` is not a folder or holds fewer than two class folders, or a link is broken.
         OSError: If a folder cannot be read.
-        ValueError: If a class folder holds no image, a file with a suffix that is not an image's or something that is
-            no file, or a link leads back to a folder that it lies in.
+        ValueError: If a class folder holds no image, a file without an image's suffix, or an entry that is neither
+            file nor folder, or if a link leads back to a folder that contains it.
     """
     root = _existing(folder)
     left_out: list[str] = []
@@ -190,7 +167,7 @@ def list_image_folder(folder: str | Path, decoder: Decoder) -> tuple[FolderImage
         raise FileNotFoundError(
             f"{str(root)!r} must hold at least 2 class folders of images, found {len(classes)}: {classes}"
         )
-    parents = {_identity(path) for path in (root.resolve(), *root.resolve().parents)}
+    parents = {root.resolve(), *root.resolve().parents}
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -202,32 +179,40 @@ def list_image_folder(folder: str | Path, decoder: Decoder) -> tuple[FolderImage
     return FolderImages(root, np.array(names), torch.tensor(labels), classes, decoder), left_out
 
 
-def _image_names(root: Path, inside: str, parents: set[tuple[int, int]], left_out: list[str]) -> Iterator[str]:
-    """Names relative to ``root`` of the images in the folder ``inside``, at any depth."""
-    here = _identity(root / inside)
+def _image_names(root: Path, inside: str, parents: set[Path], left_out: list[str]) -> Iterator[str]:
+    """Paths relative to ``root`` of the images in the folder ``inside``, at any depth."""
+    here = (root / inside).resolve()
     if here in parents:
-        raise ValueError(f"link {str(root / inside)!r} leads back to a folder that it lies in; take it away")
+        raise ValueError(f"link {str(root / inside)!r} leads back to a folder that contains it; remove it")
     for entry in _entries(root / inside, left_out):
         name = os.path.join(inside, entry.name)
         if entry.is_dir():
             yield from _image_names(root, name, parents | {here}, left_out)
         elif not entry.is_file():
-            raise ValueError(f"{entry.path!r} is neither a file nor a folder; take it away")
-        elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-            raise ValueError(f"{entry.path!r} is no image (suffixes read: {', '.join(sorted(SUFFIXES))}); take it away")
+            raise ValueError(f"{entry.path!r} is neither a file nor a folder; remove it")
+        elif os.path.splitext(name)[1].lower() not in _suffixes():
+            raise ValueError(
+                f"{entry.path!r} is not an image (suffixes read: {', '.join(sorted(_suffixes()))}); remove it"
+            )
         else:
             yield name
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the formats that are read; a function since Pillow then imports all its formats."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _existing(folder: str | Path) -> Path:
     root = Path(folder).expanduser().absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"{str(root)!r} is no folder; it should hold one folder of images per class")
+        raise FileNotFoundError(f"{str(root)!r} is not a folder; it must hold one folder of images per class")
     return root
 
 
 def _entries(folder: Path, left_out: list[str] | None = None) -> list[os.DirEntry[str]]:
-    """What is in a folder apart from ignored names, which join ``left_out``; OSError where a link is broken."""
+    """Entries of a folder without ignored names, which are added to ``left_out``; OSError if a link is broken."""
     entries = []
     with os.scandir(folder) as found:
         for entry in found:
@@ -236,7 +221,7 @@ def _entries(folder: Path, left_out: list[str] | None = None) -> list[os.DirEntr
                     left_out.append(entry.name)
                 continue
             if entry.is_symlink():
-                entry.stat()
+                entry.stat()  # raises if its target is missing
             entries.append(entry)
     return entries
 
@@ -245,48 +230,39 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _some(names: Sequence[str] | dict[str, set[str]], most: int = 5) -> str:
-    shown = sorted(names)
-    return ", ".join(map(repr, shown[:most])) + (f" and {len(shown) - most} more" if len(shown) > most else "")
-
-
 def load_image_folder(
     folder: str | Path,
     image_size: int,
-    max_memory: int = 4 * 2**30,
+    max_memory: float = 4 * 2**30,
     workers: int | None = None,
     background: str = "white",
     max_value: float | None = None,
 ) -> LabelledImages | FolderImages:
     """Labelled images from a folder of class folders, decoded into memory and cached, or left on disk if too large.
 
-    One line in the log says how many images of which kind were found, how many were converted in which way, and what
-    was left out. Images left on disk are decoded, and converted, as they are read.
+    One log line gives the number of images per suffix, the number of each conversion, and the names left out. Images
+    that stay on disk are not opened here: their line has no conversions, and a damaged file raises when it is read.
 
-    The cache is one hidden file in ``folder``, or in the user's cache folder where that cannot be written. It holds
-    for the exact names, sizes and times of change of the files, and for the arguments here.
+    The cache is one hidden file in ``folder``, or a file in the user's cache folder if ``folder`` is read-only. It is
+    used only if the names, sizes and modification times of all files and the arguments are the same.
 
     Args:
-        folder: Holds ``<class>/**/*``; ``~`` is the user's home. See ``list_image_folder`` for what is left out.
+        folder: Holds ``<class>/**/*``; ``~`` is the user's home. Names that begin with a dot and those in ``IGNORED``
+            are left out.
         image_size: Side in pixels; other sizes are resized by the shorter side and centre-cropped.
         max_memory: Decoded bytes (``N * 3 * image_size**2``) above which the images stay on disk.
-        workers: Processes that decode; None: one per core where processes can be forked.
+        workers: Processes that decode; None: one per core, at most 16, on Linux, else 1.
         background: Colour behind transparent pixels; see ``Decoder``.
-        max_value: Grey value that becomes 255 in images of more than 8 bits; None: as ``Decoder`` says.
+        max_value: Grey value that becomes 255 in images of more than 8 bits; None: see ``Decoder``.
 
     Returns:
-        The images, RGB, classes in the order of their names.
+        The images, RGB, classes sorted by name.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or it has fewer than two class folders.
-        OSError: If a file or a folder cannot be read; it is named.
-        ValueError: If an argument is out of its range, a class folder is empty, a link leads back to a folder that it
-            lies in, or a file is no image; it is named.
+        FileNotFoundError: If there is no such folder, or it holds fewer than two class folders.
+        OSError: If a file or a folder cannot be read; the message names it.
+        ValueError: If an argument is out of range, a class folder is empty, a link leads back to a folder that
+            contains it, or a file is not an image; the message names it.
     """
     decoder = Decoder(image_size, background, max_value)
     listed, left_out = list_image_folder(folder, decoder)
@@ -306,7 +282,10 @@ def _report(listed: FolderImages, left_out: list[str], changes: dict[str, int] |
     suffixes = Counter(os.path.splitext(name)[1].lower().lstrip(".") for name in listed.names)
     parts = [f"{len(listed):,} images of {len(listed.class_names):,} classes ({_counted(suffixes)})"]
     if changes is None:
-        parts.append("too many for max_memory_gib: decoded from disk, each file checked and converted when it is read")
+        parts.append(
+            "larger than max_memory_gib, so they stay on disk: no file is opened yet, conversions are not counted, and "
+            "a damaged file ends the run when it is read"
+        )
     elif changes:
         parts.append(f"converted: {_counted(changes)}")
     if left_out:
@@ -321,10 +300,10 @@ def _counted(counts: dict[str, int], most: int = 8) -> str:
 
 
 def _decode_all(listed: FolderImages, workers: int | None, chunk: int = 1000) -> tuple[Tensor, dict[str, int]]:
-    """Decode every image, uint8 ``(N, 3, S, S)``; on forked processes where that is possible and pays.
+    """Decode every image, uint8 ``(N, 3, S, S)``; on forked processes if there is more than one chunk.
 
-    Threads are slower than one process here: reading a small image is mostly Python. Arrays come back through pipes,
-    not shared memory, which containers keep small.
+    Threads are slower than one process: decoding a small image is mostly Python. Arrays return through pipes rather
+    than shared memory, which is small in containers.
     """
     side = listed.decoder.image_size
     chunks = [range(start, min(start + chunk, len(listed))) for start in range(0, len(listed), chunk)]
@@ -342,7 +321,7 @@ def _decode_all(listed: FolderImages, workers: int | None, chunk: int = 1000) ->
 
 
 def _default_workers() -> int:
-    """Cores this process may use; 1 where a child process cannot be forked safely."""
+    """Cores that this process may use; 1 if a child process cannot be forked safely."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     return min(16, len(os.sched_getaffinity(0)))

@@ -1,24 +1,24 @@
-"""Other labels for the same images: coarse classes, hidden labels."""
+"""Replaced labels: coarse classes and hidden labels."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from simo_lightning.data.sources import ImageSource
+from simo_lightning.data.sources import ImageSource, name_list
 
 
 @dataclass(frozen=True, eq=False)
 class Relabelled:
-    """The images of a source under other labels, without a copy of them.
+    """The images of a source with other labels; images are not copied.
 
     Args:
-        source: Gives the images.
-        labels: Label of each image, int64 ``(N,)``; one that is no index into ``class_names`` belongs to an image whose
-            class is hidden.
+        source: Source of the images.
+        labels: Label of each image, int64 ``(N,)``, non-negative; a hidden label is at least ``len(class_names)``.
         class_names: One name per class.
 
     Raises:
@@ -60,13 +60,13 @@ def coarse_index(class_names: Sequence[str], coarse: Mapping[str, Sequence[str]]
 
     Args:
         class_names: C names.
-        coarse: Names of the classes that each coarse class joins; every class in exactly one, at least two of them.
+        coarse: Names of the classes in each coarse class; every class in exactly one of at least two coarse classes.
 
     Returns:
         Index into ``list(coarse)``, int64 ``(C,)``.
 
     Raises:
-        ValueError: Naming the classes that are unknown, missing or given twice, or an empty coarse class.
+        ValueError: If classes are unknown, missing or repeated, a coarse class is empty, or there are fewer than two.
 
     Example:
         >>> coarse_index(["cat", "ship", "dog"], {"animal": ["cat", "dog"], "vehicle": ["ship"]})
@@ -74,15 +74,15 @@ def coarse_index(class_names: Sequence[str], coarse: Mapping[str, Sequence[str]]
     """
     given = [name for names in coarse.values() for name in names]
     wrong = {
-        "unknown": sorted(set(given) - set(class_names)),
-        "missing": sorted(set(class_names) - set(given)),
-        "more than once": sorted({name for name in given if given.count(name) > 1}),
-        "without a class": sorted(name for name, members in coarse.items() if not members),
+        "unknown": set(given) - set(class_names),
+        "missing": set(class_names) - set(given),
+        "repeated": {name for name, count in Counter(given).items() if count > 1},
+        "empty": {name for name, members in coarse.items() if not members},
     }
-    found = [f"{problem}: {', '.join(names)}" for problem, names in wrong.items() if names]
+    found = [f"{problem}: {name_list(names)}" for problem, names in wrong.items() if names]
     if found:
         raise ValueError(
-            f"coarse must hold every class of {', '.join(class_names)} exactly once, got {'; '.join(found)}"
+            f"coarse must hold every class ({name_list(class_names)}) exactly once, got {'; '.join(found)}"
         )
     if len(coarse) < 2:
         raise ValueError(f"coarse must have at least 2 coarse classes, got {len(coarse)}")

@@ -1,4 +1,4 @@
-"""A loader whose position in the epoch is part of a checkpoint."""
+"""A data loader whose position in the epoch is saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ class TrainingBatch(NamedTuple):
 
 
 def keep_batch(batch: Any) -> Any:
-    """The batch itself: the sources return whole batches."""
+    """Return the batch unchanged: the sources return whole batches."""
     return batch
 
 
 def leave_signals_to_the_trainer(worker: int = 0) -> None:
-    """Let a worker ignore the signals that a scheduler, or Ctrl-C, sends to all processes of a job.
+    """Make a worker ignore the signals that a scheduler or Ctrl-C sends to all processes of a job (``worker_init_fn``).
 
-    The trainer acts on them after the batch and needs its workers until it has saved; a worker that dies of a signal
-    ends the run at once. SIGTERM from the process that reads the batches still ends a worker. For ``worker_init_fn``.
+    The trainer handles them after the batch and needs its workers until it has saved; a worker killed by a signal ends
+    the run at once. SIGTERM from the process that reads the batches still ends a worker.
     """
     parent = mp.parent_process()
     for name in ("SIGINT", "SIGUSR1"):
         if parent is not None and hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if parent is not None and hasattr(signal, "sigwaitinfo"):  # Linux; only there is the sender known
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # Linux, where the sender is known
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_wait_for_the_end, args=(parent.pid,), daemon=True).start()
 
@@ -59,9 +59,9 @@ def _wait_for_the_end(sender: int | None) -> None:
 
 
 class ResumableLoader(DataLoader):
-    """Batches of a ``ClassBalancedSampler``; a run resumed in mid-epoch goes on with the very next one.
+    """Batches of a ``ClassBalancedSampler``; a run resumed within an epoch continues with the next batch.
 
-    Each batch carries the seed of its augmentation, a function of the sampler's seed, the epoch and the position of the
+    Each batch carries the seed of its augmentation, a function of the sampler's seed, the epoch and the index of the
     batch among those of all ranks.
 
     ``__iter__`` is a generator, so neither sampler nor workers start before the first batch is requested: Lightning
@@ -70,18 +70,18 @@ class ResumableLoader(DataLoader):
 
     Args:
         dataset: Returns whole batches through ``__getitems__``.
-        sampler: Has the order, the batch size and the epoch.
-        processed: Number of batches of this epoch that the optimizer has processed. Where given, a batch that was
-            returned but not processed when the state is saved (from a signal handler) comes again after a resume.
+        sampler: Defines order, batch size and epoch.
+        processed: Returns the number of batches of this epoch that the optimizer has processed. If given, a batch that
+            was returned but not processed when the state was saved (from a signal handler) is repeated after a resume.
         **kwargs: Arguments of ``DataLoader``, such as ``num_workers``.
 
     Attributes:
         epoch: Epoch of the last batch returned.
-        batches_yielded: Batches of that epoch returned so far, those of an interrupted run included; not what workers
-            have prefetched.
+        batches_yielded: Batches of that epoch returned so far, including those of an interrupted run, without those
+            that workers have prefetched.
 
     Raises:
-        ValueError: If the sampler is of another class.
+        ValueError: If the sampler is not a ``ClassBalancedSampler``.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ResumableLoader(DataLoader):
         sampler.start_batch = self.batches_yielded
         try:
             for images, labels in super().__iter__():
-                sampler.start_batch = 0  # a loader without workers has read the sampler only now
+                sampler.start_batch = 0  # a loader without workers reads the sampler with its first batch
                 position = self.batches_yielded * sampler.num_replicas + sampler.rank
                 self.batches_yielded += 1
                 yield TrainingBatch(images, labels, mixed_seed(sampler.seed, self.epoch, position))
@@ -117,23 +117,23 @@ class ResumableLoader(DataLoader):
             sampler.start_batch = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches returned in it, and what they count: batches of an epoch and the number of ranks."""
+        """Epoch, batches returned in it, batches per epoch and number of ranks."""
         epoch, batches = self._position()
         return {"epoch": epoch, "batches_yielded": batches, **self._scale()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the batches of ``state_dict``; from the start of the next epoch if they were all.
+        """Continue after the batches of ``state_dict``, or with the next epoch if it was complete.
 
         Raises:
-            ValueError: If the state lies within an epoch and the epoch has another number of batches, or the run
-                another number of ranks, than when it was saved.
+            ValueError: If the state is from within an epoch and the number of batches per epoch or of ranks has changed
+                since it was saved.
         """
         epoch, batches = state_dict["epoch"], state_dict["batches_yielded"]
         saved = {name: state_dict[name] for name in self._scale()}
         if 0 < batches < saved["batches_per_epoch"] and saved != self._scale():
             raise ValueError(
-                "a checkpoint from within an epoch needs the same number of batches and ranks: saved after batch "
-                f"{batches} with {saved}, but this run has {self._scale()}; resume with those, or from an epoch's end"
+                "a checkpoint from within an epoch requires the same number of batches and ranks: saved after batch "
+                f"{batches} with {saved}, but this run has {self._scale()}; or resume from the end of an epoch"
             )
         if batches >= saved["batches_per_epoch"]:
             epoch, batches = epoch + 1, 0
@@ -143,7 +143,7 @@ class ResumableLoader(DataLoader):
 
     def _position(self) -> tuple[int, int]:
         assert isinstance(self.sampler, ClassBalancedSampler)
-        if self._resume is not None:  # loaded, and no batch returned since
+        if self._resume is not None:  # loaded, no batch returned since
             return self._resume
         if self.sampler.epoch != self.epoch:  # a new epoch without a batch yet
             return self.sampler.epoch, 0
@@ -156,13 +156,13 @@ class ResumableLoader(DataLoader):
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed below 2^63 from non-negative numbers, independent of that from any other numbers."""
+    """Hash of non-negative numbers to one seed below 2^63."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def silence_inapplicable_warnings(train: ImageSource | None, val: ImageSource | None, num_workers: int) -> None:
-    """Silence Lightning's advice on loaders where it does not apply."""
-    if num_workers == 0 and isinstance(train, LabelledImages):  # to images in memory workers only add time
+    """Silence Lightning's warnings about loaders where they do not apply."""
+    if num_workers == 0 and isinstance(train, LabelledImages):  # for images in memory workers only add time
         warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers.*")
-    if val is None:  # an empty list is how Lightning is told so
+    if val is None:  # Lightning takes an empty list as no validation
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")

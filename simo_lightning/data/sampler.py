@@ -1,4 +1,4 @@
-"""Samplers that take rank and world size themselves, so that Lightning never wraps them."""
+"""Samplers with their own rank and world size, which Lightning does not wrap."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from torch.utils.data import DistributedSampler
 
 
 class ClassBalancedSampler(DistributedSampler):
-    """Flat order of indices in which every block of P x K is a batch: P different classes, K different images of each.
+    """Indices in batches of P x K: P different classes, K different images of each.
 
-    An epoch is a sequence of blocks that is a function of ``(seed, epoch)`` alone. Block ``b`` goes to rank
-    ``b % world_size``; the last ``blocks % world_size`` blocks are left out, so that all ranks have as many.
+    An epoch is a sequence of batches that depends only on ``(seed, epoch)``. Batch ``b`` belongs to rank
+    ``b % world_size``; the last ``batches % world_size`` batches are dropped, so that all ranks have the same number.
 
-    Coverage. Each class of ``n_c`` images is shuffled and cut into ``q_c = n_c // K`` chunks; the remaining
-    ``n_c % K`` images are not used in this epoch. Each block takes one chunk of each of the P classes that have most
-    chunks left, ties at random, until fewer than P classes have any. No image comes twice in an epoch. The number of
-    blocks is the most that any order allows: the largest B with ``sum_c min(q_c, B) >= P * B``. With classes of equal
-    size that is ``sum_c q_c // P``, so every image comes once, up to remainders of K and P. A class much larger than
-    the others is not exhausted in an epoch; other images of it come in the next.
+    Coverage. Each class of ``n_c`` images is shuffled and split into ``q_c = n_c // K`` chunks; the remaining
+    ``n_c % K`` images are not used in this epoch. Each batch takes one chunk of each of the P classes with the most
+    chunks left, ties at random, until fewer than P classes have chunks left. No image is repeated within an epoch. The
+    number of batches is the largest possible one: the largest B with ``sum_c min(q_c, B) >= P * B``. With classes of
+    equal size that is ``sum_c q_c // P``, and every image is used once, up to remainders of K and P. Of a class much
+    larger than the others an epoch uses only a part, another one in each epoch.
 
-    It is a ``DistributedSampler`` only because Lightning does not wrap one, whatever ``use_distributed_sampler`` says.
+    It is a ``DistributedSampler`` so that Lightning does not wrap it, also with ``use_distributed_sampler=True``.
 
     Args:
-        labels: Class index of each image, integer ``(N,)``; an index that no image has is no class.
+        labels: Class index of each image, integer ``(N,)``; indices without an image are skipped.
         classes_per_batch: P, at least 1.
-        samples_per_class: K, at least 2: one image alone has no positive pair.
+        samples_per_class: K, at least 2: a single image has no positive pair.
         seed: Non-negative.
         rank: This process, ``0..world_size - 1``.
         world_size: Number of processes.
 
     Attributes:
         epoch: Set by ``set_epoch``.
-        start_batch: Batches of this rank that the next iteration skips (a resumed epoch); the length stays.
+        start_batch: Batches of this rank that the next iteration skips (a resumed epoch); does not change the length.
 
     Raises:
-        ValueError: If ``labels`` are no integers ``(N,)``, P exceeds the number of classes, K is under 2 or over the
-            smallest class, the seed is negative, or an epoch has no batch for every rank.
+        ValueError: If ``labels`` are not integers ``(N,)``, P exceeds the number of classes, K is below 2 or above the
+            size of the smallest class, the seed is negative, or there are fewer batches than ranks.
 
     Example:
         >>> labels = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -62,11 +62,11 @@ class ClassBalancedSampler(DistributedSampler):
         sizes = counts[counts > 0]
         if not 1 <= classes_per_batch <= len(sizes):
             raise ValueError(
-                f"classes_per_batch must lie in 1..{len(sizes)}, the classes there are, got {classes_per_batch}"
+                f"classes_per_batch must lie in 1..{len(sizes)}, the number of classes, got {classes_per_batch}"
             )
         if samples_per_class < 2:
             raise ValueError(
-                f"samples_per_class must be at least 2 (1 makes no positive pair), got {samples_per_class}"
+                f"samples_per_class must be at least 2 (1 gives no positive pair), got {samples_per_class}"
             )
         if samples_per_class > sizes.min():
             smallest = int(np.where(counts > 0, counts, counts.max() + 1).argmin())
@@ -98,23 +98,23 @@ class ClassBalancedSampler(DistributedSampler):
         return iter(mine.ravel().tolist())
 
     def epoch_blocks(self, epoch: int) -> np.ndarray:
-        """All blocks of an epoch, over all ranks, ``(blocks, P * K)`` int64: K images of a class stand together."""
+        """All batches of an epoch over all ranks, ``(batches, P * K)`` int64; the K images of a class are adjacent."""
         return self._draw_blocks(np.random.default_rng([self.seed, epoch]))
 
     def _draw_blocks(self, random: np.random.Generator) -> np.ndarray:
-        """One visit of the classes in blocks, ``(blocks, P * K)``."""
+        """One pass over the images in batches, ``(batches, P * K)``."""
         shuffled = random.permutation(len(self.labels))
-        order = shuffled[np.argsort(self.labels[shuffled], kind="stable")]  # by class, shuffled inside each
+        order = shuffled[np.argsort(self.labels[shuffled], kind="stable")]  # sorted by class, shuffled within each
         counts = np.bincount(self.labels)
         schedule = _schedule(counts // self.samples_per_class, self.classes_per_batch, random)  # (B, P) classes
-        firsts = np.cumsum(counts) - counts  # where each class begins in order
+        firsts = np.cumsum(counts) - counts  # position of the first image of each class in order
         starts = firsts[schedule] + self.samples_per_class * _occurrence(schedule)
         positions = starts[..., None] + np.arange(self.samples_per_class)  # (B, P, K)
-        return order[positions].reshape(len(schedule), self.classes_per_batch * self.samples_per_class)
+        return order[positions].reshape(len(schedule), -1)
 
 
 def _class_counts(labels: Tensor) -> np.ndarray:
-    """Number of images of each index, after a check that ``labels`` are such indices."""
+    """Number of images of each class index; ValueError unless ``labels`` are such indices."""
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers of shape (N,), got {labels.dtype} {tuple(labels.shape)}")
     if len(labels) and int(labels.min()) < 0:
@@ -135,7 +135,7 @@ def _count_blocks(chunks: np.ndarray, classes_per_batch: int) -> int:
 
 
 def _schedule(chunks: np.ndarray, classes_per_batch: int, random: np.random.Generator) -> np.ndarray:
-    """Classes of each block, ``(B, P)``: always those with most chunks left, ties at random."""
+    """Classes of each batch, ``(B, P)``: those with the most chunks left, ties at random."""
     ties = iter(random.random(len(chunks) + int(chunks.sum())).tolist())
     heap = [(-count, next(ties), label) for label, count in enumerate(chunks.tolist()) if count]
     heapq.heapify(heap)
@@ -150,7 +150,7 @@ def _schedule(chunks: np.ndarray, classes_per_batch: int, random: np.random.Gene
 
 
 def _occurrence(schedule: np.ndarray) -> np.ndarray:
-    """How often each entry's class came before it, shape of ``schedule``."""
+    """Number of earlier occurrences of each entry's class, shape of ``schedule``."""
     flat = schedule.ravel()
     order = np.argsort(flat, kind="stable")
     counts = np.bincount(flat)
@@ -160,7 +160,7 @@ def _occurrence(schedule: np.ndarray) -> np.ndarray:
 
 
 class EvaluationSampler(DistributedSampler):
-    """This rank's share in order, ``rank, rank + world_size, ...``: no image padded, none twice.
+    """This rank's share ``rank, rank + world_size, ...``, without padding or repetition.
 
     Args:
         size: Number of images.
@@ -177,7 +177,9 @@ class EvaluationSampler(DistributedSampler):
 
     def __init__(self, size: int, rank: int = 0, world_size: int = 1) -> None:
         if size < world_size:
-            raise ValueError(f"every rank needs an image to evaluate, got {size} images for {world_size} ranks")
+            raise ValueError(
+                f"every rank needs at least one image to evaluate, got {size} images for {world_size} ranks"
+            )
         super().__init__(range(size), world_size, rank, shuffle=False)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -188,10 +190,10 @@ class EvaluationSampler(DistributedSampler):
 
 
 def evaluation_batch_size(size: int, world_size: int, limit: int) -> int:
-    """The batch size nearest to ``limit`` with which all ranks of an ``EvaluationSampler`` have as many batches.
+    """The batch size nearest to ``limit`` that gives all ranks of an ``EvaluationSampler`` the same number of batches.
 
-    Shares differ by one image where ``world_size`` does not divide ``size``. If that image was a batch of its own, one
-    rank would wait forever in the collectives of its forward pass (DDP broadcasts the buffers of BatchNorm).
+    Shares differ by one image if ``world_size`` does not divide ``size``. If that image formed its own batch, one rank
+    would wait forever in the collectives of its forward pass (DDP broadcasts the buffers of BatchNorm).
 
     Example:
         >>> evaluation_batch_size(201, world_size=2, limit=100)  # shares of 101 and 100
@@ -200,16 +202,16 @@ def evaluation_batch_size(size: int, world_size: int, limit: int) -> int:
         100
     """
     if limit < 1:
-        raise ValueError(f"the batch size for evaluation must be at least 1, got {limit}")
+        raise ValueError(f"the evaluation batch size must be at least 1, got {limit}")
     share, surplus = divmod(size, world_size)
     candidates = [*range(limit, 1, -1), *range(limit + 1, limit + share + 2)]
     if surplus == 0 or share == 0:
         return limit
-    return next(batch for batch in candidates if share % batch)  # the extra image joins a batch that is not full
+    return next(batch for batch in candidates if share % batch)  # the additional image then joins an incomplete batch
 
 
 def pair_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Unordered pairs ``i < j`` of a batch, separated by whether they share a label.
+    """Pairs ``i < j`` of a batch, split into similar (same label) and dissimilar ones.
 
     Args:
         labels: Class index of each image, ``(N,)``.

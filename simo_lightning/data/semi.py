@@ -1,4 +1,4 @@
-"""Training with few labels: batches of labelled and unlabelled images together, in a fixed proportion."""
+"""Semi-supervised training: batches of labelled and unlabelled images in a fixed proportion."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from simo_lightning.data.sources import ImageSource, stratified_labelled
 
 
 class SemiSupervisedPairDataModule(PairDataModule):
-    """A data module whose training images keep a share of their labels; the other labels are hidden.
+    """Mixin for a data module: a share of the training images keeps its labels, the other labels are hidden.
 
-    It goes before another data module in a class's bases: ``class Few(SemiSupervisedPairDataModule, MyData)``. The same
-    labels are hidden on every rank and in every run. A training batch holds U unlabelled images more, each a class of
-    its own: the label of an image whose label is hidden is ``num_classes`` plus its index among the training images.
-    The bank holds the labelled images alone. See ``SemiBalancedSampler`` for what an epoch is.
+    It precedes the data module in the bases: ``class Few(SemiSupervisedPairDataModule, MyData)``. The same labels are
+    hidden on every rank and in every run with the same ``split_seed``. A training batch has U additional unlabelled
+    images, each in a class of its own: a hidden label is replaced by ``num_classes`` plus the index of the image among
+    the training images. The bank holds only labelled images. ``SemiBalancedSampler`` defines an epoch.
 
     Args:
-        label_fraction: Share of each training class that keeps its label, in (0, 1], the nearest whole number of
-            images, drawn by ``split_seed``; those of a smaller share are among those of a larger.
-        unlabelled_per_batch: U, unlabelled images of a training batch on each rank; 0: train on the labelled images
-            alone, as a head must; null: as many as labelled ones, P x K.
-        **kwargs: Arguments of the other data module. ``views`` must be at least 2 where U is positive, because the
-            views of an unlabelled image are its only positive pairs.
+        label_fraction: Share of each training class that keeps its label, in (0, 1], rounded to whole images and drawn
+            by ``split_seed``; a smaller share is a subset of a larger one.
+        unlabelled_per_batch: U, number of unlabelled images in a training batch of each rank; 0: train only on the
+            labelled images, as a classifier must; null: P x K. Not used if ``label_fraction`` is 1.
+        **kwargs: Arguments of the other data module. ``views`` must be at least 2 if U is positive, because the views
+            of an unlabelled image are its only positive pairs.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> from simo_lightning.data import SemiSupervisedDigitsPairDataModule
@@ -56,18 +56,18 @@ class SemiSupervisedPairDataModule(PairDataModule):
         if self.unlabelled_per_batch and self.views < 2:
             raise ValueError(
                 "views must be at least 2 with unlabelled images, whose views are their only positive pairs, got "
-                f"{self.views}; unlabelled_per_batch 0 trains on the labelled images alone"
+                f"{self.views}; unlabelled_per_batch 0 trains only on the labelled images"
             )
 
     def _label_training(self, train: ImageSource) -> None:
         super()._label_training(train)
-        visible = self._training  # under the coarse labels, where there are any
+        visible = self._training  # with coarse labels, if given
         labelled = stratified_labelled(visible.labels, visible.class_names, self.label_fraction, self.split_seed)
         kept = labelled.nonzero().flatten()
         self._labelled = labelled
         self._bank = train.subset(kept)
         if self.unlabelled_per_batch:
-            own = len(train.class_names) + torch.arange(len(train))  # no true or coarse class has these
+            own = len(train.class_names) + torch.arange(len(train))  # above every true or coarse class
             self._training = Relabelled(train, torch.where(labelled, visible.labels, own), visible.class_names)
         else:
             self._training = Relabelled(self._bank, visible.labels[kept], visible.class_names)
@@ -80,20 +80,20 @@ class SemiSupervisedPairDataModule(PairDataModule):
 
 
 class SemiBalancedSampler(ClassBalancedSampler):
-    """Flat order of indices in which every block is P classes x K labelled images, then U unlabelled ones.
+    """Indices in batches of P classes x K labelled images, followed by U unlabelled ones.
 
-    A pass over the labelled images is cut into blocks as by ``ClassBalancedSampler``, a pass over the unlabelled ones,
-    shuffled, into blocks of U; the last blocks of either that do not divide among the ranks are left out. An epoch is
-    one pass over the part that has more blocks. Meanwhile the other part is passed over again and again, each time in
-    another order, and stops where the epoch does. With few labels an epoch thus holds every unlabelled image once and
-    every labelled one ``(unlabelled / U) * (P * K / labelled)`` times. No image comes twice within a pass, nor within a
-    step, because a step of all ranks never spans two passes.
+    A pass over the labelled images is split into batches as by ``ClassBalancedSampler``, a shuffled pass over the
+    unlabelled ones into batches of U; of each, the last ``batches % world_size`` are dropped. An epoch is one pass over
+    the part with more batches. The other part is repeated, in a new order for each pass, until the epoch ends. With few
+    labels an epoch uses every unlabelled image once and every labelled one
+    ``(unlabelled / U) * (P * K / labelled)`` times. No image is repeated within a pass, nor within a step of all ranks,
+    because a step never spans two passes.
 
-    The order is a function of ``(seed, epoch, world_size)`` alone: the number of ranks decides where a pass ends.
+    The order depends only on ``(seed, epoch, world_size)``: a pass ends at a multiple of the number of ranks.
 
     Args:
-        labels: Class index of each image, integer ``(N,)``; that of an unlabelled one is not used.
-        labelled: Which have one, bool ``(N,)``.
+        labels: Class index of each image, integer ``(N,)``; not used for unlabelled images.
+        labelled: True for labelled images, bool ``(N,)``.
         classes_per_batch: P, at least 1.
         samples_per_class: K, at least 2.
         unlabelled_per_batch: U, at least 1.
@@ -103,7 +103,7 @@ class SemiBalancedSampler(ClassBalancedSampler):
 
     Raises:
         ValueError: As ``ClassBalancedSampler``; or if ``labelled`` is not bool ``(N,)``, or there are fewer unlabelled
-            images than all ranks take in one step.
+            images than one step of all ranks requires.
 
     Example:
         >>> labelled = torch.tensor([True, True, True, True, False, False])
@@ -141,21 +141,21 @@ class SemiBalancedSampler(ClassBalancedSampler):
         self.batches = max(self.batches, len(self.unlabelled_indices) // (unlabelled_per_batch * world_size))
 
     def epoch_blocks(self, epoch: int) -> np.ndarray:
-        """All blocks of an epoch, over all ranks, ``(blocks, P * K + U)`` int64, the unlabelled ones last."""
+        """All batches of an epoch over all ranks, ``(batches, P * K + U)`` int64, unlabelled images last."""
         labelled = self._passes(epoch, 0, lambda random: self.labelled_indices[self._draw_blocks(random)])
         return np.concatenate([labelled, self._passes(epoch, 1, self._draw_unlabelled)], axis=1)
 
     def _draw_unlabelled(self, random: np.random.Generator) -> np.ndarray:
-        """One pass over the unlabelled images, ``(blocks, U)``."""
+        """One pass over the unlabelled images, ``(batches, U)``."""
         whole = len(self.unlabelled_indices) // self.unlabelled_per_batch * self.unlabelled_per_batch
         return random.permutation(self.unlabelled_indices)[:whole].reshape(-1, self.unlabelled_per_batch)
 
     def _passes(self, epoch: int, part: int, draw: Callable[[np.random.Generator], np.ndarray]) -> np.ndarray:
-        """As many passes as an epoch takes, each without the blocks that do not divide among the ranks."""
+        """Passes until the epoch is full, ``(batches, ...)``, each cut to a multiple of the number of ranks."""
         passes: list[np.ndarray] = []
-        wanted, blocks = self.batches * self.num_replicas, 0
-        while blocks < wanted:
+        total, blocks = self.batches * self.num_replicas, 0
+        while blocks < total:
             drawn = draw(np.random.default_rng([self.seed, epoch, len(passes), part]))
             passes.append(drawn[: len(drawn) // self.num_replicas * self.num_replicas])
             blocks += len(passes[-1])
-        return np.concatenate(passes)[:wanted]
+        return np.concatenate(passes)[:total]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ class ImageSource(Protocol):
     """Interface of a set of labelled images, in memory or on disk.
 
     ``labels`` is int64 ``(N,)``, an index into ``class_names``. ``__getitems__(indices)`` returns a whole batch, uint8
-    ``(B, C, H, W)`` in 0..255 and its labels ``(B,)``, and ``subset(indices)`` a source of those images alone.
+    ``(B, C, H, W)`` in 0..255 and its labels ``(B,)``, and ``subset(indices)`` returns a source of only those images.
     """
 
     @property
@@ -31,6 +31,18 @@ class ImageSource(Protocol):
     def subset(self: Source, indices: Tensor) -> Source: ...  # noqa: D102
 
 
+def name_list(names: Iterable[str], most: int = 5) -> str:
+    """Quoted names, sorted, for one line of text; of more than ``most`` the first and the number of the others.
+
+    Example:
+        >>> name_list(["dog", "ant", "cat"], most=2)
+        "'ant', 'cat' and 1 more"
+    """
+    ordered = sorted(names)
+    others = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
+    return ", ".join(map(repr, ordered[:most])) + others
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     """Images of one size and their classes, held in memory.
@@ -41,7 +53,7 @@ class LabelledImages:
         class_names: One name per class.
 
     Raises:
-        ValueError: If shapes, dtypes or the range of the labels are other than that.
+        ValueError: If a shape, a dtype or the range of the labels differs.
 
     Example:
         >>> data = LabelledImages(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]), ["cat", "dog"])
@@ -83,8 +95,8 @@ class LabelledImages:
         return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
 
 
-# scikit-learn's train_test_split(stratify=...) serves none of the three functions below: it raises where a class has
-# one image, and where a part has fewer images than there are classes (a bank of 5,000 images of 10,000 classes).
+# The three functions below do not use scikit-learn's train_test_split(stratify=...): it raises if a class has one image
+# or a part has fewer images than there are classes (a bank of 5,000 images of 10,000 classes).
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -92,9 +104,9 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
     Args:
         labels: Class index of each image, int64 ``(N,)``.
-        fraction: Share to hold out, in ``[0, 1)``; of each class the nearest whole number of images, and where it is
-            positive at least one of any class that has two.
-        seed: Non-negative; the split is a function of ``labels``, ``fraction`` and ``seed`` alone.
+        fraction: Share to hold out, in ``[0, 1)``, rounded to whole images per class; if positive, at least one image
+            of every class that has two or more.
+        seed: Non-negative; the split depends only on ``labels``, ``fraction`` and ``seed``.
 
     Returns:
         Indices that stay and indices held out, both ascending.
@@ -117,7 +129,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def stratified_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
-    """Indices (ascending) of ``limit`` images with the classes in proportion; all if there are no more.
+    """Indices (ascending) of ``limit`` images with the classes in proportion; all if there are at most ``limit``.
 
     Example:
         >>> len(stratified_subset(torch.tensor([0] * 90 + [1] * 10), 20, seed=0))
@@ -135,16 +147,16 @@ def stratified_subset(labels: Tensor, limit: int, seed: int) -> Tensor:
 
 
 def stratified_labelled(labels: Tensor, class_names: Sequence[str], fraction: float, seed: int) -> Tensor:
-    """Which images keep their label where a share of each class does.
+    """Draw the images of each class that keep their label.
 
     Args:
         labels: Class index of each image, int64 ``(N,)``.
         class_names: C names.
-        fraction: Share that keeps it, in ``(0, 1]``; of each class the nearest whole number of images.
-        seed: Non-negative; those of a smaller share are among those of a larger one of the same seed.
+        fraction: Share of labelled images, in ``(0, 1]``, rounded to whole images per class.
+        seed: Non-negative; with the same seed a smaller share is a subset of a larger one.
 
     Returns:
-        Mask ``(N,)``.
+        True for labelled images, bool ``(N,)``.
 
     Raises:
         ValueError: If ``fraction`` is out of range or leaves a class without a label.
@@ -161,7 +173,7 @@ def stratified_labelled(labels: Tensor, class_names: Sequence[str], fraction: fl
     if without:
         raise ValueError(
             f"label_fraction must leave every class at least one labelled image, got {fraction} for "
-            f"{', '.join(f'{class_names[label]!r} with {counts[label]} images' for label in without)}"
+            f"{name_list(f'{class_names[label]} ({counts[label]} images)' for label in without)}"
         )
     return _first_of_each_class(labels, keep, seed)
 
@@ -180,7 +192,7 @@ def _first_of_each_class(labels: Tensor, take: Tensor, seed: int) -> Tensor:
 def channel_statistics(source: ImageSource, seed: int, sample: int = 2000) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in 0..1, over all images in memory or a sample of those on disk.
 
-    A channel without variation is given the deviation 1.
+    The standard deviation of a constant channel is returned as 1.
     """
     if isinstance(source, LabelledImages):
         images = source.images
@@ -192,4 +204,4 @@ def channel_statistics(source: ImageSource, seed: int, sample: int = 2000) -> tu
     share = histogram / histogram.sum(1, keepdim=True)  # (C, 256)
     mean = share @ levels
     std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt()
-    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()  # a constant channel stays 0
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
