@@ -104,7 +104,7 @@ def test_nearest_mean_errors_name_the_argument():
         nearest_class_mean_predict(torch.zeros(3, 2), torch.zeros(4, 3))
     with pytest.raises(ValueError, match='distance must be "euclidean" or "cosine", got \'l1\''):
         nearest_class_mean_predict(torch.zeros(3, 2), torch.zeros(4, 2), "l1")
-    with pytest.raises(ValueError, match="embeddings must be finite, got nan or inf in 1 rows"):
+    with pytest.raises(ValueError, match="embeddings must be finite, got nan or inf in 1 of 2 embeddings"):
         nearest_class_mean_predict(torch.tensor([[1.0], [float("nan")]]), torch.zeros(4, 1))
     with pytest.raises(ValueError, match="means must have a finite row, got none in 2"):
         nearest_class_mean_predict(torch.zeros(3, 1), torch.full((2, 1), float("nan")))
@@ -149,9 +149,11 @@ def test_uniformity_does_not_change_with_order_rotation_and_lengths():
 
 
 def test_uniformity_errors_name_the_argument():
-    with pytest.raises(ValueError, match=r"embeddings must have shape \(N, D\), got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"embeddings must be floats of shape \(N, D\), got torch.float32 of shape \(3,\)"
+    ):
         uniformity(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"counts must have shape \(3,\), one a row, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"counts must have shape \(3,\), one for each embedding, got \(2,\)"):
         uniformity(torch.zeros(3, 2), counts=torch.ones(2))
     with pytest.raises(ValueError, match="t must be positive, got 0"):
         uniformity(torch.zeros(3, 2), t=0)

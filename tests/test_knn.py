@@ -82,6 +82,11 @@ def test_lengths_do_not_matter_however_large_or_small():
         assert torch.equal(knn_predict(queries * scale, bank * scale, labels, k=5), expected)
 
 
+def test_queries_and_bank_of_different_dtypes():
+    queries, bank, labels = rows(50), rows(100, seed=2), classes(100)
+    assert torch.equal(knn_predict(queries, bank.float(), labels), knn_predict(queries, bank.float().double(), labels))
+
+
 def test_half_precision_is_computed_in_float32():
     queries, bank, labels = rows(50).bfloat16(), rows(100, seed=2).bfloat16(), classes(100)
     assert torch.equal(knn_predict(queries, bank, labels, k=5), knn_predict(queries.float(), bank.float(), labels, k=5))
@@ -101,16 +106,22 @@ def test_no_query_gives_no_prediction_and_no_accuracy():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 6}, r"k must be in 1\.\.5, the rows of the bank, got k=6"),
+        ({"k": 6}, r"k must be in 1\.\.5, the size of the bank, got k=6"),
         ({"k": 0}, r"k must be in 1\.\.5, .* got k=0"),
         ({"bank": rows(5, dim=3)}, r"\(M, D\) and \(N, D\), got \(4, 6\) and \(5, 3\)"),
-        ({"queries": rows(4)[0]}, r"got \(6,\) and \(5, 6\)"),
+        ({"queries": rows(4)[0]}, r"queries must be floats of shape \(N, D\), got torch.float64 of shape \(6,\)"),
         ({"bank_labels": classes(4)}, r"bank_labels must have shape \(5,\) to match bank, got \(4,\)"),
         ({"bank_labels": torch.tensor([0, 1, -1, 0, 0])}, r"bank_labels must be in 0\.\.1, got -1\.\.1"),
         ({"num_classes": 2, "bank_labels": torch.arange(5)}, r"bank_labels must be in 0\.\.1, got 0\.\.4"),
+        ({"bank_labels": [0] * 5}, "bank_labels must be a tensor, got list"),
+        ({"bank_labels": np.zeros(5, int)}, "bank_labels must be a tensor, got ndarray"),
+        ({"bank_labels": torch.zeros(5)}, "bank_labels must be integers, got torch.float32"),
+        ({"bank": rows(5).numpy()}, "bank must be a tensor, got ndarray"),
+        ({"queries": rows(4).tolist()}, "queries must be a tensor, got list"),
+        ({"queries": None}, "queries must be a tensor, got NoneType"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"queries": rows(4) / 0}, "queries must be finite, got nan or inf in 4 rows"),
-        ({"bank": torch.full((5, 6), float("nan"))}, "bank must be finite, got nan or inf in 5 rows"),
+        ({"queries": rows(4) / 0}, "queries must be finite, got nan or inf in 4 of 4 embeddings"),
+        ({"bank": torch.full((5, 6), float("nan"))}, "bank must be finite, got nan or inf in 5 of 5 embeddings"),
     ],
 )
 def test_errors_name_the_argument(change, message):
@@ -122,3 +133,5 @@ def test_errors_name_the_argument(change, message):
 def test_accuracy_needs_a_label_per_query():
     with pytest.raises(ValueError, match=r"query_labels must have shape \(4,\) to match queries, got \(3,\)"):
         knn_accuracy(rows(4), classes(3), rows(5), classes(5), k=1)
+    with pytest.raises(ValueError, match="query_labels must be a tensor, got list"):
+        knn_accuracy(rows(4), [0] * 4, rows(5), classes(5), k=1)

@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 
 from simo_lightning.functional.geometry import nc3, uniformity
 from simo_lightning.functional.moments import class_moments
-from simo_lightning.functional.sketch import empty_sample, merge_samples, sample_entries, sampled_rows
+from simo_lightning.functional.sketch import empty_sample, merge_samples, sample_entries, sampled_embeddings
 from simo_lightning.metrics import NC3, ClassCosine, NearestClassMeanAccuracy, Uniformity
 from tests.bounds import UNIT
 
@@ -80,7 +80,7 @@ def test_the_sample_is_drawn_evenly():
     for dtype in (torch.float32, torch.bfloat16):
         rows = torch.randn(40000, 3, generator=torch.Generator().manual_seed(0))
         rows[30000:] += 10
-        kept, counts = sampled_rows(merge_samples(sample_entries(rows.to(dtype).double()), 2000), torch.float64)
+        kept, counts = sampled_embeddings(merge_samples(sample_entries(rows.to(dtype).double()), 2000), torch.float64)
         assert (counts.sum(), len(kept)) == (pytest.approx(2000, rel=0.05), 2000)
         assert abs((kept[:, 0] > 5).double().mean().item() - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
 
@@ -88,10 +88,10 @@ def test_the_sample_is_drawn_evenly():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rows_come_back_as_they_went_in(dtype):
     rows = torch.tensor([[-0.0, 1.5], [0.0, 1.5], [-2e-38, 3e38]], dtype=dtype)
-    kept, counts = sampled_rows(merge_samples(sample_entries(rows), 5), dtype)
+    kept, counts = sampled_embeddings(merge_samples(sample_entries(rows), 5), dtype)
     found = {tuple(row): count for row, count in zip(kept.tolist(), counts.tolist(), strict=True)}
     assert found == {(0.0, 1.5): 2, tuple(rows[2].tolist()): 1}  # -0.0 is 0.0
-    assert sampled_rows(empty_sample(5, 2), dtype)[0].shape == (0, 2)
+    assert sampled_embeddings(empty_sample(5, 2), dtype)[0].shape == (0, 2)
 
 
 def test_one_row_that_is_not_finite_is_never_lost():
@@ -146,6 +146,10 @@ def test_nearest_mean_accuracy_of_nothing_is_undefined_and_errors_name_the_argum
     assert metric.compute().isnan()
     with pytest.raises(ValueError, match=r"labels must have shape \(2,\) to match embeddings, got \(3,\)"):
         metric.update(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        metric.update(torch.zeros(2, 3), [0, 1])
+    with pytest.raises(ValueError, match="means must be a tensor, got list"):
+        NearestClassMeanAccuracy([[1.0]])
     with pytest.raises(ValueError, match="means must have a finite row"):
         NearestClassMeanAccuracy(torch.full((3, 2), float("nan")))
     with pytest.raises(ValueError, match="distance must be"):

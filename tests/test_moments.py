@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from simo_lightning.functional import class_moments
-from simo_lightning.functional.moments import class_blocks, class_sums, compact_labels, squared_gram_norms
+from simo_lightning.functional.moments import class_blocks, class_sums, compact_labels
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -61,26 +61,35 @@ def test_class_sums_below_and_above_the_one_hot_limit(num_classes: int) -> None:
     torch.testing.assert_close(class_sums(values[:, 0], index, num_classes), expected[:, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    embeddings, labels = draw(9, 3), torch.arange(9) % 4
+    for found, expected in zip(
+        class_moments(embeddings, labels.to(dtype), 5), class_moments(embeddings, labels, 5), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_an_embedding_that_is_not_finite_changes_the_moments_of_its_class_alone() -> None:
+    embeddings, labels = draw(8, 3), torch.tensor([0, 1, 1, 2, 2, 2, 3, 3])  # classes 2 and 3 share a padded block
+    expected = class_moments(embeddings, labels, 4)
+    embeddings[0] = torch.nan
+    found = class_moments(embeddings, labels, 4)
+    assert found.second[0].isnan().all()
+    for values, whole in zip(found, expected, strict=True):
+        assert torch.equal(values[1:], whole[1:])
+
+
 @pytest.mark.parametrize(
-    "sizes", [[4, 4, 4], [1, 2, 3, 4, 30, 5], [100] + [1] * 50], ids=["equal", "ragged", "long tail"]
+    "sizes", [[4, 4, 4], [1, 2, 3, 4, 30, 5], [100] + [1] * 50, [3, 0, 2, 0]], ids=["equal", "ragged", "tail", "empty"]
 )
-def test_blocks_hold_every_row_once_and_at_most_twice_the_rows(sizes: list[int]) -> None:
+def test_blocks_hold_every_index_once_and_fewer_than_twice_as_many(sizes: list[int]) -> None:
     index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
-    rows = torch.arange(1.0, len(index) + 1)[:, None]
     seen, area = {}, 0
-    for members, block in class_blocks(rows, index, torch.tensor(sizes)):
-        area += block.shape[0] * block.shape[1]
-        for member, own in zip(members.tolist(), block.squeeze(2), strict=True):
-            seen[member] = own[own > 0].tolist()
-    assert seen == {c: rows[index == c].flatten().tolist() for c in range(len(sizes))}
-    assert area <= 2 * len(index)
-
-
-@pytest.mark.parametrize("dim", [2, 9])
-def test_squared_gram_norms_by_either_matrix(dim: int) -> None:
-    embeddings, labels = draw(12, dim), torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2])
-    norms = squared_gram_norms(embeddings, labels, torch.tensor([1, 2, 9]))
-    for label in range(3):
-        rows = embeddings[labels == label]
-        torch.testing.assert_close(norms[label], sum((a @ b) ** 2 for a in rows for b in rows))
+    for members, block in class_blocks(index, torch.tensor(sizes)):
+        area += block.numel()
+        for member, indices in zip(members.tolist(), block, strict=True):
+            seen[member] = indices[indices >= 0].tolist()
+    assert seen == {c: (index == c).nonzero().flatten().tolist() for c, size in enumerate(sizes) if size}
+    assert area < 2 * len(index)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from simo_lightning.functional.moments import check_embeddings
+
 
 def knn_predict(
     queries: Tensor,
@@ -17,21 +19,21 @@ def knn_predict(
 
     All k neighbours have equal votes. A tie goes to the class with the larger sum of similarities, and then to the
     lowest class. An embedding of zeros has similarity 0 to everything. Half precision is computed in float32. Memory is
-    ``O(chunk_size * (N + C))`` beside the inputs.
+    ``O(chunk_size * (N + C))`` in addition to the inputs.
 
     Args:
         queries: Float tensor ``(M, D)``.
         bank: Float tensor ``(N, D)``, embeddings of known classes.
-        bank_labels: Class of each row of the bank, integers >= 0, ``(N,)``.
+        bank_labels: Class of each embedding of the bank, integers >= 0, ``(N,)``.
         k: Neighbours that vote, ``1 <= k <= N``.
         num_classes: C, larger than every label; by default the largest label plus one.
-        chunk_size: Queries that are compared with the bank at once; it does not change the result.
+        chunk_size: Queries compared with the bank at a time; does not change the result.
 
     Returns:
         Predicted classes ``(M,)``, int64.
 
     Raises:
-        ValueError: If a shape or a label is wrong, k is not in 1..N, or a value is not finite.
+        ValueError: If a type, shape or label is wrong, k is not in 1..N, or a value is not finite.
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]])
@@ -39,7 +41,7 @@ def knn_predict(
         tensor([7, 2])
 
     Source:
-        The usual kNN protocol of representation learning (Wu et al., arXiv 1805.01978), with equal votes in place of
+        The usual kNN protocol of representation learning (Wu et al., arXiv 1805.01978), with equal votes instead of
         their exp(similarity / temperature).
     """
     _check_knn(queries, bank, bank_labels, k, chunk_size)
@@ -50,14 +52,11 @@ def knn_predict(
             f"bank_labels must be in 0..{num_classes - 1}, got {int(bank_labels.min())}..{top_label}"
             f" (num_classes={num_classes})"
         )
-    columns = _unit_rows(bank).mT  # (D, N)
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
+    columns = unit_vectors(bank.to(dtype)).mT  # (D, N)
     labels = bank_labels.long()
-    chunks = [
-        _vote(_unit_rows(chunk) @ columns, labels, k, num_classes)
-        for chunk in queries.split(chunk_size)
-        if len(chunk) > 0
-    ]
-    return torch.cat(chunks) if chunks else labels.new_empty(0)
+    chunks = queries.split(chunk_size)
+    return torch.cat([_vote(unit_vectors(chunk.to(dtype)) @ columns, labels, k, num_classes) for chunk in chunks])
 
 
 def knn_accuracy(
@@ -75,10 +74,10 @@ def knn_accuracy(
         queries: Float tensor ``(M, D)``.
         query_labels: Class of each query, ``(M,)``.
         bank: Float tensor ``(N, D)``.
-        bank_labels: Class of each row of the bank, integers >= 0, ``(N,)``.
+        bank_labels: Class of each embedding of the bank, integers >= 0, ``(N,)``.
         k: Neighbours that vote, ``1 <= k <= N``.
         num_classes: C; by default the largest label of the bank plus one.
-        chunk_size: Queries that are compared with the bank at once.
+        chunk_size: Queries compared with the bank at a time.
 
     Returns:
         Scalar in [0, 1], float32; ``nan`` if there is no query.
@@ -92,35 +91,32 @@ def knn_accuracy(
         >>> knn_accuracy(queries, torch.tensor([0, 1]), bank, torch.tensor([0, 1]), k=1)
         tensor(0.5000)
     """
-    if query_labels.shape != queries.shape[:1]:
-        raise ValueError(
-            f"query_labels must have shape ({len(queries)},) to match queries, got {tuple(query_labels.shape)}"
-        )
+    check_embeddings(queries, query_labels, "queries", "query_labels")
     predicted = knn_predict(queries, bank, bank_labels, k, num_classes, chunk_size)
     return (predicted == query_labels).float().mean()
 
 
 def _check_knn(queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int, chunk_size: int) -> None:
-    if bank.ndim != 2 or queries.ndim != 2 or queries.shape[1] != bank.shape[1]:
+    check_embeddings(queries, name="queries")
+    check_embeddings(bank, bank_labels, "bank", "bank_labels")
+    if queries.shape[1] != bank.shape[1]:
         raise ValueError(
             f"queries and bank must have shapes (M, D) and (N, D), got {tuple(queries.shape)} and {tuple(bank.shape)}"
         )
-    if bank_labels.shape != bank.shape[:1]:
-        raise ValueError(f"bank_labels must have shape ({len(bank)},) to match bank, got {tuple(bank_labels.shape)}")
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be in 1..{len(bank)}, the rows of the bank, got k={k}")
+        raise ValueError(f"k must be in 1..{len(bank)}, the size of the bank, got k={k}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    for name, rows in (("queries", queries), ("bank", bank)):
-        if not bool(rows.isfinite().all()):
-            raise ValueError(f"{name} must be finite, got nan or inf in {int((~rows.isfinite()).any(1).sum())} rows")
+    for name, embeddings in (("queries", queries), ("bank", bank)):
+        invalid = int((~embeddings.isfinite()).any(dim=1).sum())
+        if invalid:
+            raise ValueError(f"{name} must be finite, got nan or inf in {invalid} of {len(embeddings)} embeddings")
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows over their norms, (N, D), in float32 or better; largest entry first, so that no square overflows."""
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    return normalize(rows / torch.where(largest > 0, largest, 1), dim=1)
+def unit_vectors(embeddings: Tensor) -> Tensor:
+    """Embeddings ``(N, D)`` divided by their norms; zeros stay zeros, and no square overflows or vanishes."""
+    largest = embeddings.abs().amax(dim=1, keepdim=True)
+    return normalize(embeddings / torch.where(largest > 0, largest, 1), dim=1)
 
 
 def _vote(similarities: Tensor, labels: Tensor, k: int, num_classes: int) -> Tensor:

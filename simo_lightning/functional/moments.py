@@ -1,28 +1,28 @@
 """Class moments: the sums per class from which the loss and every geometry metric are computed.
 
-Shapes: N rows, D dimensions, C classes. `index` is a compact class index in 0..C-1 for each row.
+Shapes: N embeddings, D dimensions, C classes. `index` is the class of each embedding, numbered 0..C-1.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Processes gather each other's moments: more than this would not fit into memory once per process.
-_LARGEST = 2**30  # bytes
-# Up to this many classes a sum per class is, off the CPU, one matrix product with a one-hot matrix: the same at every
-# run, which an indexed add is not there; above, and on a CPU, where it is faster and repeatable, an indexed add.
+# Largest size of the second moments: every process gathers those of all others.
+_MAX_BYTES = 2**30
+# On a GPU, sums over up to this many classes are a product with a one-hot matrix, which is deterministic, unlike
+# index_add_ there. index_add_ is used for more classes, and on the CPU, where it is deterministic and faster.
 _ONE_HOT_CLASSES = 32
-# Rows of an indexed add: sums of sums lose fewer digits in float32 than one long one.
-_ADDED_ROWS = 8192
+# Embeddings per index_add_: sums of partial sums lose fewer digits in float32 than one long sum.
+_CHUNK = 8192
 
 
 class ClassMoments(NamedTuple):
     """Additive sums of labelled embeddings, per class. They merge exactly: over batches, processes and runs.
 
     Attributes:
-        counts: Rows of each class, ``(C,)``, in the dtype of the other sums.
+        counts: Embeddings of each class, ``(C,)``, in the dtype of the other sums.
         sums: Sum of the embeddings, ``(C, D)``.
         second: Sum of the outer products ``e e^T``, ``(C, D, D)``.
         fourth: Sum of ``|e|^4``, ``(C,)``.
@@ -55,7 +55,7 @@ class ClassMoments(NamedTuple):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         size = num_classes * embedding_dim**2 * dtype.itemsize
-        if size > _LARGEST:
+        if size > _MAX_BYTES:
             raise ValueError(
                 f"num_classes * embedding_dim^2 must fit in 1 GiB of {dtype}, got {num_classes} * {embedding_dim}^2 = "
                 f"{size / 2**30:.1f} GiB; measure embeddings of fewer dimensions, or a subset of the classes"
@@ -111,12 +111,12 @@ def class_moments(
 
     Args:
         embeddings: Float tensor ``(N, D)``, used as given.
-        labels: Class of each row, ``(N,)``, integers in ``0..num_classes - 1``.
+        labels: Class of each embedding, ``(N,)``, integers in ``0..num_classes - 1``.
         num_classes: C.
         dtype: Of the sums; float64 unless the device has none.
 
     Returns:
-        The sums; zeros for classes without a row.
+        The sums; zeros for classes without embeddings.
 
     Raises:
         ValueError: If a shape or a label is wrong.
@@ -132,39 +132,47 @@ def class_moments(
             f"labels must be in 0..{num_classes - 1} for num_classes={num_classes}, "
             f"got {int(labels.min())}..{int(labels.max())}"
         )
-    embeddings = embeddings.to(dtype)
+    embeddings, labels = embeddings.to(dtype), labels.long()
     counts = torch.bincount(labels, minlength=num_classes)
     return ClassMoments(
         counts=counts.to(dtype),
         sums=class_sums(embeddings, labels, num_classes),
-        second=class_second_moments(embeddings, labels, counts),
+        second=class_second_moments(embeddings, class_blocks(labels, counts), num_classes),
         fourth=class_sums(embeddings.square().sum(dim=1).square(), labels, num_classes),
     )
 
 
-def check_embeddings(embeddings: Tensor, labels: Tensor) -> None:
-    """Raise unless embeddings are floats ``(N, D)`` and labels are integers ``(N,)`` on the same device.
+def check_embeddings(
+    embeddings: Tensor, labels: Tensor | None = None, name: str = "embeddings", labels_name: str = "labels"
+) -> None:
+    """Raise unless embeddings are floats ``(N, D)`` and labels, if any, integers ``(N,)`` on the same device.
 
     Args:
         embeddings: What should be ``(N, D)``.
-        labels: What should be ``(N,)``.
+        labels: What should be ``(N,)``; None: there are none.
+        name: Name of the first argument in the error.
+        labels_name: Name of the second.
 
     Raises:
         ValueError: Naming the argument, what it must be and what it is.
     """
-    for name, value in (("embeddings", embeddings), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    for each, value in ((name, embeddings), (labels_name, labels)):
+        if not (isinstance(value, Tensor) or (value is None and each == labels_name)):
+            raise ValueError(f"{each} must be a tensor, got {type(value).__name__}")
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(
-            f"embeddings must be floats of shape (N, D), got {embeddings.dtype} of shape {tuple(embeddings.shape)}"
+            f"{name} must be floats of shape (N, D), got {embeddings.dtype} of shape {tuple(embeddings.shape)}"
         )
+    if labels is None:
+        return
     if labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(embeddings)},) to match embeddings, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"{labels_name} must have shape ({len(embeddings)},) to match {name}, got {tuple(labels.shape)}"
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+        raise ValueError(f"{labels_name} must be integers, got {labels.dtype}")
     if labels.device != embeddings.device:
-        raise ValueError(f"labels must be on {embeddings.device}, where embeddings are, got {labels.device}")
+        raise ValueError(f"{labels_name} must be on {embeddings.device}, where {name} are, got {labels.device}")
 
 
 def compact_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +182,7 @@ def compact_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: Any integers, ``(N,)``.
 
     Returns:
-        ``index (N,)`` of each row's class, and ``counts (C,)``, all at least 1, both int64.
+        ``index (N,)``, the number of each embedding's class, and ``counts (C,)``, all at least 1, both int64.
 
     Example:
         >>> index, counts = compact_labels(torch.tensor([7, -1, 7]))
@@ -189,7 +197,7 @@ def compact_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
         _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
         return index, counts
     counts = torch.bincount(labels - low, minlength=high - low + 1)
-    if int(counts.min()) > 0:  # no gap: the usual case, at half the operations
+    if int(counts.min()) > 0:  # every label between the two occurs, the usual case
         return labels - low, counts
     present = counts > 0
     number = present.long().cumsum(0) - 1
@@ -197,11 +205,11 @@ def compact_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_sums(values: Tensor, index: Tensor, num_classes: int) -> Tensor:
-    """Sum of the rows of each class.
+    """Sum of the values of each class.
 
     Args:
         values: ``(N,)`` or ``(N, D)``.
-        index: Class of each row, ``(N,)``.
+        index: ``(N,)``, int64.
         num_classes: C.
 
     Returns:
@@ -211,10 +219,10 @@ def class_sums(values: Tensor, index: Tensor, num_classes: int) -> Tensor:
         one_hot = index == torch.arange(num_classes, device=index.device).unsqueeze(1)  # (C, N)
         return one_hot.to(values.dtype) @ values
     sums = values.new_zeros(num_classes, *values.shape[1:])
-    if len(values) <= _ADDED_ROWS:
+    if len(values) <= _CHUNK:
         return sums.index_add_(0, index, values)
-    for rows, members in zip(values.split(_ADDED_ROWS), index.split(_ADDED_ROWS), strict=True):
-        sums = sums + torch.zeros_like(sums).index_add_(0, members, rows)
+    for chunk, numbers in zip(values.split(_CHUNK), index.split(_CHUNK), strict=True):
+        sums = sums + torch.zeros_like(sums).index_add_(0, numbers, chunk)
     return sums
 
 
@@ -232,72 +240,54 @@ def class_scatter(embeddings: Tensor, means: Tensor, index: Tensor) -> Tensor:
     return class_sums((embeddings - means.index_select(0, index)).square().sum(dim=1), index, len(means))
 
 
-def class_second_moments(embeddings: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+def class_blocks(index: Tensor, counts: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Indices of the embeddings of each class, classes of similar size in one block.
+
+    Sizes within a block differ by less than a factor of 2, so all blocks together hold fewer than 2 N indices, and
+    there are at most log2(N) + 1 of them, however unequal the classes are.
+
+    Args:
+        index: ``(N,)``.
+        counts: ``(C,)`` int64.
+
+    Returns:
+        Pairs of class numbers ``(G,)`` and indices ``(G, n)``, padded with -1. Empty classes are in no block.
+
+    Example:
+        >>> [indices.tolist() for _, indices in class_blocks(torch.tensor([1, 0, 1]), torch.tensor([1, 2]))]
+        [[[1]], [[0, 2]]]
+    """
+    order, starts = index.argsort(stable=True), counts.cumsum(0) - counts
+    powers = counts.double().log2().floor()
+    blocks = []
+    for power in powers[counts > 0].unique():
+        members = (powers == power).nonzero().squeeze(1)
+        sizes = counts[members].unsqueeze(1)
+        offsets = torch.arange(int(sizes.max()), device=index.device)
+        positions = (starts[members].unsqueeze(1) + offsets).clamp(max=len(index) - 1)
+        blocks.append((members, order[positions].masked_fill(offsets >= sizes, -1)))
+    return tuple(blocks)
+
+
+def gather_block(embeddings: Tensor, indices: Tensor) -> Tensor:
+    """Embeddings ``(G, n, D)`` at the indices ``(G, n)`` of a block; zeros where these are -1."""
+    # F.embedding is deterministic on CUDA, where indexing is not
+    return F.embedding(indices.clamp(min=0), embeddings).masked_fill((indices < 0).unsqueeze(2), 0)
+
+
+def class_second_moments(embeddings: Tensor, blocks: tuple[tuple[Tensor, Tensor], ...], num_classes: int) -> Tensor:
     """Sum of the outer products ``e e^T`` of each class.
 
     Args:
         embeddings: ``(N, D)``.
-        index: ``(N,)``.
-        counts: ``(C,)`` int64.
+        blocks: Of :func:`class_blocks`.
+        num_classes: C.
 
     Returns:
         ``(C, D, D)``.
     """
-    dim = embeddings.shape[1]
-    second = embeddings.new_zeros(len(counts), dim, dim)
-    for members, rows in class_blocks(embeddings, index, counts):
-        second = second.index_copy(0, members, rows.mT @ rows)
+    second = embeddings.new_zeros(num_classes, embeddings.shape[1], embeddings.shape[1])
+    for members, indices in blocks:
+        block = gather_block(embeddings, indices)
+        second = second.index_copy(0, members, block.mT @ block)
     return second
-
-
-def squared_gram_norms(embeddings: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-    """Sum of (e_i . e_j)^2 over all ordered pairs of each class, i = j included: the squared Frobenius norm of S.
-
-    Uses whichever of S (D x D) and the Gram matrix (n x n) is smaller; either way O(N D) memory.
-
-    Args:
-        embeddings: ``(N, D)``.
-        index: ``(N,)``.
-        counts: ``(C,)`` int64.
-
-    Returns:
-        ``(C,)``, >= 0.
-    """
-    norms = embeddings.new_zeros(len(counts))
-    for members, rows in class_blocks(embeddings, index, counts):
-        small = rows @ rows.mT if rows.shape[1] < rows.shape[2] else rows.mT @ rows
-        norms = norms.index_copy(0, members, small.square().sum(dim=(1, 2)))
-    return norms
-
-
-def class_blocks(embeddings: Tensor, index: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group the rows by class, in blocks of classes of like size, padded with rows of zeros.
-
-    Sizes within one block differ by less than a factor of two: so the blocks hold at most 2 N rows together, and there
-    are at most log2(N) + 1 of them, however unequal the classes are.
-
-    Args:
-        embeddings: ``(N, D)``.
-        index: ``(N,)``.
-        counts: ``(C,)`` int64.
-
-    Yields:
-        ``members (G,)``, the classes of the block, and ``rows (G, n, D)``.
-    """
-    order = index.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    place = torch.empty_like(order)  # (N,) of each row within its class
-    place[order] = torch.arange(len(order), device=order.device) - starts[index[order]]
-    sizes = torch.log2(counts.clamp(min=1).double()).floor().long()  # (C,) power of two under each count
-    for size in sizes[counts > 0].unique().tolist():
-        members = ((sizes == size) & (counts > 0)).nonzero().squeeze(1)
-        longest = int(counts[members].max())
-        if len(members) == len(counts) and int(counts.min()) == longest:
-            yield members, embeddings.index_select(0, order).view(len(members), longest, -1)
-            return
-        slot = torch.full_like(counts, -1)
-        slot[members] = torch.arange(len(members), device=members.device)
-        chosen = (slot[index] >= 0).nonzero().squeeze(1)
-        target = slot[index[chosen]] * longest + place[chosen]
-        rows = embeddings.new_zeros(len(members) * longest, embeddings.shape[1])
-        yield members, rows.index_copy(0, target, embeddings.index_select(0, chosen)).view(len(members), longest, -1)

@@ -1,10 +1,9 @@
-"""Class prototypes: a fixed unit vector for every label, which does not depend on data."""
+"""Class prototypes: a fixed unit vector for every label, independent of the data."""
 
 import torch
 from torch import Tensor
 
-# Odd constants of the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), as signed 64-bit integers.
-_STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
+from simo_lightning.functional.hashing import GOLDEN, splitmix64
 
 
 def class_prototypes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,13 +35,5 @@ def class_prototypes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float3
     axes = (labels == columns).to(dtype)  # (C, D), a row of zeros where the label has no axis
     if int(axes.sum()) == len(labels):
         return axes
-    mixed = (labels * dim + columns + 1) * _STEP  # (C, D), wrapping around as a hash should
-    mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
-    mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
-    signs = 1 - 2 * (_shifted(mixed, 31) ^ mixed).bitwise_and(1)
+    signs = 1 - 2 * splitmix64((labels * dim + columns + 1) * GOLDEN).bitwise_and(1)  # (C, D)
     return torch.where(axes.any(dim=1, keepdim=True), axes, signs.to(dtype) / dim**0.5)
-
-
-def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Bits moved right with zeros coming in; torch's own shift of int64 repeats the sign."""
-    return (values >> bits) & (2 ** (64 - bits) - 1)

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.functional.moments import class_scatter, class_sums, compact_labels
+from simo_lightning.functional.moments import (
+    class_blocks,
+    class_scatter,
+    class_second_moments,
+    class_sums,
+    compact_labels,
+    gather_block,
+)
 
 Form = Literal["ratio", "log", "softmax"]
 
@@ -39,7 +46,7 @@ class Similarity(NamedTuple):
     leaning: float = 1.0
 
     def o(self, squared_dots: Tensor) -> Tensor:
-        """The o of squared dot products, or of means of them: leaned."""
+        """Orthogonality o of squared dot products, or of their means, with the leaning applied."""
         return squared_dots if self.leaning == 1 else self.leaning * squared_dots + (1 - self.leaning)
 
     def similar(self, d: Tensor, o: Tensor) -> Tensor:
@@ -63,9 +70,7 @@ class Classes(NamedTuple):
     Attributes:
         labels: Class of each embedding, ``(N,)`` int64.
         counts: Embeddings of each class, ``(C,)`` int64, all >= 1.
-        blocks: Classes of similar size together: pairs of class numbers ``(G,)`` and the indices of their embeddings
-            ``(G, n)``, padded with -1. Sizes within a block differ by less than a factor of 2, so that all blocks hold
-            fewer than 2 N indices. Empty unless asked for.
+        blocks: Indices of the embeddings of each class, by :func:`.moments.class_blocks`; empty unless requested.
     """
 
     labels: Tensor
@@ -78,7 +83,7 @@ def number_classes(labels: Tensor, blocks: bool = False) -> Classes:
 
     Args:
         labels: Integers ``(N,)``, any values.
-        blocks: Whether to list the embeddings of each class too, which the levels group and class need.
+        blocks: Whether to include the blocks, which the levels group and class need.
 
     Returns:
         The classes.
@@ -87,21 +92,9 @@ def number_classes(labels: Tensor, blocks: bool = False) -> Classes:
         >>> classes = number_classes(torch.tensor([7, -1, 7]), blocks=True)
         >>> classes.labels.tolist(), classes.counts.tolist()
         ([1, 0, 1], [1, 2])
-        >>> [indices.tolist() for _, indices in classes.blocks]
-        [[[1]], [[0, 2]]]
     """
     index, counts = compact_labels(labels)
-    if not blocks:
-        return Classes(index, counts)
-    order, starts = index.argsort(stable=True), counts.cumsum(0) - counts
-    powers, found = counts.float().log2().floor(), []
-    for power in powers.unique():
-        members = (powers == power).nonzero().squeeze(1)
-        sizes = counts[members].unsqueeze(1)
-        offsets = torch.arange(int(sizes.max()), device=index.device)
-        places = (starts[members].unsqueeze(1) + offsets).clamp(max=len(index) - 1)
-        found.append((members, order[places].masked_fill(offsets >= sizes, -1)))
-    return Classes(index, counts, tuple(found))
+    return Classes(index, counts, class_blocks(index, counts) if blocks else ())
 
 
 def class_means(embeddings: Tensor, classes: Classes) -> Tensor:
@@ -163,7 +156,7 @@ def simo_loss(embeddings: Tensor, similar: bool, eps: float = 1e-2, orthogonalit
 
     Source:
         SimO loss, arXiv 2410.05233, Eq. 1. Deviations: means over pairs where the paper sums (equal up to eps), and
-        our reading of the orthogonality leaning factor, whose place in the formula is not public.
+        our reading of the orthogonality leaning factor, whose exact use is not public.
     """
     if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
         kind = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
@@ -193,8 +186,9 @@ def group_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity:
     n, sizes = len(embeddings), classes.counts.to(embeddings.dtype)
     scatter = class_scatter(embeddings, means, classes.labels)  # (C,)
     within = embeddings.new_zeros(len(sizes))  # (C,) sums of o over the ordered pairs of each class
-    for members, block in _blocks(embeddings, classes):
-        within = within.index_copy(0, members, _gram(block).square().sum(dim=(1, 2)))
+    for members, indices in classes.blocks:
+        gram = _gram(gather_block(embeddings, indices))
+        within = within.index_copy(0, members, gram.square().sum(dim=(1, 2)))
     terms = {"similar": _similar_classes(embeddings, classes, scatter, within, similarity)}
     if len(sizes) < 2:
         return {**terms, "dissimilar": embeddings.sum() * 0.0}
@@ -246,8 +240,8 @@ def centroid_terms(
         centers: Of :func:`class_centers`, ``(C, D)``.
         similarity: Form, eps and leaning.
         label_smoothing: For the softmax form, share of the target spread evenly over all classes, in 0..1.
-        singles: Whether the only embedding of a class is similar to its center. It is so where the center has a
-            prototype in it; a mean of one embedding is that embedding.
+        singles: Whether classes of one embedding have a similar term. They should where the centers include
+            prototypes; the mean of one embedding is that embedding.
 
     Returns:
         ratio and log: ``similar`` (mean over embeddings) and ``dissimilar`` (mean over embeddings and other classes).
@@ -257,7 +251,7 @@ def centroid_terms(
     Source:
         Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
     """
-    origin = centers.mean(dim=0).detach()  # of the distances, so that they keep their digits far from 0
+    origin = centers.mean(dim=0).detach()  # for the distances, which would lose digits far from 0
     counted = torch.ones_like(classes.counts) if singles else (classes.counts > 1).long()  # (C,)
 
     def sums(x: Tensor, index: Tensor) -> Tensor:  # (R, D), (R,)
@@ -365,15 +359,6 @@ def _gram(x: Tensor) -> Tensor:
     return x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
 
 
-def _blocks(embeddings: Tensor, classes: Classes) -> list[tuple[Tensor, Tensor]]:
-    """Class numbers ``(G,)`` and embeddings ``(G, n, D)``, padded with zeros, of each block."""
-    blocks = []
-    for members, indices in classes.blocks:
-        block = F.embedding(indices.clamp(min=0), embeddings)
-        blocks.append((members, block * (indices >= 0).unsqueeze(2)))
-    return blocks
-
-
 def _similar_classes(
     embeddings: Tensor, classes: Classes, scatter: Tensor, sums: Tensor, similarity: Similarity
 ) -> Tensor:
@@ -393,10 +378,8 @@ def _class_pair_sums(embeddings: Tensor, classes: Classes) -> Tensor:
     """Sum of o over all pairs of an embedding of one class and one of another, or the same: ``(C, C)``."""
     (n, dim), number = embeddings.shape, len(classes.counts)
     if number * dim <= n:  # second moments S_c, which are no larger than the embeddings: sum of o = S_a . S_b
-        second = embeddings.new_zeros(number, dim, dim)
-        for members, block in _blocks(embeddings, classes):
-            second = second.index_copy(0, members, block.mT @ block)
-        return (second.flatten(1) @ second.flatten(1).T).clamp(min=0)
+        second = class_second_moments(embeddings, classes.blocks, number).flatten(1)
+        return (second @ second.T).clamp(min=0)
 
     def sums(x: Tensor, index: Tensor) -> Tensor:
         o = (embeddings @ x.T).square()  # (N, R)

@@ -10,9 +10,10 @@ An embedding takes D + 2 int64: key, number, and the bits of its values. So one 
 import torch
 from torch import Tensor
 
-# Key of an empty entry, above all others, and of rows that are not finite, below: one of those is always in the sample.
+from simo_lightning.functional.hashing import GOLDEN, splitmix64
+
+# Keys of empty entries, above all others, and of embeddings that are not finite, below, so that one is always kept.
 _EMPTY, _NOT_FINITE = 2**63 - 1, -1
-_GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
 
 
 def empty_sample(size: int, dim: int) -> Tensor:
@@ -39,11 +40,13 @@ def sample_entries(embeddings: Tensor) -> Tensor:
     Returns:
         ``(N, D + 2)``, int64.
     """
-    rows = embeddings + 0.0  # -0.0 and 0.0 are one value
-    bits = rows.view(torch.int64 if rows.dtype == torch.float64 else torch.int32).to(torch.int64)
-    columns = _mix(_GOLDEN * torch.arange(1, rows.shape[1] + 1, device=rows.device))  # (D,) so that order matters
-    keys = (_mix(_mix(bits ^ columns).sum(dim=1)) & _EMPTY).clamp(max=_EMPTY - 1)
-    keys = torch.where(rows.isfinite().all(dim=1), keys, _NOT_FINITE)
+    embeddings = embeddings + 0.0  # -0.0 and 0.0 are one value
+    bits = embeddings.view(torch.int64 if embeddings.dtype == torch.float64 else torch.int32).to(torch.int64)
+    columns = splitmix64(
+        GOLDEN * torch.arange(1, embeddings.shape[1] + 1, device=embeddings.device)
+    )  # (D,) so that order matters
+    keys = (splitmix64(splitmix64(bits ^ columns).sum(dim=1)) & _EMPTY).clamp(max=_EMPTY - 1)
+    keys = torch.where(embeddings.isfinite().all(dim=1), keys, _NOT_FINITE)
     return torch.cat((keys.unsqueeze(1), torch.ones_like(keys).unsqueeze(1), bits), dim=1)
 
 
@@ -58,7 +61,7 @@ def merge_samples(samples: Tensor, size: int) -> Tensor:
         ``(K, D + 2)``, int64, sorted by key.
     """
     entries = samples.flatten(0, -2)
-    keys, inverse = entries[:, 0].unique(return_inverse=True)  # rising
+    keys, inverse = entries[:, 0].unique(return_inverse=True)  # sorted
     counts = torch.zeros_like(keys).index_add(0, inverse, entries[:, 1])
     indices = torch.arange(len(entries), device=entries.device)
     first = torch.full_like(keys, len(entries)).scatter_reduce(0, inverse, indices, "amin")
@@ -67,7 +70,7 @@ def merge_samples(samples: Tensor, size: int) -> Tensor:
     return torch.cat((kept, padding.to(kept.device)))
 
 
-def sampled_rows(sample: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def sampled_embeddings(sample: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Embeddings of a sample and how often each occurred.
 
     Args:
@@ -75,20 +78,8 @@ def sampled_rows(sample: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         dtype: Of the embeddings.
 
     Returns:
-        ``rows (n, D)`` of that dtype, n <= K, and ``counts (n,)``, int64.
+        ``embeddings (n, D)`` of that dtype, n <= K, and ``counts (n,)``, int64.
     """
     filled = sample[sample[:, 1] > 0]
     bits = filled[:, 2:] if dtype == torch.float64 else filled[:, 2:].to(torch.int32)
     return bits.contiguous().view(dtype), filled[:, 1]
-
-
-def _mix(values: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea & Flood, OOPSLA 2014): a bijection, on int64 in place of uint64."""
-    values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
-    values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
-    return values ^ _shifted(values, 31)
-
-
-def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Right, filled with zeros."""
-    return (values >> bits) & (2 ** (64 - bits) - 1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from simo_lightning.functional.geometry import nc3, nearest_class_mean_predict
+from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.metrics.moments import ClassMomentsMetric
 
 
@@ -14,7 +15,7 @@ class NC3(ClassMomentsMetric):
     """Self-duality of a linear head and the class means, by :func:`.geometry.nc3`.
 
     The weight is read when the value is computed, so the metric follows a head that trains or moves to another device.
-    The head is not part of the metric: neither of its parameters nor of its checkpoint.
+    The head does not become a submodule of the metric: its parameters and checkpoint do not include it.
 
     Args:
         head: Module with a ``weight (C, D)``, such as ``torch.nn.Linear``; `update` takes its input.
@@ -40,8 +41,8 @@ class NC3(ClassMomentsMetric):
             shape = None if weight is None else tuple(weight.shape)
             raise ValueError(f"head must have a weight of shape (C, D), got {type(head).__name__} with {shape}")
         super().__init__(weight.shape[0], weight.shape[1], dtype)
-        self.compute_with_cache = False  # the head may train on without an update
-        self._head = (head,)  # in a tuple, so that it is no submodule
+        self.compute_with_cache = False  # the head may change without an update of the metric
+        self._head = (head,)  # in a tuple, so that it does not become a submodule
 
     def compute(self) -> Tensor:
         """The metric's value over all embeddings seen, of all processes, with the head's weight as it is now."""
@@ -81,6 +82,7 @@ class NearestClassMeanAccuracy(Metric):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
+        check_embeddings(means, name="means")
         nearest_class_mean_predict(means.new_empty(0, *means.shape[1:]), means, distance)  # raises for wrong arguments
         self.distance = distance
         self.register_buffer("means", means.detach().to(dtype), persistent=False)
@@ -92,15 +94,12 @@ class NearestClassMeanAccuracy(Metric):
 
         Args:
             embeddings: Float tensor ``(N, D)``.
-            labels: Class of each row, ``(N,)``.
+            labels: Class of each embedding, integers ``(N,)``.
 
         Raises:
-            ValueError: If a shape is wrong or an embedding is not finite.
+            ValueError: If a type or shape is wrong, or an embedding is not finite.
         """
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels must have shape ({len(embeddings)},) to match embeddings, got {tuple(labels.shape)}"
-            )
+        check_embeddings(embeddings, labels)
         predicted = nearest_class_mean_predict(embeddings.detach(), self.means, self.distance)
         self.correct = self.correct + (predicted == labels).sum()
         self.total = self.total + len(labels)

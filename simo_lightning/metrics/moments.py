@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from simo_lightning.functional.moments import ClassMoments, class_moments
+from simo_lightning.functional.moments import ClassMoments, check_embeddings, class_moments
 
 
 class ClassMomentsMetric(Metric):
     """Class moments of all embeddings seen; the state that every geometry metric shares.
 
-    The state does not grow with the embeddings; it is ``C * D * D`` numbers: 20 kB for 10 classes in 16 dimensions and
-    float64, 210 MB for 100 classes in 512.
+    The state does not grow with the number of embeddings; it has ``C * D * D`` numbers: 20 kB for 10 classes in 16
+    dimensions and float64, 210 MB for 100 classes in 512.
 
     Args:
         num_classes: C.
@@ -25,7 +25,7 @@ class ClassMomentsMetric(Metric):
         options: Keyword arguments of the metric's function, such as ``directions`` of ``SubspaceOverlap``.
 
     Raises:
-        ValueError: If a size is below 1, the state would take more than 1 GiB, or the function refuses an option.
+        ValueError: If a size is below 1, the state would take more than 1 GiB, or an option is out of range.
         TypeError: If the function does not take an option.
 
     Example:
@@ -50,7 +50,7 @@ class ClassMomentsMetric(Metric):
         zeros = ClassMoments.zeros(num_classes, embedding_dim, dtype)
         if options:
             self._function = partial(type(self)._function, **options)
-            self._function(zeros)  # refuses what it cannot follow now, not at the end of an epoch
+            self._function(zeros)  # an invalid option raises here, not at the end of an epoch
         for name, value in zeros._asdict().items():
             self.add_state(name, value, dist_reduce_fx="sum")
 
@@ -59,12 +59,13 @@ class ClassMomentsMetric(Metric):
 
         Args:
             embeddings: Float tensor ``(N, D)``.
-            labels: Class of each row, ``(N,)``, integers in ``0..C - 1``.
+            labels: Class of each embedding, ``(N,)``, integers in ``0..C - 1``.
 
         Raises:
-            ValueError: If a shape or a label is wrong.
+            ValueError: If a type, shape or label is wrong.
         """
-        if embeddings.shape[1:] != (self.embedding_dim,):
+        check_embeddings(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have shape (N, {self.embedding_dim}), got {tuple(embeddings.shape)}")
         moments = self.moments
         batch = class_moments(embeddings.detach(), labels, self.num_classes, moments.sums.dtype)

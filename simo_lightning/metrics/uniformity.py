@@ -1,4 +1,4 @@
-"""Uniformity as a torchmetrics metric: exact for few embeddings, of a sample that merges exactly for many."""
+"""Uniformity as a torchmetrics metric: exact for few embeddings, computed on a mergeable sample for many."""
 
 from functools import partial
 
@@ -7,16 +7,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from simo_lightning.functional.geometry import uniformity
-from simo_lightning.functional.sketch import empty_sample, merge_samples, sample_entries, sampled_rows
+from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.functional.sketch import empty_sample, merge_samples, sample_entries, sampled_embeddings
 
 
 class Uniformity(Metric):
     """How evenly embeddings cover the sphere, by :func:`.geometry.uniformity`.
 
-    Exact while at most ``sample_size`` different embeddings were seen. Beyond that the value is that of ``sample_size``
-    of them, chosen by a hash of their own values, each with the number of times it occurred. The choice does not depend
-    on order, batches or processes. Where an embedding has other last digits (another batch size, another device),
-    others are chosen, and the value is another estimate of the same quantity.
+    Exact for at most ``sample_size`` different embeddings. For more, it is the value of ``sample_size`` of them,
+    selected by a hash of their values, each with the number of times it occurred. The selection does not depend on
+    order, batches or processes. If the last digits of the embeddings differ (another batch size or device), other
+    embeddings are selected, and the value is another estimate of the same quantity.
 
     The state is ``sample_size * (D + 2)`` int64: 295 kB for 2,048 embeddings in 16 dimensions.
 
@@ -24,11 +25,11 @@ class Uniformity(Metric):
         embedding_dim: D.
         sample_size: Embeddings kept; time of `compute` grows with its square.
         t: Sharpness of the potential, > 0.
-        dtype: Of the rows; torch.float32 for devices without float64.
+        dtype: Of the embeddings kept; torch.float32 for devices without float64.
 
     Raises:
-        ValueError: If ``embedding_dim`` is below 1, ``sample_size`` below 2, t not positive, or the dtype is another
-            one.
+        ValueError: If ``embedding_dim`` is below 1, ``sample_size`` below 2, t is not positive, or the dtype is
+            neither torch.float64 nor torch.float32.
 
     Example:
         >>> metric = Uniformity(embedding_dim=2)
@@ -57,7 +58,7 @@ class Uniformity(Metric):
             raise ValueError(f"t must be positive, got {t}")
         if dtype not in (torch.float64, torch.float32):
             raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
-        self.embedding_dim, self.sample_size, self.t, self.row_dtype = embedding_dim, sample_size, t, dtype
+        self.embedding_dim, self.sample_size, self.t, self.sample_dtype = embedding_dim, sample_size, t, dtype
         self.add_state(
             "sample", empty_sample(sample_size, embedding_dim), dist_reduce_fx=partial(merge_samples, size=sample_size)
         )
@@ -70,14 +71,15 @@ class Uniformity(Metric):
             labels: Not used; accepted so that the metric fits into a collection with others that need them.
 
         Raises:
-            ValueError: If the shape is wrong.
+            ValueError: If the type or shape is wrong.
         """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
+        check_embeddings(embeddings)
+        if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"embeddings must have shape (N, {self.embedding_dim}), got {tuple(embeddings.shape)}")
-        entries = sample_entries(embeddings.detach().to(self.row_dtype))
+        entries = sample_entries(embeddings.detach().to(self.sample_dtype))
         self.sample = merge_samples(torch.cat((self.sample, entries)), self.sample_size)
 
     def compute(self) -> Tensor:
         """The value over all embeddings seen, of all processes; ``nan`` if fewer than two, or one was not finite."""
-        rows, counts = sampled_rows(self.sample, self.row_dtype)
-        return uniformity(rows, self.t, counts).to(self.row_dtype)
+        embeddings, counts = sampled_embeddings(self.sample, self.sample_dtype)
+        return uniformity(embeddings, self.t, counts).to(self.sample_dtype)

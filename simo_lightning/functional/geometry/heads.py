@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from simo_lightning.functional.geometry.rounding import centered_means, present_means, undefined
-from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.functional.moments import ClassMoments, check_embeddings
 
 __all__ = ["nc3", "nearest_class_mean_predict"]
 
-# Rows whose distances to all C class means are held at once.
+# Embeddings whose distances to all C class means are computed at a time.
 _CHUNK = 8192
 
 
@@ -21,7 +21,7 @@ def nc3(moments: ClassMoments, weight: Tensor) -> Tensor:
     ``M (P, D)`` are the centred class means ``m_c - m``, ``m`` the mean of the class means.
 
     Args:
-        moments: Class moments of the head's input.
+        moments: Class moments of the inputs of the head.
         weight: Weight of the head, ``(C, D)``; rows of classes without embeddings do not count.
 
     Returns:
@@ -38,8 +38,8 @@ def nc3(moments: ClassMoments, weight: Tensor) -> Tensor:
         True
 
     Source:
-        Papyan, Han & Donoho, PNAS 2020 (arXiv 2008.08186), NC3. The weight is taken as it is, as they take it: a vector
-        added to all its rows changes no prediction but does change this.
+        Papyan, Han & Donoho, PNAS 2020 (arXiv 2008.08186), NC3. As there, the weight is not centred: a vector
+        added to all its rows changes no prediction but changes this value.
     """
     if weight.shape != moments.sums.shape:
         raise ValueError(
@@ -61,16 +61,16 @@ def nearest_class_mean_predict(
     Args:
         embeddings: Float tensor ``(N, D)``.
         means: ``(C, D)``, usually of the training images; a class whose row is ``nan`` is never predicted.
-        distance: "euclidean": the smallest ``|e - m_c|``; "cosine": the largest ``cos(e, m_c)``, where a row of zeros
-            has cosine 0 with everything.
+        distance: "euclidean": the smallest ``|e - m_c|``; "cosine": the largest ``cos(e, m_c)``, where an embedding of
+            zeros has cosine 0 with everything.
 
     Returns:
-        Classes ``(N,)``, int64; the lowest of those equally near. Computed in the wider dtype of the two, in float32
-        at least.
+        Classes ``(N,)``, int64; of classes equally near the lowest. Computed in the wider of the two dtypes, at least
+        in float32.
 
     Raises:
-        ValueError: If a shape is wrong, the distance is unknown, an embedding is not finite, or no class has a finite
-            mean.
+        ValueError: If a type or shape is wrong, the distance is unknown, an embedding is not finite, or no class has a
+            finite mean.
 
     Example:
         >>> means = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
@@ -89,27 +89,29 @@ def nearest_class_mean_predict(
     centers = means[known].to(dtype)
     if distance == "cosine":
         centers = normalize(centers, dim=1)
-    nearest = [_distances(rows.to(dtype), centers, distance).argmin(dim=1) for rows in embeddings.split(_CHUNK)]
+    nearest = [_nearest(chunk.to(dtype), centers, distance) for chunk in embeddings.split(_CHUNK)]
     return known[torch.cat(nearest)]
 
 
-def _distances(rows: Tensor, centers: Tensor, distance: str) -> Tensor:
-    """Of rows (n, D) to centres (K, D), (n, K); by cosine its negative, of centres of length 1."""
+def _nearest(embeddings: Tensor, centers: Tensor, distance: str) -> Tensor:
+    """Index (n,) of the centre (K, D) nearest to each embedding (n, D); for the cosine, centres have length 1."""
     if distance == "cosine":
-        return -(rows @ centers.mT)  # the row's own length does not change which is nearest
-    return torch.cdist(rows, centers, compute_mode="donot_use_mm_for_euclid_dist")
+        return (embeddings @ centers.mT).argmax(dim=1)  # the embedding's own length does not matter
+    return torch.cdist(embeddings, centers, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
 def _check_nearest(embeddings: Tensor, means: Tensor, distance: str) -> None:
-    if embeddings.ndim != 2 or means.ndim != 2 or embeddings.shape[1] != means.shape[1]:
+    check_embeddings(embeddings)
+    check_embeddings(means, name="means")
+    if embeddings.shape[1] != means.shape[1]:
         raise ValueError(
             f"embeddings and means must have shapes (N, D) and (C, D), "
             f"got {tuple(embeddings.shape)} and {tuple(means.shape)}"
         )
     if distance not in ("euclidean", "cosine"):
         raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
-    broken = int((~embeddings.isfinite()).any(dim=1).sum())
-    if broken:
-        raise ValueError(f"embeddings must be finite, got nan or inf in {broken} rows")
+    invalid = int((~embeddings.isfinite()).any(dim=1).sum())
+    if invalid:
+        raise ValueError(f"embeddings must be finite, got nan or inf in {invalid} of {len(embeddings)} embeddings")
     if not means.isfinite().all(dim=1).any():
         raise ValueError(f"means must have a finite row, got none in {len(means)}")
