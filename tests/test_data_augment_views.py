@@ -1,4 +1,4 @@
-"""The augmentations that views of unlabelled images want: zoom and grey."""
+"""Zoom and grey, the augmentations for views of unlabelled images."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def ramps(count=400, size=16):
     return torch.stack([columns, rows]).float().div(size - 1).repeat(count, 1, 1, 1)
 
 
-def test_zoom_shows_a_rectangle_of_the_area_and_ratio_that_were_asked_for():
+def test_zoom_shows_rectangles_in_the_given_range_of_area_and_ratio():
     size, zoom = 16, 0.25
     images = BatchAugment(crop_padding=0, flip=0, zoom=zoom)(ramps(size=size), generator())
     # spacing of neighbouring pixels away from the border, in pixels of the image: the side as a share of the whole
@@ -62,7 +62,7 @@ def test_grey_takes_the_colours_of_some_images():
     assert torch.equal(BatchAugment(crop_padding=0, flip=0, grey=1.0)(images[:, :1], generator()), images[:, :1])
 
 
-def test_the_other_draws_stay_the_same():
+def test_grey_does_not_change_the_other_draws():
     images = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator())
     plain = BatchAugment(crop_padding=2, cutout=3, brightness=0.4)
     more = BatchAugment(crop_padding=2, cutout=3, brightness=0.4, grey=1e-9)

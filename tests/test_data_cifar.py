@@ -66,7 +66,7 @@ def test_cifar_from_torchvisions_archive(tmp_path, monkeypatch, name, download):
 
 
 @pytest.mark.parametrize("download", [True, False])
-def test_cifar_that_is_not_there_says_what_to_put_where(tmp_path, monkeypatch, download):
+def test_missing_cifar_names_the_files_expected(tmp_path, monkeypatch, download):
     made, _ = make_cifar(tmp_path / "data", monkeypatch)
     tried = "the download failed" if download else "download is False"
     expected = rf"cifar10 is missing in data_dir '.*none' and {tried}.*Put cifar-10-python.tar.gz .*train/<class>/\*"

@@ -113,7 +113,7 @@ def test_the_same_folders_in_each_class_are_allowed_below_train(tmp_path: Path) 
     assert len(load_image_folder(find_splits(tmp_path)["train"], 8)) == 8
 
 
-def test_classes_of_folders_alone_are_asked_about(tmp_path: Path) -> None:
+def test_classes_with_only_subfolders_give_a_warning(tmp_path: Path) -> None:
     write_folder(tmp_path / "animal", ("cat", "dog"), 2)
     write_folder(tmp_path / "vehicle", ("car", "ship"), 2)
     with pytest.warns(
@@ -205,7 +205,7 @@ def odd_folder(root: Path) -> Path:
     return root
 
 
-def test_one_line_says_what_was_read_and_converted(tmp_path: Path, lines: list[str]) -> None:
+def test_one_log_line_counts_images_and_conversions(tmp_path: Path, lines: list[str]) -> None:
     root = odd_folder(tmp_path / "data")
     expected = (
         f"{str(root)!r}: 12 images of 2 classes (8 png, 2 jpg, 1 gif, 1 tif); converted: 2 grey, "
@@ -218,7 +218,7 @@ def test_one_line_says_what_was_read_and_converted(tmp_path: Path, lines: list[s
     assert lines == [expected] * 2
 
 
-def test_images_left_on_disk_are_the_same_and_the_log_says_what_is_not_counted(
+def test_images_on_disk_equal_those_in_memory_and_the_log_names_what_is_not_counted(
     tmp_path: Path, lines: list[str]
 ) -> None:
     root = odd_folder(tmp_path / "data")

@@ -88,7 +88,7 @@ def test_state_at_the_ends_of_an_epoch():
     assert (loader.state_dict()["epoch"], loader.state_dict()["batches_yielded"]) == (3, 0)
 
 
-def test_a_batch_not_worked_through_comes_again():
+def test_a_batch_that_was_not_processed_is_repeated():
     done = [2]
     loader = make_loader(processed=lambda: done[0])
     batches = iter(loader)
@@ -179,7 +179,7 @@ class Shift:
         ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, 8),  # in on_train_epoch_end
     ],
 )
-def test_fit_resumed_sees_what_an_unbroken_one_sees(tmp_path, workers, save, stop):
+def test_a_resumed_fit_gets_the_batches_of_an_uninterrupted_one(tmp_path, workers, save, stop):
     whole = run(tmp_path, workers, []).seen
     assert len(whole) == 18
     checkpoint, again = (ModelCheckpoint(tmp_path, save_top_k=-1, save_last=True, **save) for _ in range(2))

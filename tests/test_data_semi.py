@@ -151,7 +151,7 @@ def test_the_labelled_part_alone() -> None:
     assert {image.numpy().tobytes() for images, *_ in batches for image in images} <= known
 
 
-def test_as_many_unlabelled_as_labelled_unless_told() -> None:
+def test_unlabelled_per_batch_defaults_to_the_labelled_images() -> None:
     data = semi(unlabelled_per_batch=None)
     data.setup("fit")
     labels = next(iter(data.train_dataloader())).labels
@@ -171,7 +171,7 @@ def make_module(micro_batch_size: int | None = None) -> SimOModule:
     return SimOModule(torch.nn.Sequential(*layers), optimizer=torch.optim.Adam, micro_batch_size=micro_batch_size)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit() -> None:
+def test_a_resumed_run_is_bit_identical() -> None:
     check_resume(make_module, lambda: semi(unlabelled_per_batch=200), stop_after=8)  # five steps an epoch
 
 

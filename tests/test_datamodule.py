@@ -322,6 +322,6 @@ def test_errors_of_use():
         data.prepare((noise().images, noise().labels), augment=False)
 
 
-def test_overfit_batches_is_an_error_that_says_what_to_do():
+def test_overfit_batches_is_an_error_that_names_the_alternative():
     with pytest.raises(ValueError, match="use limit_train_batches instead"):
         trainer(overfit_batches=2).fit(Look(), small())

@@ -47,7 +47,7 @@ def test_the_same_share_of_every_class_is_labelled(fraction):
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
-def test_a_share_out_of_range_is_told(fraction):
+def test_a_label_fraction_out_of_range_is_an_error(fraction):
     with pytest.raises(ValueError, match=r"label_fraction must lie in \(0, 1\], got"):
         stratified_labelled(torch.tensor([0, 1]), NAMES[:2], fraction, seed=0)
     with pytest.raises(ValueError, match=r"label_fraction must lie in \(0, 1\], got"):

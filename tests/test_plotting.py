@@ -1,4 +1,4 @@
-"""Figures by what is in them; colours by how far apart they are, also to the colour-blind."""
+"""Content of the figures; distances between colours, also with colour blindness."""
 
 from itertools import combinations
 
@@ -105,7 +105,7 @@ def test_classes_beyond_the_tenth_have_another_marker():
 
 
 @pytest.mark.parametrize(("num_classes", "legends"), [(30, 1), (60, 0)])
-def test_too_many_classes_are_named_at_their_points_where_there_is_room(num_classes, legends):
+def test_names_of_many_classes_are_drawn_at_their_points_without_overlap(num_classes, legends):
     labels = torch.arange(num_classes)
     points = torch.randn(num_classes, 2, generator=torch.Generator().manual_seed(0))
     figure = scatter_figure(points, labels, names(num_classes))
@@ -119,7 +119,7 @@ def test_too_many_classes_are_named_at_their_points_where_there_is_room(num_clas
             assert text.xy == pytest.approx(points[int(text.get_text().split()[1])].tolist())
 
 
-def test_ten_thousand_classes_are_shown_in_part_and_the_picture_says_so(tmp_path):
+def test_ten_thousand_classes_are_shown_in_part_with_their_number(tmp_path):
     count = 10_000
     generator = torch.Generator().manual_seed(0)
     rows, labels = torch.randn(2 * count, 4, generator=generator), torch.arange(2 * count) % count
@@ -143,7 +143,7 @@ def test_ten_thousand_classes_are_shown_in_part_and_the_picture_says_so(tmp_path
         figure.savefig(tmp_path / f"{name}.png")
 
 
-def test_a_million_points_are_drawn_in_part_and_the_picture_says_so():
+def test_a_million_points_are_drawn_in_part_with_their_number():
     generator = torch.Generator().manual_seed(0)
     points, labels = torch.randn(1_000_000, 2, generator=generator), torch.arange(1_000_000) % 3
     drawn = []

@@ -1,4 +1,4 @@
-"""Spectrum, norms and neighbours by what is drawn; alternative texts; and that a phone shows every word."""
+"""Content of spectrum, norms and neighbours; alternative texts; legibility on a phone."""
 
 from itertools import combinations
 
@@ -96,7 +96,7 @@ def pictures(channels: int = 3) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_neighbours_are_drawn_in_their_places_with_the_wrong_marked(channels):
+def test_neighbours_are_drawn_in_order_and_those_of_other_classes_marked(channels):
     images, labels = pictures(channels)
     figure = neighbors_figure(images, labels, names(3))
     assert len(figure.axes) == 12

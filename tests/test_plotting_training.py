@@ -1,4 +1,4 @@
-"""What is drawn of a run's history: snapshots on disk, small multiples and animations."""
+"""Snapshots on disk, small multiples and animations."""
 
 from itertools import pairwise
 

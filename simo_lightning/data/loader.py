@@ -84,6 +84,8 @@ class ResumableLoader(DataLoader):
         ValueError: If the sampler is not a ``ClassBalancedSampler``.
     """
 
+    sampler: ClassBalancedSampler
+
     def __init__(
         self,
         dataset: ImageSource,
@@ -102,7 +104,6 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[TrainingBatch]:  # type: ignore[override]
         sampler = self.sampler
-        assert isinstance(sampler, ClassBalancedSampler)
         resume, self._resume = self._resume, None
         self.epoch = sampler.epoch
         self.batches_yielded = resume[1] if resume is not None and resume[0] == self.epoch else 0
@@ -138,11 +139,9 @@ class ResumableLoader(DataLoader):
         if batches >= saved["batches_per_epoch"]:
             epoch, batches = epoch + 1, 0
         self._resume = (epoch, batches)
-        assert isinstance(self.sampler, ClassBalancedSampler)
         self.sampler.set_epoch(epoch)
 
     def _position(self) -> tuple[int, int]:
-        assert isinstance(self.sampler, ClassBalancedSampler)
         if self._resume is not None:  # loaded, no batch returned since
             return self._resume
         if self.sampler.epoch != self.epoch:  # a new epoch without a batch yet
@@ -151,7 +150,6 @@ class ResumableLoader(DataLoader):
         return self.epoch, batches if self.processed is None else min(batches, self.processed())
 
     def _scale(self) -> dict[str, int]:
-        assert isinstance(self.sampler, ClassBalancedSampler)
         return {"batches_per_epoch": self.sampler.batches, "world_size": self.sampler.num_replicas}
 
 

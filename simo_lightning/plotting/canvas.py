@@ -1,4 +1,4 @@
-"""What all figures share: their width, the text they draw, and the checks of names and labels."""
+"""Size, text and argument checks of all figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,28 +10,28 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
-# A phone shows 390 px of 1/96 in, 4.06 in: text of matplotlib's 10 pt is then 8.1 pt high. Heights are free.
+# A phone is 390 px of 1/96 in = 4.06 in wide: matplotlib's 10 pt text is then 8.1 pt high. Heights vary.
 WIDTH = 5.0  # inches
 DPI = 160  # 800 px wide
-MOST_NAMES = 25  # classes that an axis names
-MOST_CLASSES = 500  # classes that have a row of their own, each more than a pixel high
+MOST_NAMES = 25  # tick labels of classes
+MOST_CLASSES = 500  # rows of classes, each more than a pixel high
 MOST_POINTS = 20_000
 _LONGEST_NAME = 14  # characters
 
-# Properties of every text that comes from outside: matplotlib would read "$" as a formula, TeX also "\", "%" and "_".
+# Text properties for names from users: matplotlib would read "$" as a formula, and TeX also "\", "%" and "_".
 LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 
 
-def new_figure(height: float, layout: str | None = "compressed") -> Figure:
+def new_figure(height: float) -> Figure:
     """Empty figure of the common width, `height` in inches, not registered with pyplot."""
-    return Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)  # type: ignore[arg-type]
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="compressed")
 
 
 def printable(text: str) -> str:
-    r"""The text on one line: white space becomes single spaces, unprintable characters become their codes.
+    r"""The text on one line, white space as single spaces and unprintable characters as codes.
 
-    Unprintable are control and format characters, and bytes of a file name that are not UTF-8 (which Python keeps as
-    lone surrogates). The result can be encoded as UTF-8.
+    Unprintable are control and format characters and the bytes of a file name that are not UTF-8 (in Python lone
+    surrogates). The result can be encoded as UTF-8.
 
     Example:
         >>> printable("tabby\n\x00cat")
@@ -44,9 +44,9 @@ def printable(text: str) -> str:
 
 
 def drawable(name: str, longest: int = _LONGEST_NAME) -> str:
-    """The name as a figure shows it: printable, characters without a glyph as codes, the middle cut out if too long.
+    """The name as drawn: printable, characters without a glyph as codes, shortened in the middle if too long.
 
-    Draw it with the properties ``LITERAL``.
+    Use with the text properties ``LITERAL``.
 
     Example:
         >>> drawable("hippopotamus", 8)
@@ -55,17 +55,17 @@ def drawable(name: str, longest: int = _LONGEST_NAME) -> str:
     text = "".join(character if _has_glyph(character) else _code(character) for character in printable(name))
     if len(text) <= longest:
         return text
-    tail = longest // 4  # names that share their beginning often differ at their end
+    tail = longest // 4  # names with the same beginning often differ at the end
     return f"{text[: longest - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def set_title(axes: Axes, title: str, size: int = 11) -> None:
-    """Set a title, literally; it may have several lines."""
+    """Set a title, which may have several lines, without formulas."""
     axes.set_title("\n".join(drawable(line, longest=200) for line in title.splitlines()), fontsize=size, **LITERAL)
 
 
 def every_nth(count: int, most: int) -> range:
-    """The first of `count` indices and every n-th after it, with the smallest n that gives at most `most`.
+    """Every n-th of `count` indices from 0, with the smallest n that gives at most `most`.
 
     Example:
         >>> list(every_nth(7, 3))
@@ -75,12 +75,12 @@ def every_nth(count: int, most: int) -> range:
 
 
 def share(part: int, whole: int) -> str:
-    """How much of the data a figure shows, for example ``500 of 10,000``."""
+    """Part of the data that a figure shows, for example ``500 of 10,000``."""
     return f"{part:,} of {whole:,}" if part < whole else f"{whole:,}"
 
 
 def subset(count: int) -> Tensor:
-    """Indices (ascending) of the points in use: all of at most 20,000, else 20,000 at random, always the same.
+    """Indices (ascending) of the points drawn: all of at most 20,000, otherwise 20,000 at random, the same every time.
 
     Example:
         >>> len(subset(1_000_000))
@@ -92,19 +92,19 @@ def subset(count: int) -> Tensor:
 
 
 def axis_names(class_names: Sequence[str]) -> tuple[range, list[str]]:
-    """Indices of the at most 25 classes that an axis names, and their names."""
-    places = every_nth(len(class_names), MOST_NAMES)
-    return places, [drawable(class_names[place]) for place in places]
+    """Indices and names of the classes with a tick label, at most 25."""
+    indices = every_nth(len(class_names), MOST_NAMES)
+    return indices, [drawable(class_names[index]) for index in indices]
 
 
 def remove_ticks(axes: Axes) -> None:
-    """Take the ticks off where the coordinates mean nothing."""
+    """Remove the ticks of axes without meaningful coordinates."""
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def on_cpu(name: str, value: Tensor) -> Tensor:
-    """The argument of that name, detached, on the CPU; ValueError if it is no tensor."""
+    """The argument called `name`, detached, on the CPU; ValueError if it is not a tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     return value.detach().cpu()

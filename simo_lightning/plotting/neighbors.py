@@ -1,4 +1,4 @@
-"""Query images with the images whose embeddings are nearest to theirs."""
+"""Query images and their nearest neighbours."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +10,7 @@ from torch import Tensor
 from simo_lightning.plotting import canvas
 
 _WRONG = "#D55E00"
-_MARGIN, _GAP = 0.08, 0.07  # inches, at the edges and between images
-_QUERY_GAP = 0.2  # inches more, between the query and its neighbours
-_TEXT = 0.2  # inches, of a line of 10 pt
-_CHARACTER = 0.09  # inches, of a letter of 10 pt
+_CHARACTER = 0.085  # inches, width of a character of 10 pt
 
 
 def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> Figure:
@@ -22,16 +19,16 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     A neighbour of another class than the query's has a thick border and a cross before its name.
 
     Args:
-        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Up to six neighbours leave
-            room for their names.
-        labels: Classes, ``(Q, 1 + K)``.
+        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. With more than six
+            neighbours the names are cut short.
+        labels: Class of each image, ``(Q, 1 + K)``.
         class_names: Names of all classes.
 
     Returns:
         Figure with one row per query.
 
     Raises:
-        ValueError: If the shapes, or the labels and the number of names, do not fit.
+        ValueError: If shapes do not match, or a label has no name.
 
     Example:
         >>> images = torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)
@@ -42,34 +39,28 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     images, labels = canvas.on_cpu("images", images), canvas.on_cpu("labels", labels)
     _check(images, labels, class_names)
     queries, columns = labels.shape
-    side = (canvas.WIDTH - 2 * _MARGIN - _QUERY_GAP - (columns - 1) * _GAP) / columns
-    tall = side * images.shape[3] / images.shape[4]
-    row = tall + _TEXT + 0.12
-    height = _TEXT + 0.15 + queries * row
-    figure = canvas.new_figure(height, layout=None)
-    first = _MARGIN + side + _GAP + _QUERY_GAP
-    for text, left in (("Image", _MARGIN), ("Nearest neighbours", first)):
-        figure.text(left / canvas.WIDTH, 1 - 0.08 / height, text, va="top", fontsize=11)
+    side = (canvas.WIDTH - 0.08 * columns) / (columns + 0.2)  # inches, approximately, of an image
+    figure = canvas.new_figure(0.4 + queries * (side * images.shape[3] / images.shape[4] + 0.35))
+    figure.suptitle("Images and their nearest neighbours", fontsize=11)
+    panels = figure.subplots(queries, columns + 1, squeeze=False, width_ratios=[1, 0.2, *[1] * (columns - 1)])
+    for spacer in panels[:, 1]:
+        spacer.remove()
     longest = max(5, int(side / _CHARACTER))
-    for query in range(queries):
-        for column in range(columns):
-            left = _MARGIN + column * (side + _GAP) + (_QUERY_GAP if column else 0)
-            bottom = height - _TEXT - 0.15 - query * row - tall
-            axes = figure.add_axes((left / canvas.WIDTH, bottom / height, side / canvas.WIDTH, tall / height))
-            picture = images[query, column].permute(1, 2, 0).numpy()  # (height, width, channels)
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
+    for query, row in enumerate(panels):
+        for column, axes in enumerate((row[0], *row[2:])):
+            axes.imshow(images[query, column].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)  # (H, W, C)
             canvas.remove_ticks(axes)
             wrong = bool(labels[query, column] != labels[query, 0])
             for spine in axes.spines.values():
                 spine.set(linewidth=3.0 if wrong else 0.6, color=_WRONG if wrong else "0.6")
-            mark, ink = ("✗ ", _WRONG) if wrong else ("", "black")
+            mark, color = ("✗ ", _WRONG) if wrong else ("", "black")
             name = mark + canvas.drawable(class_names[int(labels[query, column])], longest - len(mark))
-            axes.set_xlabel(name, color=ink, labelpad=3, **canvas.LITERAL)
+            axes.set_xlabel(name, color=color, labelpad=3, **canvas.LITERAL)
     return figure
 
 
 def describe_neighbors(labels: Tensor, class_names: Sequence[str]) -> str:
-    """Alternative text of :func:`neighbors_figure`, for readers who do not see it.
+    """Alternative text of :func:`neighbors_figure`.
 
     Args:
         labels: As for the figure.
@@ -79,7 +70,7 @@ def describe_neighbors(labels: Tensor, class_names: Sequence[str]) -> str:
         How many neighbours share the class of their query, and the most frequent confusion.
 
     Raises:
-        ValueError: If the shape, or the labels and the number of names, do not fit.
+        ValueError: If the shape is not ``(Q, 1 + K)``, or a label has no name.
 
     Example:
         >>> describe_neighbors(torch.tensor([[0, 0, 1]]), ["cat", "dog"])

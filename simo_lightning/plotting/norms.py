@@ -1,7 +1,6 @@
-"""Norms of the embeddings of each class, and their spread along the class mean and across it."""
+"""Norms of each class, and its standard deviation along and across the class mean."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -12,34 +11,26 @@ from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.plotting import canvas
 from simo_lightning.plotting.colors import class_colors
 
-_ROW = 0.22  # inches, of a class that is named
-
-
-class _Spread(NamedTuple):
-    """Lengths per class (C,) in units of the embeddings, float64 on the CPU."""
-
-    norms: Tensor  # root mean square
-    along: Tensor  # standard deviation in the direction of the class mean
-    across: Tensor  # the same per direction orthogonal to it
+_ROW = 0.22  # inches, height of a row with a name
 
 
 def norms_figure(moments: ClassMoments, class_names: Sequence[str]) -> Figure:
-    """Per class, its RMS norm as a bar, and its spread along the class mean and across it as points.
+    """RMS norm of each class as a bar, and its standard deviation along and across the class mean as points.
 
-    The spread is a standard deviation, the root of :func:`~simo_lightning.functional.class_variance_along` and of
-    ``class_variance_across``, which is per direction; a class with one embedding has none. Of more than 500 classes
-    every n-th is shown; the axis then gives their number.
+    The standard deviations are the roots of :func:`~simo_lightning.functional.class_variance_along` and of
+    ``class_variance_across`` (per direction); they are undefined for a class with one embedding. Of more than 500
+    classes every n-th is shown, and the axis label gives their number.
 
     Args:
         moments: Class moments.
         class_names: C names.
 
     Returns:
-        Figure of two panels with one row per class, the first class on top; of more than 25 classes, every n-th is
+        Figure of two panels with one row per class, the first class on top; of more than 25 classes every n-th is
         named.
 
     Raises:
-        ValueError: If there are not as many names as classes.
+        ValueError: If the number of names is not C.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -53,15 +44,13 @@ def norms_figure(moments: ClassMoments, class_names: Sequence[str]) -> Figure:
     figure = canvas.new_figure(1.3 + _ROW * min(max(len(shown), 3), canvas.MOST_NAMES))
     left, right = figure.subplots(1, 2, sharey=True)
     rows = range(len(shown))
-    all_colors = class_colors(len(class_names))
-    colors = [all_colors[index] for index in shown]
+    colors = class_colors(len(class_names))[:: shown.step]
     size, edge = (36, 0.4) if len(shown) <= canvas.MOST_NAMES else (12, 0)
     left.barh(rows, norms.nan_to_num(0).numpy(), color=colors, height=0.8, edgecolor="0.2", linewidth=edge)
     right.scatter(along.numpy(), rows, s=size, c=colors, edgecolors="0.2", linewidths=0.5, label="along mean")
     right.scatter(across.numpy(), rows, s=size, c="none", marker="D", edgecolors=colors, linewidths=1.5, label="across")
 
-    places, names = canvas.axis_names([class_names[index] for index in shown])
-    left.set_yticks(places, names, **canvas.LITERAL)
+    left.set_yticks(*canvas.axis_names(class_names[:: shown.step]), **canvas.LITERAL)
     left.set_ylim(len(shown) - 0.4, -0.6)
     if len(shown) < len(class_names):
         left.set_ylabel(f"{canvas.share(len(shown), len(class_names))} classes")
@@ -82,23 +71,23 @@ def norms_figure(moments: ClassMoments, class_names: Sequence[str]) -> Figure:
 
 
 def describe_norms(moments: ClassMoments, class_names: Sequence[str]) -> str:
-    """Alternative text of :func:`norms_figure`, for readers who do not see it.
+    """Alternative text of :func:`norms_figure`.
 
     Args:
         moments: As for the figure.
         class_names: As for the figure.
 
     Returns:
-        One sentence: the classes of the smallest and the largest norm, and the median spread along the mean and across
-        it, over all classes.
+        One sentence: the classes with the smallest and the largest norm, and the median standard deviations along and
+        across the mean, over all classes.
 
     Raises:
         ValueError: As for the figure.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
-        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-        >>> text = describe_norms(class_moments(rows, torch.arange(2), num_classes=2), ["cat", "dog"])
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        >>> text = describe_norms(class_moments(embeddings, torch.arange(2), num_classes=2), ["cat", "dog"])
         >>> text.split("; ")[0]
         'Norms of 2 classes from 1 (cat) to 3 (dog)'
     """
@@ -115,9 +104,10 @@ def describe_norms(moments: ClassMoments, class_names: Sequence[str]) -> str:
     )
 
 
-def _spread(moments: ClassMoments) -> _Spread:
+def _spread(moments: ClassMoments) -> tuple[Tensor, Tensor, Tensor]:
+    """RMS norms (C,) and standard deviations (C,) along and across the class mean, float64 on the CPU."""
     norms, along, across = (
         measure(moments).detach().cpu().double()
         for measure in (class_rms_norm, class_variance_along, class_variance_across)
     )
-    return _Spread(norms, along.sqrt(), across.sqrt())
+    return norms, along.sqrt(), across.sqrt()

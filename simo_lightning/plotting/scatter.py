@@ -1,4 +1,4 @@
-"""Points in the plane, coloured by class."""
+"""Scatter plots of embeddings in the plane."""
 
 from collections.abc import Sequence
 
@@ -14,19 +14,19 @@ from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.plotting import canvas
 from simo_lightning.plotting.colors import class_colors, class_markers
 
-_MOST_IN_LEGEND = 30  # classes; of more, names stand at the points where there is room
-_NAME_HEIGHT = 0.2  # inches, of a line of 10 pt
-_CHARACTER = 0.085  # inches, of a wide letter of 10 pt
+_MOST_IN_LEGEND = 30  # classes; of more, names are drawn at the points if they fit
+_NAME_HEIGHT = 0.2  # inches, height of a line of 10 pt
+_CHARACTER = 0.085  # inches, width of a wide character of 10 pt
 
 
 def scatter_figure(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str | None = None) -> Figure:
     """Points in the plane, coloured by class.
 
-    Up to 30 classes are named in a legend below; of more, as many as there is room for are named at their medians. Of
-    more than 20,000 points 20,000 are drawn, the same at every call; the title then gives their number.
+    Up to 30 classes are named in a legend below; of more, the names that fit are drawn at the class medians. Of more
+    than 20,000 points 20,000 are drawn, the same in every call, and the title gives their number.
 
     Args:
-        points: ``(N, 2)``, for example of :func:`project_2d`; one unit is as long on both axes.
+        points: ``(N, 2)``, for example from :func:`project_2d`; both axes have the same scale.
         labels: Class of each point, ``(N,)``.
         class_names: Names of all classes; those without a point are not in the legend.
         title: Title; None: the number of points.
@@ -35,7 +35,7 @@ def scatter_figure(points: Tensor, labels: Tensor, class_names: Sequence[str], t
         Figure.
 
     Raises:
-        ValueError: If the shapes, or the labels and the number of names, do not fit, or a point is not finite.
+        ValueError: If shapes do not match, a label has no name, or a point is not finite.
 
     Example:
         >>> figure = scatter_figure(torch.zeros(3, 2), torch.tensor([0, 1, 1]), ["cat", "dog", "ship"])
@@ -57,7 +57,7 @@ def scatter_figure(points: Tensor, labels: Tensor, class_names: Sequence[str], t
 
 
 def describe_scatter(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str | None = None) -> str:
-    """Alternative text of :func:`scatter_figure`, for readers who do not see it.
+    """Alternative text of :func:`scatter_figure`.
 
     Args:
         points: As for the figure.
@@ -88,13 +88,15 @@ def describe_scatter(points: Tensor, labels: Tensor, class_names: Sequence[str],
 def draw_points(
     axes: Axes, points: Tensor, labels: Tensor, class_names: Sequence[str], limits: Tensor, scale: float = 1.0
 ) -> None:
-    """Points (N, 2) in the colour and marker of their class, within `limits` (x and y, low and high)."""
+    """Draw points (N, 2) in the colour and marker of their class, within `limits` (x and y, low and high)."""
     size = scale * float(np.interp(len(points), (200, 400, 700, 3_000, 20_000), (30, 15, 9, 9, 2)))  # square points
     colors = np.array(class_colors(len(class_names)))[labels]
     markers = np.array(class_markers(len(class_names)))[labels]
-    for marker in dict.fromkeys(markers.tolist()):  # one collection each: thousands of classes would take minutes
+    for marker in dict.fromkeys(
+        markers.tolist()
+    ):  # one collection per marker: one per class would take minutes for thousands
         x, y = points[markers == marker].T.numpy()
-        # a thin dark edge: yellow would not show on white
+        # thin dark edge, so that yellow is visible on white
         style = {"marker": marker, "edgecolors": "0.2", "linewidths": 0.25, "alpha": 0.8}
         axes.scatter(x, y, s=size, c=colors[markers == marker], **style)
     canvas.remove_ticks(axes)
@@ -128,7 +130,7 @@ def neighbor_share(points: Tensor, labels: Tensor) -> float:
 
 
 def legend_height(labels: Tensor, class_names: Sequence[str]) -> float:
-    """Inches that the legend takes."""
+    """Height of the legend in inches."""
     present = labels.unique().tolist()
     if len(present) > _MOST_IN_LEGEND:
         return 0.0
@@ -136,7 +138,7 @@ def legend_height(labels: Tensor, class_names: Sequence[str]) -> float:
 
 
 def name_classes(figure: Figure, points: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Legend below the axes; of too many classes, names in the first axes at the medians that have room."""
+    """Legend below the axes, or for many classes the names that fit, at the class medians in the first axes."""
     present = labels.unique().tolist()
     if len(present) > _MOST_IN_LEGEND:
         _name_medians(figure.axes[0], points, labels, class_names)
@@ -149,7 +151,7 @@ def name_classes(figure: Figure, points: Tensor, labels: Tensor, class_names: Se
         columns = _legend_columns(present, class_names)
         legend = figure.legend(
             handles,
-            [str(label) for label in present],  # names come after: matplotlib leaves out those that begin with "_"
+            [str(label) for label in present],  # names are set below: matplotlib omits labels that begin with "_"
             loc="outside lower center",
             ncols=columns,
             columnspacing=1.0,
@@ -169,14 +171,14 @@ def _legend_columns(present: Sequence[int], class_names: Sequence[str]) -> int:
 
 def _name_medians(axes: Axes, points: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    room = 4.6  # inches, about, of the axes' side
+    side = 4.6  # inches, approximately, of the axes
     taken: list[tuple[float, float, float]] = []
     for label in labels.unique().tolist():
         x, y = points[labels == label].double().median(dim=0).values.tolist()
         name = canvas.drawable(class_names[label])
         half = _CHARACTER * len(name) / 2
-        across, up = room * (x - left) / (right - left), room * (y - bottom) / (top - bottom)
-        inside = half < across < room - half
+        across, up = side * (x - left) / (right - left), side * (y - bottom) / (top - bottom)
+        inside = half < across < side - half
         if inside and all(abs(across - a) > half + h or abs(up - u) > _NAME_HEIGHT for a, u, h in taken):
             taken.append((across, up, half))
             halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
@@ -185,7 +187,7 @@ def _name_medians(axes: Axes, points: Tensor, labels: Tensor, class_names: Seque
 
 
 def _checked(points: Tensor, labels: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor, int]:
-    """Points and labels that are drawn, on the CPU, and the number of all points."""
+    """Points and labels to draw, on the CPU, and the number of all points."""
     points, labels = canvas.on_cpu("points", points), canvas.on_cpu("labels", labels)
     check_embeddings(points, labels)
     if points.shape[1] != 2:

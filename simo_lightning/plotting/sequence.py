@@ -1,4 +1,4 @@
-"""The same picture along training: small multiples, or an animation."""
+"""Figures of several epochs of training: small multiples and animations."""
 
 import io
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from simo_lightning.plotting.scatter import (
 )
 from simo_lightning.plotting.similarity import draw_cosines
 
-_GIF_DPI = 100  # 500 px wide; a GIF grows with its pixels
+_GIF_DPI = 100  # 500 px wide, for small files
 
 
 def small_multiples_figure(
@@ -34,22 +34,21 @@ def small_multiples_figure(
 ) -> Figure:
     """One panel per epoch, on common axes.
 
-    Points are mapped to the plane by one map for all panels, see :func:`project_sequence`. A plane shows two directions
-    only; :func:`~simo_lightning.plotting.star_coordinates` show many orthogonal classes, and two dimensions are drawn
-    as they are. Of more than 20,000 points 20,000 are drawn, and the figure says so.
+    Embeddings are projected by one map for all panels, see :func:`project_sequence`; two-dimensional ones, such as
+    :func:`~simo_lightning.plotting.star_coordinates`, which show many orthogonal classes, are drawn unchanged. Of more
+    than 20,000 points 20,000 are drawn, and the figure gives their number.
 
     Args:
-        sequence: Title, and embeddings ``(N, D)`` of the same images or cosines ``(C, C)``, in the order of training;
-            six fill the width of a phone well.
+        sequence: Titles with embeddings ``(N, D)`` of the same images or cosines ``(C, C)``, in the order of training.
         labels: Class of each embedding, ``(N,)``; None: the sequence holds cosines, drawn as heat maps.
         class_names: C names.
-        columns: Panels side by side.
+        columns: Number of panels side by side.
 
     Returns:
         Figure with one panel per element of the sequence.
 
     Raises:
-        ValueError: If the sequence is empty, or shapes differ or do not fit the labels and names.
+        ValueError: If the sequence is empty, or shapes differ or do not match labels and names.
 
     Example:
         >>> sequence = [("Epoch 0", torch.zeros(2, 2)), ("Epoch 1", torch.eye(2))]
@@ -87,17 +86,17 @@ def save_animation(
 
     Args:
         sequence: As for small multiples.
-        path: Of the file, ending in .gif; its folder must exist.
+        path: File, ending in .gif; its folder must exist.
         labels: As for small multiples.
         class_names: As for small multiples.
-        seconds: Time for each element, > 0.
-        hold: Time for the first and the last one, at least `seconds`.
+        seconds: Duration of each element, > 0.
+        hold: Duration of the first and the last one, at least `seconds`.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: As :func:`small_multiples_figure`, or if the path does not end in .gif, or a time is out of range.
+        ValueError: As :func:`small_multiples_figure`, or if `path` does not end in .gif or a time is out of range.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -120,7 +119,7 @@ def save_animation(
 
 
 def describe_sequence(sequence: Sequence[tuple[str, Tensor]], labels: Tensor | None, class_names: Sequence[str]) -> str:
-    """Alternative text of small multiples or an animation, for readers who do not see them.
+    """Alternative text of small multiples or an animation.
 
     Args:
         sequence: As for small multiples.
@@ -141,13 +140,13 @@ def describe_sequence(sequence: Sequence[tuple[str, Tensor]], labels: Tensor | N
     """
     checked = _check(sequence, labels, class_names)
     titles = [canvas.printable(checked.titles[index]) for index in (0, -1)]
-    span = f"{len(sequence)} pictures from {' to '.join(titles)}"
+    epochs = f"{len(sequence)} pictures from {' to '.join(titles)}"
     ends = (checked.tensors[0], checked.tensors[-1])
     if checked.labels is None:
         first, last = (f"{_mean_cosine(cosines):.2f}" for cosines in ends)
-        return f"Cosines between the means of {len(class_names)} classes, {span}: mean size from {first} to {last}."
+        return f"Cosines between the means of {len(class_names)} classes, {epochs}: mean size from {first} to {last}."
     text = f"Map of {canvas.share(len(checked.labels), checked.total)} embeddings"
-    text = f"{text} of {len(checked.labels.unique())} classes, {span}"
+    text = f"{text} of {len(checked.labels.unique())} classes, {epochs}"
     if len(checked.labels) < 2:
         return f"{text}."
     first, last = (f"{100 * neighbor_share(points, checked.labels):.0f} %" for points in ends)
@@ -155,7 +154,7 @@ def describe_sequence(sequence: Sequence[tuple[str, Tensor]], labels: Tensor | N
 
 
 class _Checked(NamedTuple):
-    """A sequence ready to draw: checked, projected by one map."""
+    """A checked and projected sequence, ready to draw."""
 
     titles: list[str]
     tensors: list[Tensor]  # points (N, 2) or cosines (C, C)
@@ -177,12 +176,12 @@ class _Checked(NamedTuple):
         canvas.set_title(axes, self.titles[index], size=10)
 
     def draw_legend(self, figure: Figure) -> None:
-        """Legend of the classes, or scale of the cosines, once for all panels."""
+        """Legend of the classes or colour bar of the cosines, once for all panels."""
         if self.labels is None:
             image = figure.axes[0].images[0]
             figure.colorbar(image, ax=figure.axes, location="bottom", shrink=0.8, aspect=30, label="cosine")
             return
-        if legend_height(self.labels, self.class_names):  # names at the points would cover a small panel
+        if legend_height(self.labels, self.class_names):  # names at the points would cover small panels
             name_classes(figure, self.tensors[0], self.labels, self.class_names)
         if len(self.labels) < self.total:
             figure.suptitle(f"{canvas.share(len(self.labels), self.total)} points", fontsize=10)

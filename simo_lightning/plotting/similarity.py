@@ -1,4 +1,4 @@
-"""Cosines between class means, as a heat map."""
+"""Heat map of the cosines between class means."""
 
 from collections.abc import Sequence
 
@@ -19,17 +19,17 @@ _DARK = 0.68  # absolute cosine above which white text contrasts more with the c
 def class_similarity_figure(means: ClassMoments | Tensor, class_names: Sequence[str]) -> Figure:
     """Heat map of the cosines between class means, on a fixed scale from -1 to 1.
 
-    Of more than 500 classes every n-th is shown; the title then gives their number.
+    Of more than 500 classes every n-th is shown, and the title gives their number.
 
     Args:
-        means: Class moments, or class means ``(C, D)``; classes without embeddings, of ``nan`` mean, are grey.
+        means: Class moments, or class means ``(C, D)``; classes without embeddings (``nan`` means) are grey.
         class_names: C names.
 
     Returns:
-        Figure whose title gives the mean absolute cosine between two different classes that it shows.
+        Figure whose title gives the mean absolute cosine between different classes shown.
 
     Raises:
-        ValueError: If the means are not ``(C, D)``, or there are not as many names as classes.
+        ValueError: If the means are not ``(C, D)``, or the number of names is not C.
 
     Example:
         >>> figure = class_similarity_figure(torch.eye(3), ["cat", "dog", "ship"])
@@ -45,10 +45,10 @@ def class_similarity_figure(means: ClassMoments | Tensor, class_names: Sequence[
     if len(names) < len(class_names):
         title += f"\n{canvas.share(len(names), len(class_names))} classes"
     canvas.set_title(axes, title)
-    places, texts = canvas.axis_names(names)
+    indices, texts = canvas.axis_names(names)
     horizontal = max(map(len, texts), default=0) <= (3 if len(texts) <= 10 else 1)
-    axes.set_xticks(places, texts, rotation=0 if horizontal else 90, **canvas.LITERAL)
-    axes.set_yticks(places, texts, **canvas.LITERAL)
+    axes.set_xticks(indices, texts, rotation=0 if horizontal else 90, **canvas.LITERAL)
+    axes.set_yticks(indices, texts, **canvas.LITERAL)
     axes.tick_params(length=0)
     if len(cosines) <= _MOST_NUMBERS:
         _write_numbers(axes, cosines)
@@ -56,7 +56,7 @@ def class_similarity_figure(means: ClassMoments | Tensor, class_names: Sequence[
 
 
 def describe_similarity(means: ClassMoments | Tensor, class_names: Sequence[str]) -> str:
-    """Alternative text of :func:`class_similarity_figure`, for readers who do not see it.
+    """Alternative text of :func:`class_similarity_figure`.
 
     Args:
         means: As for the figure.
@@ -91,7 +91,7 @@ def class_cosines(means: ClassMoments | Tensor) -> Tensor:
         means: Class moments, or class means ``(C, D)``.
 
     Returns:
-        ``(C, C)`` in [-1, 1], float64 on the CPU; ``nan`` for classes without embeddings, and where a mean is zero.
+        ``(C, C)`` in [-1, 1], float64 on the CPU; ``nan`` for classes without embeddings or with a zero mean.
 
     Raises:
         ValueError: If the means are not ``(C, D)``.
@@ -128,7 +128,7 @@ def _shown(means: ClassMoments | Tensor, class_names: Sequence[str]) -> tuple[Te
 
 
 def _pairs(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two classes and the cosine of every pair of different classes that has one."""
+    """The two classes and the cosine of every pair of different classes with a defined cosine."""
     first, second = torch.triu_indices(len(cosines), len(cosines), offset=1)
     defined = ~cosines[first, second].isnan()
     first, second = first[defined], second[defined]
@@ -136,7 +136,7 @@ def _pairs(cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _write_numbers(axes: Axes, cosines: Tensor) -> None:
-    """Two digits per cell, no leading zero: ten columns then fit a phone."""
+    """Two decimals per cell without a leading zero, so that ten columns fit a phone."""
     for row, values in enumerate(cosines.tolist()):
         for column, value in enumerate(values):
             if value == value:

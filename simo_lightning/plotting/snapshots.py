@@ -1,9 +1,8 @@
-"""What a run keeps of an epoch, so that its history can be drawn later: class means and the same few embeddings.
+"""Snapshots of a run: class means and a fixed sample of embeddings per epoch, for figures of its training.
 
 A snapshot is one NumPy file ``epoch=003.npz`` with arrays ``epoch`` and ``step`` (scalars, int64), ``counts`` (C,)
-int64, ``means`` (at most 500, D) float32, ``points`` (M, D) float32 and ``labels`` (M,) int64. Row i of ``points`` is
-the same validation image in every snapshot of a run, as long as the validation set and the number of processes stay
-the same.
+int64, ``means`` (at most 500, D) float32, ``points`` (M, D) float32 and ``labels`` (M,) int64. ``points[i]`` is the
+same validation image in every snapshot of a run if the validation set and the number of processes do not change.
 """
 
 import os
@@ -31,10 +30,10 @@ class Snapshot(NamedTuple):
     Attributes:
         epoch: From 0.
         step: Optimizer steps so far.
-        counts: Embeddings of each class, ``(C,)``.
-        means: Means of the `classes`, ``(K, D)``; ``nan`` for classes without an embedding.
-        points: A fixed small part of the embeddings, ``(M, D)``.
-        labels: Their classes, ``(M,)``.
+        counts: Number of embeddings of each class, ``(C,)``.
+        means: Means of the `classes`, ``(K, D)``; ``nan`` for classes without embeddings.
+        points: Fixed sample of the embeddings, ``(M, D)``.
+        labels: Class of each point, ``(M,)``.
     """
 
     epoch: int
@@ -46,14 +45,14 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of_moments(cls, epoch: int, step: int, moments: ClassMoments, points: Tensor, labels: Tensor) -> "Snapshot":
-        """Snapshot with the means of at most 500 classes, so that it stays small with 10,000 classes too.
+        """Snapshot with the means of at most 500 classes, which limits its size at 10,000 classes.
 
         Args:
             epoch: From 0.
             step: Optimizer steps so far.
             moments: Class moments of all validation embeddings.
-            points: A fixed small part of the embeddings, ``(M, D)``.
-            labels: Their classes, ``(M,)``.
+            points: Fixed sample of the embeddings, ``(M, D)``.
+            labels: Class of each point, ``(M,)``.
 
         Returns:
             The snapshot.
@@ -63,12 +62,12 @@ class Snapshot(NamedTuple):
 
     @property
     def classes(self) -> range:
-        """Indices of the classes whose means are kept, K: all of at most 500, of more every n-th."""
+        """Indices of the K classes with a mean here: all of at most 500, otherwise every n-th."""
         return every_nth(len(self.counts), MOST_CLASSES)
 
     @property
     def title(self) -> str:
-        """Name in a picture, such as ``Epoch 3``."""
+        """Title in figures, such as ``Epoch 3``."""
         return f"Epoch {self.epoch}"
 
     @property
@@ -83,17 +82,17 @@ class Snapshot(NamedTuple):
 
 
 def save_snapshot(snapshot: Snapshot, folder: str | Path) -> Path:
-    """Write a snapshot; a crash leaves the old file or the new one, never a part.
+    """Write a snapshot atomically: a crash leaves the old file or the new one.
 
     Args:
-        snapshot: To write.
+        snapshot: Snapshot to write.
         folder: Created if it is missing; a snapshot of the same epoch is replaced.
 
     Returns:
         The file, ``epoch=003.npz`` for epoch 3.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     path = Path(folder) / f"epoch={snapshot.epoch:03d}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,13 +115,13 @@ def load_snapshots(folder: str | Path) -> list[Snapshot]:
     """Snapshots that :func:`save_snapshot` wrote, in the order of training.
 
     Args:
-        folder: Of one run.
+        folder: Folder of one run.
 
     Returns:
-        Those that show the same images as the newest one; none if the folder is missing or empty.
+        Snapshots of the same images as the newest one; none if the folder is missing or empty.
 
     Raises:
-        ValueError: If a file is not a snapshot; the text names it.
+        ValueError: If a file is not a snapshot; the message names it.
     """
     snapshots = sorted((_load(path) for path in Path(folder).glob("epoch=*.npz")), key=lambda each: each.epoch)
     return [
@@ -133,14 +132,14 @@ def load_snapshots(folder: str | Path) -> list[Snapshot]:
 
 
 def pick_snapshots(snapshots: Sequence[T], most: int = 6) -> list[T]:
-    """At most `most` snapshots, evenly spread, the first and the last among them.
+    """At most `most` evenly spaced snapshots, including the first and the last.
 
     Args:
-        snapshots: In the order of training.
-        most: At least 2.
+        snapshots: Snapshots in the order of training.
+        most: Maximum number, at least 2.
 
     Returns:
-        All if there are no more.
+        Selected snapshots; all if there are at most `most`.
 
     Raises:
         ValueError: If `most` is below 2.
@@ -162,4 +161,4 @@ def _load(path: Path) -> Snapshot:
             tensors = {name: torch.from_numpy(found[name]) for name in ("counts", "means", "points", "labels")}
             return Snapshot(epoch=int(found["epoch"]), step=int(found["step"]), **tensors)
     except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} must be a snapshot as save_snapshot writes it, got another file: {error}") from error
+        raise ValueError(f"{path} must be a snapshot written by save_snapshot, got another file: {error}") from error

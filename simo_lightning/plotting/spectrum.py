@@ -1,4 +1,4 @@
-"""Singular values of the embeddings: how many directions are in use."""
+"""Singular values of the embeddings."""
 
 from matplotlib.figure import Figure
 
@@ -8,10 +8,10 @@ from simo_lightning.plotting import canvas
 
 
 def spectrum_figure(moments: ClassMoments) -> Figure:
-    """Singular values of all embeddings over the largest, with the effective rank and the number of classes marked.
+    """Singular values of all embeddings relative to the largest, with effective rank and number of classes marked.
 
-    The matrix is the uncentred ``(N, D)`` one. C orthogonal, tight classes of equal size show C equal values and then a
-    steep fall; a collapsed embedding has one large value.
+    The ``(N, D)`` matrix is not centred. C orthogonal, tight classes of equal size give C equal values followed by a
+    steep fall; collapsed embeddings give one large value.
 
     Args:
         moments: Class moments.
@@ -32,18 +32,18 @@ def spectrum_figure(moments: ClassMoments) -> Figure:
     axes = figure.add_subplot()
     axes.plot(range(1, len(drawn) + 1), drawn.numpy(), color="#0072B2", marker="o", markersize=3.5)
     lines = []
-    for name, place, color, style in (
+    for name, position, color, style in (
         ("effective rank", float(effective_rank(moments)), "#D55E00", "--"),
         ("classes", float((moments.counts > 0).sum()), "black", ":"),
     ):
-        if place > 0:
-            number = f"{place:.0f}" if place == round(place) else f"{place:.1f}"
-            lines.append(axes.axvline(place, color=color, linestyle=style, linewidth=1.8, label=f"{name} {number}"))
+        if position > 0:
+            number = f"{position:.0f}" if position == round(position) else f"{position:.1f}"
+            lines.append(axes.axvline(position, color=color, linestyle=style, linewidth=1.8, label=f"{name} {number}"))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(0.9, 1.1 * max(len(values), 2))
     axes.set_ylim(min(0.5 * float(drawn.min()), 0.1) if len(drawn) else 0.1, 1.5)
-    # 1, 2, 5, 10, ... and D in place of powers of ten
+    # 1, 2, 5, 10, ... and D instead of powers of ten
     ticks = [base * 10**power for power in range(6) for base in (1, 2, 5) if base * 10**power <= 0.75 * len(values)]
     ticks = sorted({*ticks, max(len(values), 1)})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -58,7 +58,7 @@ def spectrum_figure(moments: ClassMoments) -> Figure:
 
 
 def describe_spectrum(moments: ClassMoments) -> str:
-    """Alternative text of :func:`spectrum_figure`, for readers who do not see it.
+    """Alternative text of :func:`spectrum_figure`.
 
     Args:
         moments: As for the figure.
