@@ -37,7 +37,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         similar_weight * mean f(d / (eps + o)) + dissimilar_weight * mean f(o / (eps + d)) + mean_weight * means
 
     with f(x) = x (form "ratio") or log(1 + x) ("log"), or a cross-entropy with logits log(eps + o) - log(eps + d)
-    ("softmax"). The level says what d and o belong to:
+    ("softmax"). The level determines the groups over which d and o are means:
 
     - "group": one class (similar) and all pairs of different classes at once (dissimilar): the paper;
     - "class": one class, and each pair of classes;
@@ -54,15 +54,15 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
     one class, or none, gives a finite loss with a gradient.
 
     Args:
-        level: At which resolution the ratio is taken.
-        form: What is made of a ratio; "softmax" at the levels centroid and pair.
+        level: Resolution at which the ratio is taken.
+        form: Function of the ratio; "softmax" only at the levels centroid and pair.
         eps: Added to every denominator, in units of d and o, > 0.
         orthogonality_leaning: In 0..1: o becomes leaning * o + (1 - leaning); 0 leaves distance alone.
         normalize: Divide each embedding by its length first.
         similar_weight: Weight of the similar side, >= 0; in the softmax form of the whole.
         dissimilar_weight: Weight of the dissimilar side, >= 0; in the softmax form equal to similar_weight. None is
-            similar_weight, and in the log form of the levels class, centroid and pair as many times that as the batch
-            has other classes: each dissimilar pair then counts about as much as each similar one.
+            similar_weight, times C - 1 in the log form of the levels class, centroid and pair for a batch of C classes:
+            each dissimilar pair then counts about as much as each similar one.
         mean_weight: Weight of the dissimilar side of Eq. 1 among the class means, >= 0; None is 0.3 at the level
             centroid and 0 elsewhere.
         label_smoothing: Share of the softmax form's target spread over all classes (embeddings at the level pair), in
@@ -134,7 +134,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         label_smoothing: float = 0.1,
         prototype_weight: float = 0.5,
     ) -> Self:
-        """The softmax form at the level centroid: which class, as one question.
+        """The softmax form at the level centroid: cross-entropy over the classes of the batch.
 
         The arguments are those of the constructor, with the defaults that trained best for this form.
 
@@ -204,8 +204,8 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the loss by ``torch.compile``, as a whole graph from the numbered labels to the terms.
 
-        The labels are numbered, and the embeddings checked for nan and infinity, outside the graph. Worth it for
-        batches of 16,000 embeddings or more. The value is the same up to rounding.
+        The labels are numbered, and the embeddings checked for nan and infinity, outside the graph.
+        Recommended for batches of 16,000 embeddings or more. The value is the same up to rounding.
 
         Args:
             args: Of ``torch.compile``.
@@ -225,7 +225,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
 
     @property
     def similarity(self) -> Similarity:
-        """The functions of d and o that this loss is made of."""
+        """The elementwise functions of d and o of this loss."""
         return Similarity(self.form, self.eps, self.orthogonality_leaning)
 
     def _number_classes(self, embeddings: Tensor, labels: Tensor) -> tuple[Classes, Tensor | None]:
@@ -284,7 +284,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
                 raise ValueError(f"label_smoothing must be 0 unless form='softmax', got {self.label_smoothing}")
             return
         if self.level not in ("centroid", "pair"):
-            raise ValueError(f"form 'softmax' needs level 'centroid' or 'pair', got level {self.level!r}")
+            raise ValueError(f"form 'softmax' requires level 'centroid' or 'pair', got level {self.level!r}")
         if self.dissimilar_weight not in (None, self.similar_weight):
             raise ValueError(
                 "form 'softmax' has one term for both sides: similar_weight and dissimilar_weight must be equal, "
@@ -294,7 +294,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
 
 def _check_finite(embeddings: Tensor) -> None:
     if math.isfinite(float(embeddings.detach().sum())):
-        return  # neither nan nor inf hides in a finite sum, which is cheaper than a test of each number
+        return  # a finite sum has no nan or inf in it, and is cheaper than a test of each number
     finite = embeddings.detach().isfinite().all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().squeeze(1)

@@ -285,7 +285,10 @@ def test_argument_errors_name_the_argument_and_the_value() -> None:
             "prototype_weight must be 0 or None unless level='centroid', got 0.5",
         ),
         ({"mean_weight": -1.0}, "mean_weight must be finite and >= 0, got -1.0"),
-        ({"level": "group", "form": "softmax"}, "form 'softmax' needs level 'centroid' or 'pair', got level 'group'"),
+        (
+            {"level": "group", "form": "softmax"},
+            "form 'softmax' requires level 'centroid' or 'pair', got level 'group'",
+        ),
         ({"form": "log", "label_smoothing": 0.1}, "label_smoothing must be 0 unless form='softmax', got 0.1"),
         ({"form": "softmax", "dissimilar_weight": 9.0}, "must be equal, got 1.0 and 9.0"),
     ]:

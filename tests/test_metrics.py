@@ -1,6 +1,7 @@
 """Geometry metrics against the pure functions: in batches, out of order, after a reset, pickled, over processes."""
 
 import pickle
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch.distributed
 from torch import Tensor
 
 from simo_lightning import metrics as metrics_module
-from simo_lightning.functional.geometry import GEOMETRY, subspace_overlap
-from simo_lightning.functional.moments import class_moments
+from simo_lightning.functional.geometry import GEOMETRY, geometry_metric, subspace_overlap
+from simo_lightning.functional.moments import ClassMoments, class_moments
 from simo_lightning.metrics import (
     NC3,
     ClassCosine,
@@ -21,6 +22,7 @@ from simo_lightning.metrics import (
     SubspaceOverlap,
     Uniformity,
     geometry_metrics,
+    metric_class,
 )
 from tests.bounds import UNIT
 from tests.rank_processes import start_ranks
@@ -91,6 +93,28 @@ def test_a_class_can_be_subclassed():
     assert metric.compute().item() == round(expected(*data())["class_cosine"], 1)
 
 
+@geometry_metric(interval=">= 0", better="higher", undefined="no embeddings", class_name="OwnMetric")
+def own_metric(moments: ClassMoments) -> Tensor:
+    """Largest count of a class: ``max_c n_c``."""
+    return moments.counts.max()
+
+
+OWN = GEOMETRY.pop("own_metric")  # back in the test of it: the other tests are about the metrics of the package
+
+
+def test_a_metric_declared_elsewhere_has_a_class_too(monkeypatch):
+    with pytest.raises(ValueError, match="function must be declared with @geometry_metric, got own_metric"):
+        metric_class(own_metric)
+    monkeypatch.setitem(GEOMETRY, "own_metric", OWN)
+    made = metric_class(own_metric)
+    monkeypatch.setattr(sys.modules[__name__], "OwnMetric", made, raising=False)  # as `OwnMetric = metric_class(...)`
+    metric = made(NUM_CLASSES, DIM)
+    assert (repr(metric), metric.higher_is_better) == ("OwnMetric()", True)
+    metric.update(torch.zeros(3, DIM), torch.tensor([0, 1, 1]))
+    assert pickle.loads(pickle.dumps(metric)).compute() == 2
+    assert type(geometry_metrics(NUM_CLASSES, DIM)["own_metric"]) is made
+
+
 def classes_on_the_way(toward: str, share: float) -> tuple[Tensor, Tensor]:
     """Classes that get better from share 0 to 1: their means go orthogonal, or their spread small."""
     generator = torch.Generator().manual_seed(3)
@@ -117,7 +141,7 @@ def new_metric(name: str) -> ClassMomentsMetric | Uniformity | NearestClassMeanA
     return getattr(metrics_module, name)(5, 8)
 
 
-CLASSES = sorted(set(metrics_module.__all__) - {"geometry_metrics"})
+CLASSES = sorted(set(metrics_module.__all__) - {"geometry_metrics", "metric_class"})
 DECLARED = {metric.class_name: metric for metric in GEOMETRY.values()}
 OF_SPREAD = {"NearestClassMeanAccuracy"} | {
     name for name, metric in DECLARED.items() if metric.function.__module__.endswith("geometry.spread")
@@ -220,6 +244,8 @@ def test_errors_name_the_argument():
     metric = ClassCosine(NUM_CLASSES, DIM)
     with pytest.raises(ValueError, match=r"embeddings must have shape \(N, 6\), got \(3, 5\)"):
         metric.update(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        metric.update(torch.zeros(3, 6), [0, 1, 2])
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.3"):
         metric.update(torch.zeros(3, 6), torch.tensor([0, 1, 4]))
 

@@ -15,9 +15,11 @@ PAGE = (DOCS / "metrics.md").read_text()
 DECLARED = {metric.class_name for metric in GEOMETRY.values()} | {"ClassMomentsMetric"}
 
 
-def test_the_tables_are_those_of_the_declarations():
-    written = runpy.run_path(str(DOCS / "metrics_table.py"))["rendered"](PAGE)
-    assert written == PAGE, "docs/metrics.md is out of date: python docs/metrics_table.py"
+def test_the_tables_and_the_class_names_are_those_of_the_declarations():
+    script = runpy.run_path(str(DOCS / "metrics_table.py"))
+    assert script["rendered"](PAGE) == PAGE, "docs/metrics.md is out of date: python docs/metrics_table.py"
+    source = script["CLASSES"].read_text()
+    assert script["with_classes"](source) == source, "metrics/__init__.py is out of date: python docs/metrics_table.py"
 
 
 @pytest.mark.parametrize("name", sorted(set(geometry.__all__) - {"GeometryMetric", "geometry_metric"}))

@@ -1,6 +1,6 @@
-"""Tensors in, tensors out: moments, SimO, geometry and nearest neighbours. No rank, no Lightning."""
+"""Functions of tensors: class moments, SimO, geometry and nearest neighbours, without Lightning or communication."""
 
-# ruff: noqa: F403  # each file lists its public names, so that a new metric is named in its own file alone
+# ruff: noqa: F403  # each file lists its public names, so that a new metric is named in one file only
 from simo_lightning.functional import geometry
 from simo_lightning.functional.geometry import *
 from simo_lightning.functional.geometry.collapse import *

@@ -1,4 +1,4 @@
-"""Pseudo-label consistency: the class that some views of an unlabelled image are confident of is the others' target.
+"""Pseudo-label consistency: a class predicted confidently from some views of an image is the target of the others.
 
 Shapes: M embeddings of views, D dimensions, C classes.
 """
@@ -12,7 +12,7 @@ from simo_lightning.functional.simo import Similarity, squared_distances
 
 
 def class_logits(embeddings: Tensor, centers: Tensor, similarity: Similarity) -> Tensor:
-    """Log-odds of each embedding with each class center: log(eps + o) - log(eps + d), up to a constant of the row.
+    """Log-odds of each embedding with each class center: log(eps + o) - log(eps + d), up to a constant per embedding.
 
     Args:
         embeddings: ``(M, D)``.
@@ -35,7 +35,7 @@ def pseudo_label_term(
     confidence: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each view with the class that the image's other views are confident of.
+    """Cross-entropy of each view with the class predicted confidently from the image's other views.
 
     Args:
         embeddings: ``(M, D)``, of the views of the unlabelled images.
@@ -46,13 +46,13 @@ def pseudo_label_term(
         label_smoothing: Share of the target spread over all classes, in 0..1.
 
     Returns:
-        The term: a mean over all M views, to which a view that does not count contributes 0. And which views count,
-        ``(M,)`` bool; a view whose image has no other view never does.
+        The term: a mean over all M views, to which a view that does not count contributes 0. And the mask of the
+        views that count, ``(M,)`` bool; a view whose image has no other view never counts.
 
     Source:
         The target from confident predictions: Sohn et al., arXiv 2001.07685 (FixMatch). There a weakly augmented view
-        is the teacher of a strongly augmented one; here each view is taught by the others. That the classes are centers
-        of the batch and not of a classifier is ours.
+        gives the target of a strongly augmented one; here the other views give the target of each view, and the class
+        centers of the batch take the place of a classifier, which is ours.
     """
     logits = class_logits(embeddings, centers.detach(), similarity)
     index, views = compact_labels(images)

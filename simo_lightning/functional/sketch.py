@@ -1,10 +1,10 @@
-"""A sample of embeddings of fixed size (a bottom-k sketch) that does not depend on their order, batches or processes.
+"""Sample of embeddings of fixed size (a bottom-k sketch), independent of their order, batches and processes.
 
 Every embedding gets a key, a hash of its own values. The sample is the embeddings with the smallest keys, each with the
-number of times it occurred. The smallest keys of all are among the smallest keys of every part, so samples of parts
-merge into the sample of the whole, numbers included.
+number of times it occurred. The smallest keys of the whole are among the smallest keys of each part, so the samples
+of parts merge exactly into the sample of the whole, counts included.
 
-An embedding takes D + 2 int64: key, number, and the bits of its values. So one tensor holds a sample of any dtype.
+An entry is D + 2 int64: key, count, and the bits of the values, so that one tensor holds a sample of any dtype.
 """
 
 import torch

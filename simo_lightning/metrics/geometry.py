@@ -1,37 +1,66 @@
-"""A torchmetrics class for each declared geometry metric, all on one kind of state: the class moments.
+"""A torchmetrics class for each declared geometry metric; their state is the class moments.
 
 The classes are made from the declarations in ``simo_lightning.functional.geometry``: ``class_cosine`` becomes
 ``ClassCosine``. They are ordinary classes of this module, so they can be imported, pickled and subclassed.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from simo_lightning.functional.geometry import GEOMETRY, GeometryMetric
+from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.metrics.moments import ClassMomentsMetric
 
 
-def _metric_class(metric: GeometryMetric) -> type[ClassMomentsMetric]:
+@cache
+def metric_class(function: Callable[..., Tensor]) -> type[ClassMomentsMetric]:
+    """The torchmetrics class of a function declared with :func:`~simo_lightning.functional.geometry.geometry_metric`.
+
+    For metrics of your own: those of this package are already in ``simo_lightning.metrics``. To pickle the metric,
+    assign the class to its own name in the module of the function: ``MyMetric = metric_class(my_metric)``.
+
+    Args:
+        function: The declared function.
+
+    Returns:
+        A subclass of :class:`ClassMomentsMetric`, the same one at each call.
+
+    Raises:
+        ValueError: If the function is not declared.
+
+    Example:
+        >>> from simo_lightning.functional import class_cosine
+        >>> metric_class(class_cosine)(num_classes=2, embedding_dim=2)
+        ClassCosine()
+    """
+    name = getattr(function, "__name__", repr(function))
+    metric = GEOMETRY.get(name)
+    if metric is None or metric.function is not function:
+        raise ValueError(f"function must be declared with @geometry_metric, got {name}")
     body: dict[str, Any] = {
-        "__module__": __name__,
-        "__doc__": f"{metric.meaning}, by :func:`.geometry.{metric.name}`.",
+        "__module__": __name__ if function.__module__.startswith("simo_lightning.") else function.__module__,
+        "__doc__": f"{metric.meaning}, by :func:`.geometry.{name}`.",
         "higher_is_better": metric.higher_is_better,
-        "_function": staticmethod(metric.function),
+        "_function": staticmethod(function),
     }
     return type(metric.class_name, (ClassMomentsMetric,), body)
 
 
-#: The class of each metric by the name under which it is logged.
-GEOMETRY_METRICS: dict[str, type[ClassMomentsMetric]] = {
-    name: _metric_class(metric) for name, metric in sorted(GEOMETRY.items())
+#: The classes of this package's metrics by their names.
+CLASSES: dict[str, type[ClassMomentsMetric]] = {
+    metric.class_name: metric_class(metric.function)
+    for metric in GEOMETRY.values()
+    if metric.function.__module__.startswith("simo_lightning.")
 }
-globals().update({metric_class.__name__: metric_class for metric_class in GEOMETRY_METRICS.values()})
+globals().update(CLASSES)
 
 
 def geometry_metrics(num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64) -> MetricCollection:
-    """All geometry metrics, which share one state: an update costs as much as that of one metric.
+    """All declared geometry metrics. They share one state: an update costs as much as that of one metric.
 
     Args:
         num_classes: C.
@@ -51,6 +80,7 @@ def geometry_metrics(num_classes: int, embedding_dim: int, dtype: torch.dtype = 
         {'class_cosine': 0.0, 'class_cosine_max': 0.0}
     """
     metrics: dict[str, Metric | MetricCollection] = {
-        name: metric_class(num_classes, embedding_dim, dtype) for name, metric_class in GEOMETRY_METRICS.items()
+        name: metric_class(metric.function)(num_classes, embedding_dim, dtype)
+        for name, metric in sorted(GEOMETRY.items())
     }
     return MetricCollection(metrics, compute_groups=[list(metrics)])

@@ -7,7 +7,7 @@ that the rounding of the sums alone explains counts as zero.
 A metric is one function with its declaration :func:`geometry_metric` beside it.
 """
 
-# ruff: noqa: F403  # each file lists its public names, so that a new metric is named in its own file alone
+# ruff: noqa: F403  # each file lists its public names, so that a new metric is named in one file only
 from simo_lightning.functional.geometry import collapse, heads, means, norms, spectrum, sphere, spread
 from simo_lightning.functional.geometry.collapse import *
 from simo_lightning.functional.geometry.declaration import GEOMETRY, GeometryMetric, geometry_metric

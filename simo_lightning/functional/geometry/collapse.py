@@ -11,14 +11,14 @@ __all__ = ["class_separation", "rank_share", "spread_share"]
 
 
 def rank_share(moments: ClassMoments) -> Tensor:
-    """Dimensions in use beyond one line, of those that the classes need: ``(r - 1) / (min(C, D) - 1)``.
+    """Dimensions in use beyond one line, as a share of those that the classes need: ``(r - 1) / (min(C, D) - 1)``.
 
     Args:
-        moments: Class moments of C classes that have rows; r is the :func:`.geometry.effective_rank`.
+        moments: Class moments; C is the number of classes with embeddings, r the :func:`.geometry.effective_rank`.
 
     Returns:
         Scalar >= 0, higher is better (0: all embeddings on one line through the origin; 1: as many dimensions as
-        classes, or more); ``nan`` where the rank is, or with fewer than two classes or dimensions.
+        classes, or more); ``nan`` where the rank is ``nan``, or with fewer than two classes or dimensions.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -26,7 +26,7 @@ def rank_share(moments: ClassMoments) -> Tensor:
         1.0
 
     Source:
-        Ours: SimO asks for one orthogonal direction per class.
+        Ours: the minimum of SimO has one orthogonal direction per class.
     """
     needed = min(int((moments.counts > 0).sum()), moments.sums.shape[1])
     return (effective_rank(moments) - 1) / (needed - 1) if needed > 1 else undefined(moments)
@@ -56,11 +56,11 @@ def spread_share(moments: ClassMoments) -> Tensor:
 
 
 def class_separation(moments: ClassMoments) -> Tensor:
-    """Distance of each two class means in spreads of the classes along the line between them: ``d'``.
+    """Distance between two class means in standard deviations of the classes along the line between them: ``d'``.
 
     ``d'_ab^2 = (|m_a - m_b|^2 - tr(S_a) / n_a - tr(S_b) / n_b) / v_ab``, where ``S_c`` is the unbiased covariance of
     class c and ``v_ab`` the mean of ``u^T S_a u`` and ``u^T S_b u``, u the unit vector from one mean to the other. The
-    subtracted terms are what the noise of two means of so few rows adds to their squared distance.
+    subtracted terms are what the sampling noise of the two means adds to their squared distance.
 
     Args:
         moments: Class moments.
@@ -68,7 +68,7 @@ def class_separation(moments: ClassMoments) -> Tensor:
     Returns:
         ``(C, C)``, symmetric, >= 0, free of scale and of rotation (0: the means coincide; ``inf``: two points); of two
         normal classes the nearer mean is right in a share ``Phi(d' / 2)``: 0.5 gives 60 %, 1 gives 69 %, 3 gives 93 %.
-        ``nan`` on the diagonal and for classes of fewer than two rows.
+        ``nan`` on the diagonal and for classes of fewer than two embeddings.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments

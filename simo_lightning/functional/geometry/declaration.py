@@ -1,4 +1,4 @@
-"""The declaration of a geometry metric: everything that is known about it, beside its function."""
+"""The declaration of a geometry metric, beside its function: name, formula, range, better direction."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ _SECTION = re.compile(r"^(?:Raises|Example|Source):$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class GeometryMetric:
-    """A scalar function of the class moments and what is known about it; calling it calls the function.
+    """A scalar function of the class moments with its description; calling it calls the function.
 
     Attributes:
         function: From class moments to a scalar.
@@ -27,7 +27,7 @@ class GeometryMetric:
         formula: In ASCII: the rest of that line.
         interval: Of its values.
         better: "lower", "higher" or "neither".
-        best: Which value is best, or what a value means; may be empty.
+        best: The best value, or the meaning of a value; may be empty.
         undefined: When it is ``nan``.
     """
 
@@ -47,7 +47,7 @@ class GeometryMetric:
 
     @property
     def higher_is_better(self) -> bool | None:
-        """The direction as torchmetrics writes it."""
+        """The direction in torchmetrics' convention: None where neither is better."""
         return {"higher": True, "lower": False, "neither": None}[self.better]
 
 
@@ -66,13 +66,13 @@ def geometry_metric(
     """Declare a function of the class moments as a metric.
 
     The function goes into :data:`GEOMETRY` under its own name. From there it is logged as ``val/<name>``, shown in the
-    report and in the documentation, and becomes a torchmetrics class. Its docstring begins with
-    "Meaning: ``formula``." in one line; the sections Args and Returns are added to it.
+    report and in the documentation; :func:`simo_lightning.metrics.metric_class` gives its torchmetrics class. Its
+    docstring begins with "Meaning: ``formula``." in one line; the sections Args and Returns are added to it.
 
     Args:
         interval: Of the values, such as "[0, 1]" or ">= 0".
         better: Which direction is better.
-        best: The best value, or what a value means, such as "0: all class means are orthogonal".
+        best: The best value, or the meaning of a value, such as "0: all class means are orthogonal".
         undefined: When the value is ``nan``.
         class_name: Of the torchmetrics class. Default: the name in capitals, ``class_cosine``: ``ClassCosine``.
 
@@ -112,7 +112,7 @@ def geometry_metric(
 
 
 def _with_sections(docstring: str, metric: GeometryMetric) -> str:
-    """The docstring with the sections Args and Returns, which the declaration contains."""
+    """The docstring with the sections Args and Returns from the declaration."""
     direction = {"neither": "neither direction is better"}.get(metric.better, f"{metric.better} is better")
     best = f" ({metric.best})" if metric.best else ""
     added = f"Returns:\n    Scalar, {metric.interval}; {direction}{best}. ``nan`` for {metric.undefined}.\n\n"

@@ -1,7 +1,8 @@
 """Angles and lengths of class means, as they are and centred.
 
-Centred means are the class means less their own mean, every class counting alike. Of P of them at most P - 1 are
-independent, so they cannot all be orthogonal: the best they can be is a simplex, all cosines ``-1 / (P - 1)``.
+Centred means are the class means minus their own mean, with equal weight for every class. At most P - 1 of P centred
+means are linearly independent, so they cannot all be orthogonal; in the best case they form a simplex, with all cosines
+``-1 / (P - 1)``.
 """
 
 import torch
@@ -38,7 +39,7 @@ def class_cosine(moments: ClassMoments) -> Tensor:
         0.0
 
     Source:
-        What SimO loss asks of class means (Bouhsine et al., arXiv 2410.05233); the number itself is ours.
+        SimO loss optimizes the orthogonality of class means (Bouhsine et al., arXiv 2410.05233); the metric is ours.
     """
     return _pair_cosines(present_means(moments)).abs().mean()
 
@@ -82,7 +83,7 @@ def centered_cosine(moments: ClassMoments) -> Tensor:
         0.5
 
     Source:
-        The cosines of NC2 (Papyan, Han & Donoho, PNAS 2020, arXiv 2008.08186); the mean of their sizes is ours.
+        The cosines of NC2 (Papyan, Han & Donoho, PNAS 2020, arXiv 2008.08186); their mean absolute value is ours.
     """
     return _centered_cosines(moments).abs().mean()
 
@@ -153,7 +154,8 @@ def equiangularity(moments: ClassMoments) -> Tensor:
 
     Source:
         Papyan, Han & Donoho, PNAS 2020 (arXiv 2008.08186), NC2, equiangularity; ``m`` is the mean of the class means.
-        Orthogonal class means of equal norm are a simplex once centred: SimO's aim implies 0 here and in `equinorm`.
+        Orthogonal class means of equal norm form a simplex when centred, so the minimum of SimO
+        has 0 here and in `equinorm`.
     """
     cosines = _centered_cosines(moments)
     return cosines.std(correction=0) if len(cosines) else undefined(moments)
@@ -186,14 +188,14 @@ def equinorm(moments: ClassMoments) -> Tensor:
 
 
 def _pair_cosines(vectors: Tensor) -> Tensor:
-    """Cosines of the P (P - 1) / 2 pairs of rows; nan where a row is zero."""
+    """Cosines of the P (P - 1) / 2 pairs of vectors; nan where a vector is zero."""
     unit = vectors / vectors.norm(dim=1, keepdim=True)
     first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
     return (unit @ unit.mT)[first, second].clamp(-1, 1)
 
 
 def _centered_cosines(moments: ClassMoments) -> Tensor:
-    """Cosines of the pairs of centred class means; none with fewer than two classes."""
+    """Cosines of the pairs of centred class means; empty with fewer than two classes."""
     means = present_means(moments)
     if len(means) < 2:
         return means.new_empty(0)

@@ -1,4 +1,4 @@
-"""Norms of the embeddings: mean and spread, in the square sense that the class moments know exactly."""
+"""Norms of the embeddings: root mean square and spread of the squares, which the class moments give exactly."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["class_norm_spread", "class_rms_norm", "norm_spread", "rms_norm"]
 def rms_norm(moments: ClassMoments) -> Tensor:
     """Root mean square norm of the embeddings: ``sqrt(mean_i |e_i|^2)``.
 
-    It shows embeddings that vanish or blow up. The labels do not matter.
+    It reveals embeddings that vanish or explode. The labels do not matter.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -100,6 +100,6 @@ def class_norm_spread(moments: ClassMoments) -> Tensor:
 
 
 def _variation(fourth: Tensor, squares: Tensor, counts: Tensor) -> Tensor:
-    """Coefficient of variation of the squared norms from the sums of their squares, of themselves and their number."""
+    """Coefficient of variation of the squared norms, from the sum of their squares, their sum and their count."""
     ratio = fourth * counts / squares.square()  # mean |e|^4 over (mean |e|^2)^2, >= 1
     return without_rounding(ratio - 1, torch.ones_like(ratio)).clamp(min=0).sqrt()

@@ -82,9 +82,9 @@ def effective_rank(moments: ClassMoments) -> Tensor:
     undefined="no embeddings, or embeddings that are all zero, or one that is not finite",
 )
 def stable_rank(moments: ClassMoments) -> Tensor:
-    """Number of dimensions that matter beside the strongest: ``|X|_F^2 / |X|_2^2``.
+    """Number of dimensions relative to the strongest: ``|X|_F^2 / |X|_2^2``.
 
-    ``X (N, D)`` are the embeddings. Never above the rank, and without a floor where N <= D. The labels do not matter.
+    ``X (N, D)`` are the embeddings. At most the rank. The labels do not matter.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -102,14 +102,14 @@ def stable_rank(moments: ClassMoments) -> Tensor:
 def class_participation_ratio(moments: ClassMoments) -> Tensor:
     """Participation ratio of each class's covariance: ``(sum_k l_k)^2 / sum_k l_k^2``, ``l_k`` its eigenvalues.
 
-    By traces, ``tr(Cov)^2 / tr(Cov^2)``, so that no eigenvalue is computed.
+    Computed by traces, ``tr(Cov)^2 / tr(Cov^2)``, without eigenvalues.
 
     Args:
         moments: Class moments.
 
     Returns:
         ``(C,)`` in [1, min(n_c - 1, D)]: over how many directions the class spreads about its mean; ``nan`` for a class
-        without spread, so also with fewer than two rows.
+        without spread, so also with fewer than two embeddings.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -148,7 +148,7 @@ def participation_ratio(moments: ClassMoments) -> Tensor:
     Source:
         Gao et al., bioRxiv 214262, 2017, averaged over classes.
     """
-    spreads = (moments.counts > 0) & (class_variances(moments) != 0)  # what is not finite stays, and shows
+    spreads = (moments.counts > 0) & (class_variances(moments) != 0)  # values that are not finite are kept
     return class_participation_ratio(moments)[spreads].mean()
 
 
@@ -163,8 +163,8 @@ def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
 
     ``U_c (D, k_c)`` are the k leading eigenvectors of the class's second moment ``sum e e^T``, fewer where it has a
     smaller rank; ``|U_a^T U_b|_F^2`` is the sum of the squared cosines of the principal angles of the two subspaces.
-    The second moment is not centred, because SimO asks that every embedding of one class be orthogonal to every
-    embedding of another. The first direction is close to that of the class mean, the second is where the class spreads
+    The second moment is not centred, because SimO makes every embedding of one class orthogonal to every embedding
+    of another. The first direction is close to that of the class mean, the second is where the class spreads
     most beside it. So this also detects classes that spread towards each other although their means are orthogonal.
 
     Args:
@@ -183,7 +183,7 @@ def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
 
     Source:
         Ours; principal angles as Björck & Golub, Math. Comp. 27(123), 1973. Where the k-th and the next eigenvalue are
-        equal, the subspace is one of many that fit.
+        equal, the subspace is not unique.
     """
     if directions < 1:
         raise ValueError(f"directions must be at least 1, got {directions}")

@@ -1,4 +1,4 @@
-"""Spread within classes: against that between them, between pairs, and along or across the class's own direction."""
+"""Spread within classes: relative to that between classes, between pairs, and along or across the class mean."""
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def scatter_ratio(moments: ClassMoments) -> Tensor:
 @geometry_metric(
     interval=">= 0",
     better="lower",
-    best="0: no spread within classes in the directions that tell classes apart",
+    best="0: no spread within classes in the directions that separate classes",
     undefined="fewer than two classes, or class means that all coincide",
     class_name="NC1",
 )
@@ -66,7 +66,7 @@ def nc1(moments: ClassMoments) -> Tensor:
     """Variability collapse: ``tr(S_W pinv(S_B)) / C``.
 
     ``S_W = 1/N sum_i (e_i - m_{y_i})(e_i - m_{y_i})^T`` and ``S_B = 1/C sum_c (m_c - m)(m_c - m)^T``, with ``m`` the
-    mean of the class means and C the number of classes that have rows.
+    mean of the class means and C the number of classes that have embeddings.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -131,8 +131,8 @@ def class_variance_along(moments: ClassMoments) -> Tensor:
         moments: Class moments.
 
     Returns:
-        ``(C,)``, >= 0 in squared units of the embeddings; ``nan`` for a class with fewer than two rows or whose mean is
-        zero.
+        ``(C,)``, >= 0 in squared units of the embeddings; ``nan`` for a class with fewer than two embeddings or a
+        mean of zero.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -141,14 +141,14 @@ def class_variance_along(moments: ClassMoments) -> Tensor:
         [1.0, nan]
 
     Source:
-        Ours: the fibre picture, in which a class is free to spread along its own direction and nowhere else.
+        Ours: spread along its own mean leaves a class orthogonal to others.
     """
     scale = moments.squared_norms / moments.counts
     return without_rounding(_variance_along(moments), scale).clamp(min=0)
 
 
 def class_variance_across(moments: ClassMoments) -> Tensor:
-    """Variance of each class per direction across its own mean: ``(tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
+    """Variance of each class per direction orthogonal to its own mean: ``(tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
 
     Args:
         moments: Class moments.
@@ -202,7 +202,7 @@ def variance_along(moments: ClassMoments) -> Tensor:
     undefined="one dimension, classes without two embeddings, or a class of several whose mean is zero",
 )
 def variance_across(moments: ClassMoments) -> Tensor:
-    """Variance of a class per direction across its own mean: ``mean_c (tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
+    """Variance of a class per direction orthogonal to its own mean: ``mean_c (tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
 
     The mean of :func:`class_variance_across` over the classes of two embeddings or more.
 
@@ -219,7 +219,7 @@ def variance_across(moments: ClassMoments) -> Tensor:
 
 
 def _variance_along(moments: ClassMoments) -> Tensor:
-    """Of each class (C,), rounding and all."""
+    """Variance of each class along its mean, ``(C,)``, with rounding errors."""
     means = torch.where(moments.counts.unsqueeze(1) > 1, moments.means, float("nan"))
     norms = means.norm(dim=1)
     unit = means / norms.unsqueeze(1)  # (C, D); nan where there is no direction
