@@ -100,13 +100,13 @@ class SimoCLI(FunctionCLI):
             help="Folder of the run. Default: runs/<name of the config>/version_N, or job_ID under a scheduler; "
             "for validate, test, predict and plot the folder of the checkpoint.",
         )
-        for name, kind in CALLBACKS.items():
-            summary = (kind.__doc__ or "").strip().splitlines()[0]
-            options = ", ".join(f"--{name}.{option}" for option in inspect.signature(kind).parameters)
+        for name, callback in CALLBACKS.items():
+            summary = (callback.__doc__ or "").strip().splitlines()[0]
+            options = ", ".join(f"--{name}.{option}" for option in inspect.signature(callback).parameters)
             parser.add_argument(
                 f"--{name}",
-                type=kind | None,
-                default={"class_path": f"simo_lightning.callbacks.{kind.__name__}"},
+                type=callback | None,
+                default={"class_path": f"simo_lightning.callbacks.{callback.__name__}"},
                 help=f"{summary} Set its arguments by {options}; null switches it off.",
             )
 
@@ -180,26 +180,19 @@ class SimoCLI(FunctionCLI):
         """Print the metrics and the paths of the checkpoints and pictures."""
         if self._resumed_step and self.trainer.global_step == self._resumed_step:
             _print("", f"nothing was trained: the run was already complete at step {self._resumed_step}")
-        checkpoints, plots = self.run_dir / "checkpoints", self.run_dir / "plots"
         lines = [f"{name:<28}{float(value):>12.4g}" for name, value in sorted(self.trainer.callback_metrics.items())]
         if not self._is_trial():
-            for name, path in (
-                ("best", checkpoints / "best.ckpt"),
-                ("last", checkpoints / "last.ckpt"),
-                ("plots", plots),
-            ):
-                if path.exists():
-                    lines.append(f"{name:<12}{path}")
+            names = {"best": "checkpoints/best.ckpt", "last": "checkpoints/last.ckpt", "plots": "plots"}
+            paths = {name: self.run_dir / path for name, path in names.items()}
+            lines += [f"{name:<12}{path}" for name, path in paths.items() if path.exists()]
         _print("", *lines)
-
-    def after_test(self) -> None:
-        """Print the folder of the pictures."""
-        self.after_validate()
 
     def after_validate(self) -> None:
         """Print the folder of the pictures."""
         if (self.run_dir / "plots").exists() and not self._is_trial():
             _print("", f"plots       {self.run_dir / 'plots'}")
+
+    after_test = after_validate
 
     def _is_trial(self) -> bool:
         config = self.config[self.config.subcommand]
@@ -245,8 +238,7 @@ class SimoCLI(FunctionCLI):
         folder = self._given_folder(config, own_run, root)
         inherited = inherited_run_folder()
         if self._is_trial():
-            target = inherited or Path(self._scratch)
-            use_run_folder(target)
+            target = use_run_folder(inherited or Path(self._scratch))
             return folder or target, target
         if inherited is not None:
             return inherited, inherited
@@ -292,6 +284,7 @@ class SimoCLI(FunctionCLI):
             _print(f"with settings that differ from config.yaml: {', '.join(changes)}")
 
     def _find_checkpoint(self, asked: str | None, folder: Path) -> str | None:
+        """Path of the checkpoint, which must be readable; None if there is none yet."""
         if asked is None:
             return None
         fitting = self.config.subcommand == "fit"

@@ -91,8 +91,6 @@ def claim_run_folder(root: Path, start: Start, resume: bool) -> tuple[Path, bool
     Raises:
         ValueError: If several processes were started at once without a job id to name the folder after.
     """
-    if _CHOSEN in os.environ:
-        return Path(os.environ[_CHOSEN]), False
     if start.job is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "--run_dir must be given where several processes start at once without a job id to name the folder after"
@@ -100,11 +98,11 @@ def claim_run_folder(root: Path, start: Start, resume: bool) -> tuple[Path, bool
     if start.job is None and resume:
         resumable = [folder for folder in _versions(root) if (folder / "checkpoints" / "last.ckpt").is_file()]
         if resumable:
-            return _chosen(resumable[-1]), False
+            return use_run_folder(resumable[-1]), False
     for folder in _candidates(root, start.job):
         number = _claim(folder, start, resume)
         if number is not None:
-            return _chosen(folder), number == 0
+            return use_run_folder(folder), number == 0
     raise AssertionError("unreachable: there is always another candidate")
 
 
@@ -132,13 +130,17 @@ def in_job() -> bool:
     return _job() is not None
 
 
-def use_run_folder(folder: Path) -> None:
+def use_run_folder(folder: Path) -> Path:
     """Pass the folder to processes that Lightning starts later.
 
     Args:
         folder: Of the run.
+
+    Returns:
+        The folder.
     """
     os.environ[_CHOSEN] = str(folder)
+    return folder
 
 
 def inherited_run_folder() -> Path | None:
@@ -158,7 +160,7 @@ def run_folder_of(checkpoint: Path) -> Path | None:
         checkpoint: File.
 
     Returns:
-        The folder that holds ``checkpoints/``, or None if it lies elsewhere.
+        The folder that holds ``checkpoints/``, or None if the checkpoint is elsewhere.
     """
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
@@ -254,11 +256,6 @@ def _candidates(root: Path, job: str | None) -> Iterator[Path]:
     versions = _versions(root)
     first = int(versions[-1].name.removeprefix("version_")) + 1 if versions else 0
     yield from (root / f"version_{number}" for number in itertools.count(first))
-
-
-def _chosen(folder: Path) -> Path:
-    use_run_folder(folder)
-    return folder
 
 
 def _count(name: str) -> int:

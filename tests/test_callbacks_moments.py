@@ -62,7 +62,7 @@ def test_the_window_holds_the_batches_since_the_last_time(tmp_path, monkeypatch,
         assert values == pytest.approx(geometry(module.outputs[3 * number : 3 * number + 3]), rel=1e-9, nan_ok=True)
 
 
-def test_rows_of_no_class_are_left_out_and_accumulated_steps_count_once(tmp_path):
+def test_embeddings_of_no_class_are_ignored_and_accumulated_steps_count_once(tmp_path):
     class Hidden(Shares):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             images, labels = batch

@@ -63,13 +63,13 @@ def test_it_is_softmax_regression_on_directions(tmp_path, hidden):
     assert history.seen[-1]["val/probe"] == run.validate(module, data, verbose=False)[0]["val/probe"]
 
 
-def test_it_learns_from_every_second_batch_unless_told_otherwise(tmp_path):
+def test_it_learns_from_every_second_batch_by_default(tmp_path):
     module, probe = Embedding(), OnlineProbe()
     trainer(tmp_path, probe, max_epochs=1).fit(module, Pictures())
     assert_learned(probe.head, module.batches[::2], 1e-2)
 
 
-def test_it_measures_every_n_epochs_and_learns_in_all(tmp_path):
+def test_it_evaluates_every_n_epochs_and_learns_in_all(tmp_path):
     history, module, probe = History(), Embedding(), OnlineProbe(every_n_epochs=2, every_n_batches=1)
     trainer(tmp_path, probe, history, max_epochs=3, num_sanity_val_steps=0).fit(module, Pictures())
     assert ["val/probe" in seen for seen in history.seen] == [False, True, True]

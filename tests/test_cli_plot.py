@@ -70,7 +70,7 @@ def test_all_pictures_are_in_the_folder_of_the_run_by_default(digits_run: Path) 
     assert any("50 of 143" in (image["alt"] or "") for image in page.all("img"))
 
 
-def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["plot", "--help"])
     assert stop.value.code == 0
@@ -89,13 +89,13 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["--ckpt_path", "cut.ckpt"], 1, "checkpoint cut.ckpt cannot be read: it is cut short"),
         ([], 1, "no checkpoint at runs/digits/version_0/checkpoints/best.ckpt"),
         (["--ckpt_path", "good.ckpt", "--model.encoder.width", "0.25"], 1, "good.ckpt does not fit"),
-        (["--ckpt_path", "good.ckpt", "--out", "file/out"], 1, "the report's folder file/out cannot be made"),
+        (["--ckpt_path", "good.ckpt", "--out", "file/out"], 1, "the report's folder file/out cannot be created"),
         (["--ckpt_path", "good.ckpt", "--data.val_fraction", "0"], 1, "must return a dictionary with embeddings"),
         (["--ckpt_path", "good.ckpt", "--projections", "[pca]", "--queries", "[143]"], 1, "images 0..142 of the split"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_what_cannot_be_is_told_in_a_line(
+def test_wrong_arguments_are_reported_in_one_line(
     words: list[str], code: int, message: str, digits_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()

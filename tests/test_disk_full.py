@@ -15,7 +15,7 @@ from simo_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from tests.digits_run import QUIET, SIMO, SMALL
 from tests.rank_processes import start_ranks
 
-SMALL_STATE, LARGE_STATE = {"rows": torch.arange(9)}, {"rows": torch.zeros(2**20)}
+SMALL_STATE, LARGE_STATE = {"values": torch.arange(9)}, {"values": torch.zeros(2**20)}
 
 
 def write_over(path: Path, answer: Path) -> None:
@@ -36,7 +36,7 @@ def assert_told(answer: str, number: int, path: Path) -> None:
         == f"{number} [Errno {number}] checkpoint {path} cannot be written: {reason}; the one before it is intact"
     )
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert torch.equal(torch.load(path, weights_only=True)["rows"], torch.arange(9))
+    assert torch.equal(torch.load(path, weights_only=True)["values"], torch.arange(9))
 
 
 def test_a_checkpoint_over_the_limit_of_file_size_leaves_the_one_before(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(small_disk: Path) -> 
     assert_told(f"{caught.value.errno} {caught.value}", errno.ENOSPC, path)
 
 
-def test_a_run_on_a_full_disk_is_told_in_a_line(small_disk: Path) -> None:
+def test_a_run_on_a_full_disk_is_reported_in_one_line(small_disk: Path) -> None:
     words = ["fit", *SMALL, *QUIET, "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--best", "null"]
     done = subprocess.run(
         [SIMO, *words, "--run_dir", str(small_disk / "run")], capture_output=True, text=True, check=False

@@ -103,7 +103,7 @@ def test_complete_last_epoch_a_checkpoint_of_its_end_calls_it_incomplete(tmp_pat
     assert progress["completed"] == 1
 
 
-def test_begin_new_epoch_a_run_of_so_many_steps_always_goes_on_in_one(tmp_path: Path) -> None:
+def test_begin_new_epoch_a_run_with_max_steps_always_continues_one(tmp_path: Path) -> None:
     trainer = fit(tmp_path, max_epochs=-1, max_steps=2, enable_checkpointing=False)
     trainer.fit_loop.restarting = False
     assert trainer.fit_loop.restarting
@@ -153,3 +153,30 @@ def test_function_cli_arguments_of_a_checkpoint_replace_the_command_line(tmp_pat
 
     words = ["validate", "--model.width", "2", "--ckpt_path", str(path), "--trainer.accelerator", "cpu"]
     assert ParseOnly(Line, args=words, seed_everything_default=False).model.layer.out_features == 1
+
+
+def test_batches_processed_counts_within_the_epoch(tmp_path: Path) -> None:
+    counts = []
+
+    class Counting(Line):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            counts.append(lightning_private.batches_processed(self.trainer))
+            return super().training_step(batch, batch_idx)
+
+    arguments: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "max_epochs": 2, **QUIET}
+    pl.Trainer(default_root_dir=tmp_path, **arguments).fit(Counting())
+    assert counts == [*range(BATCHES)] * 2
+
+
+def test_given_arguments_are_those_of_the_command_line() -> None:
+    given = []
+
+    class Given(Line):
+        def __init__(self, width: int = 1) -> None:
+            super().__init__(width)
+            given.append(lightning_private.given_arguments())
+
+    words = ["--model.width", "2", "--trainer.accelerator", "cpu"]
+    LightningCLI(Given, args=words, run=False, seed_everything_default=False)
+    assert given[0]["width"] == 2
+    assert lightning_private.given_arguments() == {}

@@ -161,7 +161,7 @@ def test_a_foreign_module_gets_a_page_with_its_own_numbers(page: Page, seeded: F
         assert float(page.value(name)) == pytest.approx(float(function(moments)), rel=6e-4), name
     assert page.value("knn") == "undefined"
     assert page.after("Images") == "24 of 3 classes"
-    assert page.after("Checkpoint") == "none: the weights as they are"
+    assert page.after("Checkpoint") == "none: current weights"
     assert page.after("Data") == "Data, validation split"
 
 
@@ -260,30 +260,30 @@ def test_of_a_thousand_classes_a_map_shows_some_with_ten_points_each(tmp_path: P
     ("named", "message"),
     [
         ({"stage": "train"}, "stage must be 'val' or 'test', got 'train'"),
-        ({"projections": ["lda"]}, "projections must be of pca, tsne, umap, got 'lda'"),
+        ({"projections": ["lda"]}, "projections must be among pca, tsne, umap, got 'lda'"),
         ({"max_points": 0}, "max_points must be at least 1, got 0"),
         ({"queries": -1}, "queries must be a number >= 0"),
-        ({"queries": [3, 24]}, r"queries must be images 0..23 of the split, got \[3, 24\]"),
+        ({"queries": [3, 24]}, r"queries must be indices 0..23 of images of the split, got \[3, 24\]"),
     ],
     ids=lambda value: "",
 )  # fmt: skip
-def test_wrong_arguments_are_told(named, message):
+def test_wrong_arguments_are_reported(named, message):
     with pytest.raises(ValueError, match=message):
         plot(Foreign(), Data(), **named)
 
 
-def test_steps_without_embeddings_are_told():
+def test_steps_without_embeddings_are_reported():
     with pytest.raises(ValueError, match="Foreign's validation steps must return a dictionary with embeddings"):
         plot(Foreign(returns=False), Data())
 
 
-def test_a_checkpoint_of_another_module_is_told():
+def test_a_checkpoint_of_another_module_is_reported():
     torch.save({"state_dict": {"other": torch.zeros(1)}, "pytorch-lightning_version": pl.__version__}, "other.ckpt")
     with pytest.raises(ValueError, match=r"checkpoint other.ckpt does not fit the model"):
         write_report(trainer(), Foreign(), Data(), ckpt_path="other.ckpt")
 
 
-def test_the_trainers_callbacks_are_there_again():
+def test_the_trainers_callbacks_are_restored():
     callbacks = [EmbeddingPlots(), OnlineKNN()]  # OnlineKNN itself would raise: there is no bank
     mine = trainer(enable_checkpointing=False, callbacks=callbacks)
     before = list(mine.callbacks)

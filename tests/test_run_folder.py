@@ -161,6 +161,9 @@ def test_a_run_that_resumes_with_other_settings_prints_them(capfd: pytest.Captur
     fit(*BRIEF, "--run_dir", "mine")
     fit(*BRIEF, "--run_dir", "mine", "--ckpt_path", "last", "--trainer.max_steps", "3")
     assert "with settings that differ from config.yaml: trainer.max_steps 2 -> 3" in capfd.readouterr().out
+    Path("mine", "config.yaml").write_text("trainer: [")
+    fit(*BRIEF, "--run_dir", "mine", "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert "mine/config.yaml cannot be compared with the settings of this start: " in capfd.readouterr().out
 
 
 @pytest.mark.slow  # half a minute: five processes import torch

@@ -59,7 +59,7 @@ class EvaluationCallback(Callback):
 
     Attributes:
         progress_bar: Names of the values that the progress bar shows.
-        num_classes: C, for a subclass that needs it; None: ``trainer.datamodule.num_classes``.
+        num_classes: C, for a subclass that requires it; None: ``trainer.datamodule.num_classes``.
 
     Raises:
         ValueError: If ``every_n_epochs`` is below 1.

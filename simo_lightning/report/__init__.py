@@ -1,4 +1,4 @@
-"""One page that shows what the embeddings of a checkpoint look like."""
+"""An HTML page that shows the embeddings of a checkpoint."""
 
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.page import Section, write_page

@@ -1,4 +1,4 @@
-"""The page itself: one HTML file that contains every picture."""
+"""The report as one HTML file that contains its pictures."""
 
 import base64
 import mimetypes
@@ -15,17 +15,17 @@ from simo_lightning.report.rows import MetricRow
 
 
 def write_page(
-    folder: Path, title: str, facts: Mapping[str, str], rows: Sequence[MetricRow], sections: Sequence[Section]
+    folder: Path, title: str, details: Mapping[str, str], rows: Sequence[MetricRow], sections: Sequence[Section]
 ) -> Path:
     """Write ``index.html``, which contains its pictures and loads nothing.
 
     Args:
         folder: Must exist.
         title: Of the page.
-        facts: What the page is about, by name. Any text is allowed here and in all other arguments: it is escaped, and
-            characters that cannot be printed are shown as their codes.
+        details: Run, checkpoint, data and so on, by name. Text of all arguments is escaped, and characters that cannot
+            be printed are shown as their codes.
         rows: The metrics table.
-        sections: The pictures; each is read from its file.
+        sections: The pictures, read from their files.
 
     Returns:
         The file.
@@ -38,7 +38,7 @@ def write_page(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_one_line
     )
     environment.filters["data_uri"] = _data_uri
-    text = environment.from_string(template).render(title=title, facts=facts, rows=rows, sections=sections)
+    text = environment.from_string(template).render(title=title, details=details, rows=rows, sections=sections)
     path = folder / "index.html"
     path.write_text(text, encoding="utf-8")
     return path
@@ -49,6 +49,6 @@ def _one_line(value: Any) -> Any:
 
 
 def _data_uri(path: Path) -> str:
-    """The file as an address that contains it, ``data:image/png;base64,...``."""
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    """The file as a data URI, ``data:image/png;base64,...``."""
+    mime_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{mime_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

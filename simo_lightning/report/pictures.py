@@ -1,4 +1,4 @@
-"""Draws the pictures of the report into files, each with its title, caption and alternative text."""
+"""The pictures of the report, each with title, caption and alternative text."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from simo_lightning.plotting.canvas import every_nth, share
 
 _PROJECTIONS = {
     "pca": ("PCA", "Projection on the two directions of largest variance."),
-    "tsne": ("t-SNE", "Neighbours stay neighbours; sizes of the groups and distances between them mean little."),
-    "umap": ("UMAP", "Neighbours stay neighbours; sizes of the groups and distances between them mean little."),
+    "tsne": ("t-SNE", "Keeps neighbours together; sizes of clusters and distances between them mean little."),
+    "umap": ("UMAP", "Keeps neighbours together; sizes of clusters and distances between them mean little."),
 }
 _NEIGHBORS = 5
-_MOST_IN_LEGEND = 30  # classes that a map always shows
+_MAX_LEGEND = 30  # classes that a map always shows
 _PANELS = 6
-_ANIMATED = 20  # snapshots of an animation
+_FRAMES = 20  # snapshots of the animation
 
 
 class EmbeddedImages(NamedTuple):
@@ -33,7 +33,7 @@ class EmbeddedImages(NamedTuple):
     Attributes:
         embeddings: ``(N, D)``.
         labels: ``(N,)``.
-        images: uint8 ``(M, C, H, W)``, of the first M embeddings; None where there are none.
+        images: uint8 ``(M, C, H, W)`` of the first M embeddings, or None.
     """
 
     embeddings: Tensor
@@ -42,13 +42,13 @@ class EmbeddedImages(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture and its texts.
+    """A picture with its texts.
 
     Attributes:
         path: PNG or GIF.
-        title: Above it.
-        alt: Alternative text, for readers who do not see it.
-        text: Caption: how to read it.
+        title: Heading.
+        alt: Alternative text for screen readers.
+        text: Caption that explains how to read it.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class Section(NamedTuple):
 
     Attributes:
         title: Heading.
-        text: One sentence below it.
+        text: One sentence below the heading.
         pictures: One or more.
     """
 
@@ -92,18 +92,19 @@ def draw_sections(
     queries: int | Sequence[int] = 8,
     max_points: int = 2000,
 ) -> list[Section]:
-    """Draw every picture that the data allow.
+    """Draw all pictures that the data allow.
 
     Args:
         folder: Must exist; the pictures are written into it.
         data: Of the split.
-        moments: Class moments of all its embeddings.
+        moments: Class moments of all embeddings.
         class_names: C names.
-        snapshots: Of training, in order; fewer than two, or those of other classes, are not drawn.
+        snapshots: Of training, in order. They are not drawn if there are fewer than two or their classes differ.
         projections: Maps to the plane.
-        queries: Images whose nearest neighbours are shown, or how many, taken from the classes in turn; 0 for none.
-        max_points: Points of a map, the classes in proportion; of more than 30 classes every n-th, so that each has ten
-            points or more.
+        queries: Indices of images whose nearest neighbours are shown, or their number, taken from the classes in turn;
+            0 for none.
+        max_points: Points of a map, stratified by class. Of more than 30 classes every n-th is shown, so that each
+            has at least ten points.
 
     Returns:
         The sections that have pictures.
@@ -141,15 +142,15 @@ def draw_sections(
 
 
 def nearest_neighbors(embeddings: Tensor, queries: Tensor, k: int) -> Tensor:
-    """The rows whose embeddings have the largest cosine with those of the queries.
+    """Indices of the embeddings with the largest cosine with the queries.
 
     Args:
         embeddings: ``(N, D)``.
-        queries: Rows, ``(Q,)``.
+        queries: Indices, ``(Q,)``.
         k: At most N - 1.
 
     Returns:
-        Rows ``(Q, k)``, nearest first, never the query itself.
+        Indices ``(Q, k)``, nearest first, without the query itself.
 
     Example:
         >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]]), torch.tensor([0]), k=2)
@@ -162,17 +163,17 @@ def nearest_neighbors(embeddings: Tensor, queries: Tensor, k: int) -> Tensor:
 
 
 def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
-    """Rows whose nearest neighbours are shown.
+    """Indices of the images whose nearest neighbours are shown.
 
     Args:
-        labels: Of the rows that have images, ``(M,)``.
-        queries: Rows, or how many: then the first of each class, the second of each class, and so on.
+        labels: Of the embeddings that have images, ``(M,)``.
+        queries: Indices, or their number: then the first image of each class, the second of each class, and so on.
 
     Returns:
-        Rows ``(Q,)``.
+        Indices ``(Q,)``.
 
     Raises:
-        ValueError: If a row is not in ``0..M - 1``, or the number is negative.
+        ValueError: If an index is not in ``0..M - 1``, or the number is negative.
 
     Example:
         >>> choose_queries(torch.tensor([1, 1, 0, 2]), 3).tolist()
@@ -180,15 +181,15 @@ def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
     """
     if isinstance(queries, int):
         if queries < 0:
-            raise ValueError(f"queries must be a number >= 0 or a list of images, got {queries}")
+            raise ValueError(f"queries must be a number >= 0 or a list of indices, got {queries}")
         seen: Counter[int] = Counter()
-        order = []  # (how many of its class come before it, label, row)
-        for row, label in enumerate(labels.tolist()):
-            order.append((seen[label], label, row))
+        order = []  # (images of its class before it, label, index)
+        for index, label in enumerate(labels.tolist()):
+            order.append((seen[label], label, index))
             seen[label] += 1
-        return torch.tensor([row for *_, row in sorted(order)[:queries]], dtype=torch.long)
+        return torch.tensor([index for *_, index in sorted(order)[:queries]], dtype=torch.long)
     if any(not 0 <= query < len(labels) for query in queries):
-        raise ValueError(f"queries must be images 0..{len(labels) - 1} of the split, got {list(queries)}")
+        raise ValueError(f"queries must be indices 0..{len(labels) - 1} of images of the split, got {list(queries)}")
     return torch.tensor(list(queries), dtype=torch.long)
 
 
@@ -216,10 +217,10 @@ def _draw_classes(folder: Path, moments: ClassMoments, class_names: Sequence[str
 def _draw_maps(
     folder: Path, data: EmbeddedImages, class_names: Sequence[str], projections: Sequence[Projection], max_points: int
 ) -> list[Picture]:
-    # of thousands of classes some, ten points each: one point of each class would say nothing about the classes
-    shown = every_nth(len(class_names), max(_MOST_IN_LEGEND, max_points // 10))
-    rows = (data.labels % shown.step == 0).nonzero().squeeze(1)
-    kept = rows[stratified_subset(data.labels[rows], max_points, seed=0)]
+    # of thousands of classes only some, with ten points each: single points would not show how a class spreads
+    shown = every_nth(len(class_names), max(_MAX_LEGEND, max_points // 10))
+    indices = (data.labels % shown.step == 0).nonzero().squeeze(1)
+    kept = indices[stratified_subset(data.labels[indices], max_points, seed=0)]
     embeddings, labels = data.embeddings[kept], data.labels[kept]
     note = "" if len(shown) == len(class_names) else f"\n{share(len(shown), len(class_names))} classes"
     pictures = []
@@ -246,13 +247,13 @@ def _draw_neighbors(folder: Path, data: EmbeddedImages, chosen: Tensor, class_na
         return []
     count = len(data.images)
     nearest = nearest_neighbors(data.embeddings[:count], chosen, min(_NEIGHBORS, count - 1))
-    rows = torch.cat([chosen.unsqueeze(1), nearest], dim=1)  # (Q, 1 + K)
+    indices = torch.cat([chosen.unsqueeze(1), nearest], dim=1)  # (Q, 1 + K)
     path = folder / "neighbors.png"
-    plotting.neighbors_figure(data.images[rows], data.labels[rows], class_names).savefig(path)
+    plotting.neighbors_figure(data.images[indices], data.labels[indices], class_names).savefig(path)
     text = (
         f"Searched in the first {count:,} images of the split. Queries, from 0: {', '.join(map(str, chosen.tolist()))}."
     )
-    return [Picture(path, "Nearest images", plotting.describe_neighbors(data.labels[rows], class_names), text)]
+    return [Picture(path, "Nearest images", plotting.describe_neighbors(data.labels[indices], class_names), text)]
 
 
 def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Sequence[str]) -> list[Picture]:
@@ -263,11 +264,11 @@ def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Seq
     drawn = [(each.title, each.star_coordinates if star else each.points) for each in few]
     points = drawn, snapshots[-1].labels, class_names
     cosines = [(each.title, each.cosines) for each in few], None, [class_names[i] for i in few[0].classes]
-    moving = [(each.title, each.points) for each in plotting.pick_snapshots(snapshots, _ANIMATED)]
+    frames = [(each.title, each.points) for each in plotting.pick_snapshots(snapshots, _FRAMES)]
     paths = [folder / name for name in ("training_points.png", "training_similarity.png", "training.gif")]
     plotting.small_multiples_figure(*points).savefig(paths[0])
     plotting.small_multiples_figure(*cosines).savefig(paths[1])
-    plotting.save_animation(moving, paths[2], *points[1:])
+    plotting.save_animation(frames, paths[2], *points[1:])
     one_map = "One map for all epochs: PCA of the last one."
     axes = (
         "Star coordinates: each class has an axis, and a point is the sum of its cosines with the class means along "
@@ -281,5 +282,5 @@ def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Seq
             plotting.describe_sequence(*cosines),
             f"1 is red, 0 white, -1 blue; {share(len(few[0].classes), len(class_names))} classes.",
         ),
-        Picture(paths[2], "Embeddings, animated", plotting.describe_sequence(moving, *points[1:]), one_map),
+        Picture(paths[2], "Embeddings, animated", plotting.describe_sequence(frames, *points[1:]), one_map),
     ]

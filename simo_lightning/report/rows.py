@@ -1,4 +1,4 @@
-"""The metrics table: each value with its better direction and what it means."""
+"""The metrics table: value, better direction and meaning."""
 
 import math
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from simo_lightning.functional.moments import ClassMoments
 
 
 class MetricRow(NamedTuple):
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: As it is logged, without the stage.
-        value: A number; nan where it is undefined.
+        name: Logged name without the stage.
+        value: nan if it is undefined.
         better: "higher", "lower" or "neither".
         meaning: One line.
     """
@@ -24,7 +24,7 @@ class MetricRow(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The value as it is shown: four digits, "undefined" or "infinite"."""
+        """The displayed value: four digits, "undefined" or "infinite"."""
         if math.isnan(self.value):
             return "undefined"
         return "infinite" if math.isinf(self.value) else f"{self.value:.4g}"
@@ -48,8 +48,8 @@ def metric_rows(moments: ClassMoments, knn: float = math.nan, k: int = 20) -> li
         >>> rows["class_cosine"].text, rows["class_cosine"].better, rows["alignment"].text
         ('0', 'lower', 'undefined')
     """
-    known = f"Share of the images whose class is that of most of their {k} nearest training images"
-    rows = [MetricRow("knn", knn, "higher", known)]
+    meaning = f"Accuracy of a vote of the {k} nearest training images"
+    rows = [MetricRow("knn", knn, "higher", meaning)]
     for name, metric in sorted(GEOMETRY.items()):
         meaning = f"{metric.meaning} ({metric.best})" if metric.best else metric.meaning
         rows.append(MetricRow(name, float(metric(moments)), metric.better, meaning))

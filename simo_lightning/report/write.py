@@ -1,4 +1,4 @@
-"""The report of a checkpoint: embed a split, measure it, draw it, write the page."""
+"""The report of a checkpoint: embed a split, compute its metrics, draw the pictures and write the page."""
 
 import warnings
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from simo_lightning.report.pictures import EmbeddedImages, draw_sections
 from simo_lightning.report.rows import metric_rows
 from simo_lightning.version import __version__
 
-Kind = TypeVar("Kind")
+CallbackT = TypeVar("CallbackT", bound=pl.Callback)
 _SPLITS = {"val": "validation", "test": "test"}
 
 
@@ -44,25 +44,25 @@ def write_report(
 ) -> Path:
     """Draw the embeddings of a split into one page, with the metrics.
 
-    Runs the validation or test loop once. Any module will do whose steps return ``embeddings`` and ``labels``; kNN
-    needs ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The trainer's
-    own callbacks that evaluate embeddings are left out.
+    Runs the validation or test loop once, with any module whose steps return ``embeddings`` and ``labels``; kNN
+    requires ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The
+    trainer's own callbacks that evaluate embeddings are not called.
 
     Args:
         trainer: Runs the loop; its ``default_root_dir`` is the folder of the run.
-        model: Its weights are those of the checkpoint, where one is given.
-        datamodule: With ``class_names``; without, classes are called by their numbers.
+        model: The weights of the checkpoint, if there is one, are loaded into it.
+        datamodule: Its ``class_names`` are used if it has them, otherwise class indices.
         ckpt_path: Checkpoint: "best" or "last" of the run, or a file.
         out: Folder of index.html and the pictures. Default: plots/report in the folder of the run.
         stage: Split: "val" or "test".
         projections: Maps of the embeddings: pca, tsne and, with the extra umap, umap.
-        queries: Images of the split whose nearest neighbours are shown, as a list such as [3,17]; or how many,
+        queries: Indices of images of the split whose nearest neighbours are shown, such as [3,17], or their number,
             taken from the classes in turn; 0 for none.
-        max_points: Points of a map, the classes in proportion.
-        config_name: What the page calls the run.
+        max_points: Points of a map, stratified by class.
+        config_name: Name of the run on the page.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -74,21 +74,21 @@ def write_report(
     run = Path(trainer.default_root_dir)
     if ckpt_path in ("best", "last"):
         ckpt_path = str(run / "checkpoints" / f"{ckpt_path}.ckpt")
-    facts = {"Config": config_name or type(model).__name__, "Run": _short(run)}
-    facts["Checkpoint"] = "none: the weights as they are" if ckpt_path is None else _describe(Path(ckpt_path))
+    details = {"Config": config_name or type(model).__name__, "Run": _short(run)}
+    details["Checkpoint"] = "none: current weights" if ckpt_path is None else _describe(Path(ckpt_path))
     folder = _make_folder(run / "plots" / "report" if out is None else Path(out))
-    snapshots = load_snapshots(run / _find(trainer, EmbeddingPlots, EmbeddingPlots()).dirname / "snapshots")
+    snapshots = load_snapshots(run / _find(trainer, EmbeddingPlots()).dirname / "snapshots")
     data, knn, k = _embed(trainer, model, datamodule, ckpt_path, stage)
     if trainer.is_global_zero:
         names = _class_names(datamodule, data.labels)
-        facts["Data"] = f"{type(datamodule or model).__name__}, {_SPLITS[stage]} split"
-        facts["Images"] = f"{len(data.labels):,} of {len(data.labels.unique())} classes"
-        facts["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
-        facts["Made by"] = f"simo_lightning {__version__}"
+        details["Data"] = f"{type(datamodule or model).__name__}, {_SPLITS[stage]} split"
+        details["Images"] = f"{len(data.labels):,} of {len(data.labels.unique())} classes"
+        details["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
+        details["Made by"] = f"simo_lightning {__version__}"
         moments = _moments(data, len(names))
         sections = draw_sections(folder, data, moments, names, snapshots, projections, queries, max_points)
-        title = f"{facts['Config']}: embeddings of the {_SPLITS[stage]} split"
-        write_page(folder, title, facts, metric_rows(moments, knn, k), sections)
+        title = f"{details['Config']}: embeddings of the {_SPLITS[stage]} split"
+        write_page(folder, title, details, metric_rows(moments, knn, k), sections)
     trainer.strategy.barrier("report")
     return folder / "index.html"
 
@@ -98,10 +98,10 @@ def _check(stage: str, projections: list[Projection], max_points: int) -> None:
         raise ValueError(f"stage must be 'val' or 'test', got {stage!r}")
     for projection in projections:
         if projection not in get_args(Projection):
-            raise ValueError(f"projections must be of {', '.join(get_args(Projection))}, got {projection!r}")
+            raise ValueError(f"projections must be among {', '.join(get_args(Projection))}, got {projection!r}")
     if max_points < 1:
         raise ValueError(f"max_points must be at least 1, got {max_points}")
-    if "umap" in projections and find_spec("umap") is None:  # told now, not after the data are embedded
+    if "umap" in projections and find_spec("umap") is None:  # refused before the data are embedded
         raise ValueError(missing_extra("No module named 'umap'"))
 
 
@@ -109,13 +109,13 @@ def _embed(
     trainer: pl.Trainer, model: pl.LightningModule, datamodule: Any, ckpt_path: str | None, stage: str
 ) -> tuple[EmbeddedImages, float, int]:
     """The split's embeddings, the accuracy of kNN on it, and its k."""
-    collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN, OnlineKNN())
+    collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
     has_bank = all(callable(getattr(datamodule, name, None)) for name in ("bank_dataloader", "prepare"))
-    judges: list[EvaluationCallback] = (
-        [collector, knn] if has_bank and callable(getattr(model, "embed", None)) else [collector]
-    )
+    callbacks: list[EvaluationCallback] = [collector]
+    if has_bank and callable(getattr(model, "embed", None)):
+        callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
-    with _judged_by(trainer, judges), mismatch_in_one_line(ckpt_path):
+    with _evaluation_callbacks(trainer, callbacks), mismatch_in_one_line(ckpt_path):
         run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
     if collector.result is None:
         raise ValueError(
@@ -126,39 +126,42 @@ def _embed(
 
 
 @contextmanager
-def _judged_by(trainer: Any, judges: list[EvaluationCallback]) -> Iterator[None]:
-    """The trainer with these callbacks in place of its own that judge embeddings or write checkpoints."""
+def _evaluation_callbacks(trainer: Any, evaluation: list[EvaluationCallback]) -> Iterator[None]:
+    """The trainer with these callbacks instead of its own that evaluate embeddings or write checkpoints."""
     callbacks = trainer.callbacks
-    trainer.callbacks = [each for each in callbacks if not isinstance(each, EvaluationCallback | Checkpoint)] + judges
+    trainer.callbacks = [
+        each for each in callbacks if not isinstance(each, EvaluationCallback | Checkpoint)
+    ] + evaluation
     try:
         with warnings.catch_warnings():
-            # those left out may have a state in the checkpoint, and Lightning would ask for them
+            # the removed callbacks may have a state in the checkpoint, which Lightning would warn about
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
             yield
     finally:
         trainer.callbacks = callbacks
 
 
-def _find(trainer: Any, kind: type[Kind], default: Kind) -> Kind:
-    """The trainer's callback of a kind."""
-    return next((each for each in trainer.callbacks if isinstance(each, kind)), default)
+def _find(trainer: Any, default: CallbackT) -> CallbackT:
+    """The trainer's callback of the class of the default, if it has one."""
+    return next((each for each in trainer.callbacks if isinstance(each, type(default))), default)
 
 
 def _describe(checkpoint: Path) -> str:
-    found = read_checkpoint(checkpoint, map_location="cpu")
-    return f"{checkpoint.name}, epoch {found.get('epoch', 'unknown')}, step {found.get('global_step', 'unknown')}"
+    content = read_checkpoint(checkpoint, map_location="cpu")
+    epoch, step = (content.get(name, "unknown") for name in ("epoch", "global_step"))
+    return f"{checkpoint.name}, epoch {epoch}, step {step}"
 
 
 def _make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PermissionError(f"the report's folder {folder} cannot be made: {error.strerror or error}") from error
+        raise PermissionError(f"the report's folder {folder} cannot be created: {error.strerror or error}") from error
     return folder
 
 
 def _short(folder: Path) -> str:
-    """A folder without what is of this machine alone."""
+    """A folder relative to the working directory, or its name if it is elsewhere."""
     absolute, here = folder.absolute(), Path.cwd()
     return str(absolute.relative_to(here)) if here in absolute.parents else absolute.name
 
@@ -170,6 +173,6 @@ def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
 
 def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:
     metric = ClassMomentsMetric(num_classes, data.embeddings.shape[1])
-    for rows, labels in zip(data.embeddings.split(4096), data.labels.split(4096), strict=True):
-        metric.update(rows, labels)
+    for embeddings, labels in zip(data.embeddings.split(4096), data.labels.split(4096), strict=True):
+        metric.update(embeddings, labels)
     return metric.moments
