@@ -77,7 +77,7 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
-        """Silence Lightning's warning about modules in evaluation mode: the encoder is meant to be."""
+        """Silence Lightning's warning about modules in evaluation mode, which the encoder is by design."""
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def train(self, mode: bool = True) -> "ProbeModule":
@@ -133,5 +133,5 @@ def _input_dim(encoder: nn.Module, layer: str) -> int:
     name = "embedding_dim" if layer == "embedding" else "feature_dim"
     size = getattr(encoder, name, None)
     if not isinstance(size, int):
-        raise ValueError(f"encoder must have its size as the attribute {name}, got {type(encoder).__name__} without it")
+        raise ValueError(f"encoder must have an integer attribute {name}, got {type(encoder).__name__} without it")
     return size
