@@ -26,8 +26,8 @@ Batch = tuple[Tensor, Tensor]
 class SimOModule(CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
-    All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps return
-    ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate.
+    All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps
+    return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate.
 
     Args:
         encoder: Maps images ``(N, C, H, W)`` to embeddings ``(N, D)``.

@@ -134,6 +134,6 @@ def _compare(
         ratio = float(found @ exact / (exact @ exact)) if float(exact @ exact) else float("nan")
         raise AssertionError(
             f"the gradient of {name} on process {rank} of {world} differs from that of one process by "
-            f"{errors[name]:.3g} where {tolerance * largest:.3g} is allowed (it is about {ratio:.3g} times "
-            "as large): the loss must be computed on the embeddings of all processes, see simo_lightning.distributed.gather_rows"
+            f"{errors[name]:.3g} where {tolerance * largest:.3g} is allowed, and is about {ratio:.3g} times as large: "
+            "the loss must be computed on the embeddings of all processes, see simo_lightning.distributed.gather_rows"
         )
