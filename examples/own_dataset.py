@@ -2,7 +2,7 @@
 
     python examples/own_dataset.py
 
-On the command line it goes by its class path, from the folder of this file:
+On the command line, give its class path, in the folder of this file:
 
     simo fit --config configs/digits.yaml --data own_dataset.NpzPairDataModule --data.path shapes.npz
 
@@ -54,11 +54,11 @@ def write_shapes(path: str, count: int) -> None:
     random = np.random.default_rng(0)
     labels = np.arange(3 * count) % 3
     images = random.integers(0, 120, (3 * count, 16, 16, 3))
-    for image, label, place in zip(images, labels, random.integers(2, 12, 3 * count), strict=True):
+    for image, label, start in zip(images, labels, random.integers(2, 12, 3 * count), strict=True):
         if label in (0, 2):
-            image[place : place + 3] += 120
+            image[start : start + 3] += 120
         if label in (1, 2):
-            image[:, place : place + 3] += 120
+            image[:, start : start + 3] += 120
     np.savez(path, images=images.clip(0, 255).astype(np.uint8), labels=labels, class_names=["bar", "pole", "cross"])
 
 

@@ -2,7 +2,7 @@
 
     python examples/own_loss.py
 
-On the command line it goes by its class path, from the folder of this file:
+On the command line, give its class path, in the folder of this file:
 
     simo fit --config configs/digits.yaml --model.loss own_loss.SupCon --model.loss.temperature 0.2
 

@@ -8,7 +8,7 @@ strings, optimizers, schedulers, and modules that remember their arguments
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from inspect import Parameter, signature
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -26,6 +26,7 @@ from typing_extensions import Self
 
 from simo_lightning.class_paths import (
     InitArgumentsMixin,
+    NotStoredError,
     Trusted,
     build,
     class_path,
@@ -37,7 +38,7 @@ from simo_lightning.class_paths import (
 from simo_lightning.lightning_private import given_arguments
 
 _KEY = "simo_module"
-_ROOM = 2**30  # bytes beyond its weights that making a module may take, such as a classifier that is thrown away
+_EXTRA_BYTES = 2**28  # that building a module may take beyond its weights, such as for a classifier that is removed
 
 File = str | Path | IO[bytes]
 
@@ -45,8 +46,8 @@ File = str | Path | IO[bytes]
 class CheckpointMixin(InitArgumentsMixin):
     """Stores the class path and the arguments of a LightningModule in its checkpoints. Goes before LightningModule.
 
-    A subclass with arguments of its own needs nothing more. What is neither plain data nor has a description is not
-    stored, and must be passed again to :meth:`load_from_checkpoint`.
+    A subclass with arguments of its own needs nothing more. An argument that is neither plain data nor has a
+    description is not stored, and must be passed again to :meth:`load_from_checkpoint`.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
@@ -94,24 +95,24 @@ class CheckpointMixin(InitArgumentsMixin):
         trusted: Iterable[Trusted] | Trusted = (),
         **kwargs: Any,
     ) -> Self:
-        """Make the module of a checkpoint again, with its weights. Runs no code from the file.
+        """Build the module of a checkpoint, with its weights. Runs no code from the file.
 
         Args:
             checkpoint_path: File.
             map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU.
-            hparams_file: YAML or CSV file with arguments by name, in place of those in the checkpoint.
+            hparams_file: YAML or CSV file with arguments by name, which replace those in the checkpoint.
             strict: Whether the names of the weights must match exactly; None: the module's ``strict_loading``.
             weights_only: False opens a file with arbitrary objects, which **runs the code it holds**; None is True.
-            trusted: Classes, or import paths of classes, modules or packages, whose objects are built beside those of
+            trusted: Classes, or import paths of classes, modules or packages, that may be built in addition to those of
                 simo_lightning, torch, torchvision, timm and pytorch_metric_learning.
-            kwargs: Arguments of the module, in place of those in the checkpoint.
+            kwargs: Arguments of the module, which replace those in the checkpoint.
 
         Returns:
             The module, on the device of its weights.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged or holds more than plain data, is of no such module, or names a class
+            ValueError: If the file is damaged, holds more than plain data, is not of such a module, or names a class
                 that is not trusted; if an argument is not stored and not passed; if the weights do not fit.
         """
         checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
@@ -121,10 +122,8 @@ class CheckpointMixin(InitArgumentsMixin):
         with _MemoryLimit(weights):
             refuse_paths(cls, stored)
             arguments = {name: _argument(name, value, trusted, checkpoint_path) for name, value in stored.items()}
-            try:
+            with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
                 module: Any = cls(**arguments, **kwargs)
-            except TypeError as error:  # names that are missing or unknown
-                raise ValueError(f"checkpoint {checkpoint_path} does not fit {cls.__name__}: {error}") from error
         if is_overridden("configure_model", module):
             module.configure_model()
         module.on_load_checkpoint(checkpoint)
@@ -170,13 +169,13 @@ def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | N
 def load_module(
     path: File, map_location: Any = None, trusted: Iterable[Trusted] | Trusted = (), weights_only: bool | None = None
 ) -> Any:
-    """Make the module of a checkpoint again, whatever its class.
+    """Build the module of a checkpoint, whatever its class, with its weights.
 
     Args:
         path: File.
         map_location: As in ``torch.load``.
-        trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`; names the module's own class too, if it is not one
-            of simo_lightning.
+        trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`; must include the module's own class if it is not
+            one of simo_lightning.
         weights_only: As in :func:`read_checkpoint`.
 
     Returns:
@@ -210,7 +209,7 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
     """
     checkpoint = read_checkpoint(path, map_location)
     description = _stored(checkpoint, path)["init_args"].get("encoder")
-    if description is None:  # made inside of the module
+    if description is None:  # built inside the module
         encoder = getattr(load_module(path, map_location, trusted), "encoder", None)
         if not isinstance(encoder, nn.Module):
             raise ValueError(f"checkpoint {path} must be of a module with an encoder, got none")
@@ -230,9 +229,9 @@ def check_weights(module: nn.Module, weights: Mapping[str, Any], path: Any, stri
     """Check that weights fit a module, as ``load_state_dict`` does, but with an error of one line.
 
     Args:
-        module: Module that is to take the weights.
+        module: Module to load the weights into.
         weights: A ``state_dict``.
-        path: Their file, for the message.
+        path: File of the weights, for the message.
         strict: Whether the names must match exactly.
 
     Raises:
@@ -270,19 +269,24 @@ def _stored(checkpoint: dict[str, Any], path: File) -> dict[str, Any]:
 
 
 def _argument(name: str, description: Any, trusted: Iterable[Trusted] | Trusted, path: File) -> Any:
-    try:
+    with _error_in_one_line(f"the argument {name!r} of checkpoint {path} cannot be built"):
         return build(description, trusted, name)
-    except Exception as error:  # a class may refuse its arguments by any
-        if "does not hold the argument" in str(error):
-            raise
-        raise ValueError(f"the argument {name!r} of checkpoint {path} cannot be built: {_first_line(error)}") from error
 
 
 def _import(name: Any, trusted: Iterable[Trusted] | Trusted, path: File) -> type:
-    try:
+    with _error_in_one_line(f"the class of checkpoint {path} cannot be used"):
         return import_class(name, [trusted] if isinstance(trusted, Trusted) else list(trusted))
-    except ValueError as error:
-        raise ValueError(f"the class of checkpoint {path} cannot be used: {error}") from error
+
+
+@contextmanager
+def _error_in_one_line(context: str) -> Iterator[None]:
+    """Turn any error, since a class may raise any for its arguments, into a ValueError of one line."""
+    try:
+        yield
+    except NotStoredError:  # names the argument and what to do already
+        raise
+    except Exception as error:
+        raise ValueError(f"{context}: {_first_line(error)}") from error
 
 
 def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
@@ -307,19 +311,22 @@ def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
 
 
 def _check_archive(file: File) -> int:
-    """Size of a file in bytes, after a look at the table of contents: nothing may become larger when it is read."""
+    """Size of a file in bytes. Raises if an entry is larger than the file or would become larger when it is read."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         for entry in entries:
             if entry.filename.startswith("/") or ".." in PurePosixPath(entry.filename).parts or "\\" in entry.filename:
-                raise ValueError(f"its entry {entry.filename!r} lies outside of it")
+                raise ValueError(f"its entry {entry.filename!r} lies outside of the archive")
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its entry {entry.filename!r} is compressed, as torch.save never writes it")
         assert archive.fp is not None
+        archive.fp.seek(0)
+        if archive.fp.read(4) != b"PK\x03\x04":  # torch.load would read a pickle that comes before the archive
+            raise zipfile.BadZipFile("the archive does not start at its first byte")
         size = archive.fp.seek(0, 2)
         if sum(entry.file_size for entry in entries) > size:
             raise ValueError(f"its entries claim more than the {size} bytes of the file")
-        for entry in entries:  # of what torch reads, this alone makes large objects from small numbers
+        for entry in entries:  # the one call allowed by torch.load that makes a large object from a small number
             if entry.filename.endswith("data.pkl") and b"bytearray\n" in archive.read(entry):
                 raise ValueError("it holds a bytearray, which is not plain data")
     if not isinstance(file, str | Path):
@@ -328,10 +335,12 @@ def _check_archive(file: File) -> int:
 
 
 def _check_sizes(checkpoint: Any, size: int) -> None:
-    """Raise if tensors claim more memory than the file has bytes, which they would take when they are copied."""
+    """Raise if tensors have no data, or claim more than the file has: memory that copying them would take."""
     storages: dict[int, int] = {}
     for tensor in _tensors(checkpoint):
-        if tensor.layout is not torch.strided or tensor.is_meta:
+        if tensor.is_meta:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no data")
+        if tensor.layout is not torch.strided:
             continue
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
@@ -360,9 +369,9 @@ def _reason(path: File, error: Exception) -> str:
     if isinstance(path, str | Path):
         with suppress(Exception):  # of a damaged file
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    what = f"it holds {', '.join(names[:3])}" if names else _first_line(error.__context__ or error)
+    reason = f"it holds {', '.join(names[:3])}" if names else _first_line(error.__context__ or error)
     return (
-        f"{what}; only tensors, numbers, strings, lists and dictionaries are read, unless you trust the file: "
+        f"{reason}; only tensors, numbers, strings, lists and dictionaries are read, unless you trust the file: "
         "weights_only=False reads it, and runs the code it holds"
     )
 
@@ -372,30 +381,33 @@ def _first_line(error: BaseException) -> str:
 
 
 class _MemoryLimit(TorchDispatchMode):
-    """Limits the memory of new tensors by that of the weights, so that no number in a file can claim all there is."""
+    """Limits the memory of all tensors created in this context, so that no number in a file can claim gigabytes.
+
+    The limit is a multiple of the weights' size. A tensor counts for at least 32 KiB, as its layer takes memory too.
+    """
 
     def __init__(self, weights: Mapping[str, Any]) -> None:
         super().__init__()
-        self.limit = _ROOM + 4 * sum(weight.nbytes for weight in weights.values() if isinstance(weight, Tensor))
-        self.made = 0
+        self.limit = _EXTRA_BYTES + 4 * sum(weight.nbytes for weight in weights.values() if isinstance(weight, Tensor))
+        self.created = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {each.untyped_storage().data_ptr() for each in _dense(args, kwargs)}
-        claimed = []
-        if not given:  # a new tensor: ask for its size before its memory is taken
-            with suppress(Exception):  # an operator without size or without such a device
-                claimed = _dense(func(*args, **{**kwargs, "device": torch.device("meta")}))
-        self._count(claimed)
+        inputs = {each.untyped_storage().data_ptr() for each in _dense(args, kwargs)}
+        expected = []
+        if not inputs:  # the size of a new tensor is checked before its memory is taken
+            with suppress(Exception):  # an operator without size or without meta device
+                expected = _dense(func(*args, **{**kwargs, "device": torch.device("meta")}))
+        self._count(expected)
         result = func(*args, **kwargs)
-        if not claimed:
-            self._count([each for each in _dense(result) if each.untyped_storage().data_ptr() not in given])
+        if not expected:
+            self._count([each for each in _dense(result) if each.untyped_storage().data_ptr() not in inputs])
         return result
 
     def _count(self, tensors: list[Tensor]) -> None:
-        self.made += sum(tensor.nbytes for tensor in tensors)
-        if self.made > self.limit:
-            raise ValueError(f"what it describes takes {self.made:,} bytes or more; its weights allow {self.limit:,}")
+        self.created += sum(max(tensor.nbytes, 2**15) for tensor in tensors)
+        if self.created > self.limit:
+            raise ValueError(f"it takes {self.created:,} bytes or more; its weights allow {self.limit:,}")
 
 
 def _dense(*values: Any) -> list[Tensor]:
@@ -407,7 +419,7 @@ def _device(weights: Mapping[str, Any]) -> torch.device:
 
 
 def _plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``save_hyperparameters()`` keeps, without Lightning's own entries and what cannot be described."""
+    """Arguments of ``save_hyperparameters()`` that have a description, without Lightning's own entries."""
     named = {str(name): value for name, value in arguments.items() if not str(name).startswith("_")}
     config = {name: value for name, value in named.items() if isinstance(value, dict) and "class_path" in value}
     described = {name: config.get(name, describe(value)) for name, value in named.items()}
@@ -418,19 +430,19 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A part of a checkpoint with numpy's numbers as Python's and its arrays as tensors, so that it can be opened."""
+    """A part of a checkpoint, with numpy numbers as Python numbers and numpy arrays as tensors."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.from_numpy(value.copy())
     if isinstance(value, dict):
-        items = {key: _plain(each, f"{where}.{key}") for key, each in value.items()}
+        items = {_plain(key, where): _plain(each, f"{where}.{key}") for key, each in value.items()}
         return OrderedDict(items) if type(value) is OrderedDict else items
     if type(value) in (list, tuple):
-        return type(value)(_plain(each, f"{where}.{place}") for place, each in enumerate(value))
+        return type(value)(_plain(each, f"{where}.{index}") for index, each in enumerate(value))
     if type(value) not in _PLAIN and not isinstance(value, Tensor):
         rank_zero_warn(
-            f"the checkpoint holds a {type(value).__module__}.{type(value).__qualname__} in {where}: it can be opened "
-            "with weights_only=False alone"
+            f"the checkpoint holds a {type(value).__module__}.{type(value).__qualname__} in {where}: it can only be "
+            "opened with weights_only=False"
         )
     return value

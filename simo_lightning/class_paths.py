@@ -1,6 +1,6 @@
 """Objects as plain data, ``{"class_path": ..., "init_args": {...}}`` as in a config, and back.
 
-A description may be of unknown origin: only classes of known packages, or that the caller names, are built from it.
+A description may be of unknown origin: only classes of ``PACKAGES``, or that the caller names, are built from it.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +23,14 @@ from typing_extensions import Self
 # nn.Modules, optimizers and learning-rate schedulers of these packages are built from a file.
 PACKAGES = ("simo_lightning", "torch.nn", "torch.optim", "torchvision", "timm", "pytorch_metric_learning")
 MAX_VALUES = 10_000  # in one description; a config has tens
+_BUILT = (nn.Module, Optimizer, LRScheduler)
 
 Trusted = str | type
+_RESERVED = {"class_path", "type_path", "not_stored"}  # keys of a dictionary that describes an object
+
+
+class NotStoredError(ValueError):
+    """An argument that is needed is not stored in a checkpoint."""
 
 
 class InitArgumentsMixin:
@@ -47,8 +54,8 @@ class InitArgumentsMixin:
             bound = inspect.signature(cls.__init__).bind(instance, *args, **kwargs)
         except TypeError:  # copying and unpickling pass no arguments; __init__ reports what is missing to anyone else
             return instance
-        itself, *parameters = bound.signature.parameters.values()
-        given = {name: value for name, value in bound.arguments.items() if name != itself.name}
+        first, *parameters = bound.signature.parameters.values()  # first: self
+        given = {name: value for name, value in bound.arguments.items() if name != first.name}
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL and given.pop(parameter.name, ()):
                 return instance  # *args have no names to store them by
@@ -62,9 +69,9 @@ def class_path(cls: type) -> str:
     """The shortest import path of a class `cls`: ``torch.optim.AdamW``, which is defined in ``torch.optim.adamw``."""
     parts = cls.__module__.split(".")
     for end in range(1, len(parts)):
-        home = ".".join(parts[:end])
-        if getattr(sys.modules.get(home), cls.__qualname__, None) is cls:
-            return f"{home}.{cls.__qualname__}"
+        package = ".".join(parts[:end])
+        if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
+            return f"{package}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -72,12 +79,13 @@ def describe(value: Any) -> Any:
     """A value as plain data.
 
     Args:
-        value: Numbers, strings, None, tensors, dtypes and devices are themselves, lists, tuples and dictionaries are
-            described element by element. Optimizer and scheduler classes, a ``partial`` of one, dataclasses and objects
-            that remember their arguments (:class:`InitArgumentsMixin`) become ``{"class_path", "init_args"}``.
+        value: Numbers, strings, None, tensors, dtypes and devices are themselves; lists, tuples and dictionaries are
+            described element by element. Objects that remember their arguments (:class:`InitArgumentsMixin`),
+            dataclasses, paths, and optimizer and scheduler classes or a ``partial`` of one become ``{"class_path",
+            "init_args"}``; module classes, or a ``partial`` of one, ``{"type_path", "init_args"}``.
 
     Returns:
-        Plain data; ``{"not_stored": what it is}`` in the place of anything else.
+        Plain data; ``{"not_stored": class path}`` for anything else.
     """
     if value is None or type(value) in (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size):
         return value
@@ -87,16 +95,14 @@ def describe(value: Any) -> Any:
         return value.detach().clone()
     if type(value) in (list, tuple):
         return type(value)(describe(each) for each in value)
-    if (
-        isinstance(value, dict)
-        and not {"class_path", "not_stored"} & value.keys()
-        and all(isinstance(name, str) for name in value)
-    ):
+    if isinstance(value, dict) and not _RESERVED & value.keys() and all(isinstance(name, str) for name in value):
         return {name: describe(each) for name, each in value.items()}
-    if _makes_optimizer(value):
-        return {"class_path": class_path(value)}
-    if isinstance(value, partial) and _makes_optimizer(value.func) and not value.args:
-        return {"class_path": class_path(value.func), "init_args": describe(value.keywords)}  # type: ignore[arg-type]
+    if isinstance(value, Path):
+        return {"class_path": "pathlib.Path", "init_args": {"path": str(value)}}
+    cls, keywords = (value.func, value.keywords) if isinstance(value, partial) and not value.args else (value, {})
+    if isinstance(cls, type) and issubclass(cls, _BUILT) and "<" not in cls.__qualname__:
+        key = "class_path" if _makes_optimizer(cls) else "type_path"
+        return {key: class_path(cls)} | ({"init_args": describe(keywords)} if keywords else {})
     cls, arguments = type(value), getattr(value, "__dict__", {}).get("_init_arguments")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if field.init]
@@ -122,43 +128,46 @@ def build(description: Any, trusted: Iterable[Trusted] | Trusted = (), name: str
         name: Of the argument, for error messages.
 
     Returns:
-        The value; an optimizer or scheduler as the function that makes it. A function that was not stored is replaced
-        by one that raises ValueError when it is called.
+        The value; an optimizer or scheduler as its class, or a ``partial`` of it. A function that was not stored is
+        replaced by one that raises NotStoredError when it is called.
 
     Raises:
-        ValueError: If something in it was not stored, or is of a class that is not trusted.
+        NotStoredError: If something in it was not stored; a ValueError.
+        ValueError: If something in it is of a class that is not trusted.
     """
-    return _build(
-        description, [trusted] if isinstance(trusted, Trusted) else list(trusted), name, iter(range(MAX_VALUES))
-    )
+    trusted = [trusted] if isinstance(trusted, Trusted) else list(trusted)
+    return _build(description, trusted, name, iter(range(MAX_VALUES)))
 
 
-def _build(description: Any, trusted: Sequence[Trusted], name: str, budget: Iterator[int]) -> Any:
-    if next(budget, None) is None:
+def _build(description: Any, trusted: Sequence[Trusted], name: str, remaining: Iterator[int]) -> Any:
+    if next(remaining, None) is None:
         raise ValueError(f"the argument {name!r} must hold at most {MAX_VALUES} values, got more")
     if type(description) in (list, tuple):
-        return type(description)(_build(each, trusted, name, budget) for each in description)
+        return type(description)(_build(each, trusted, name, remaining) for each in description)
     if not isinstance(description, dict):
         return description
     if "not_stored" in description:
-        stand_in = _NotStored(name, str(description["not_stored"]))
-        return stand_in if description.get("function") else stand_in()
-    if "class_path" not in description:
-        return {key: _build(each, trusted, name, budget) for key, each in description.items()}
-    cls = import_class(description["class_path"], trusted)
+        placeholder = _NotStored(name, str(description["not_stored"]))
+        return placeholder if description.get("function") else placeholder()
+    if not _RESERVED & description.keys():
+        return {key: _build(each, trusted, name, remaining) for key, each in description.items()}
+    path = description.get("class_path", description.get("type_path"))
     arguments = {**(description.get("init_args") or {}), **(description.get("dict_kwargs") or {})}
+    if path == "pathlib.Path":
+        return Path(arguments["path"])
+    cls = import_class(path, trusted)
     refuse_paths(cls, arguments)
-    arguments = {str(key): _build(each, trusted, name, budget) for key, each in arguments.items()}
-    if _makes_optimizer(cls):
+    arguments = {str(key): _build(each, trusted, name, remaining) for key, each in arguments.items()}
+    if "type_path" in description or _makes_optimizer(cls):
         return partial(cls, **arguments) if arguments else cls
     return cls(**arguments)
 
 
 def refuse_paths(cls: type, arguments: dict[str, Any]) -> None:
-    """Refuse arguments by which an object would open a file that a description names.
+    """Refuse a description that sets an argument by which the class opens a file.
 
     Args:
-        cls: Lists them in ``path_arguments``.
+        cls: Lists such arguments in ``path_arguments``.
         arguments: From a description.
 
     Raises:
@@ -177,11 +186,11 @@ def import_class(path: Any, trusted: Sequence[Trusted] = ()) -> type:
         trusted: As for :func:`build`.
 
     Returns:
-        A class that `trusted` names; or an nn.Module, optimizer or scheduler that is defined in one of ``PACKAGES``, or
-        a dataclass of simo_lightning.
+        A class that `trusted` names; or an nn.Module (other than an fx.GraphModule, which compiles code), optimizer or
+        scheduler that is defined in one of ``PACKAGES``, or a dataclass of simo_lightning.
 
     Raises:
-        ValueError: For anything else. Nothing is then imported from outside of ``PACKAGES`` and `trusted`.
+        ValueError: For anything else. Only modules of ``PACKAGES`` and `trusted` are imported.
     """
     refusal = f"{str(path)[:200]!r} is no class that is built from a file: {', '.join(PACKAGES)}, or trusted=[...]"
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
@@ -194,15 +203,14 @@ def import_class(path: Any, trusted: Sequence[Trusted] = ()) -> type:
         raise ValueError(refusal)
     try:
         found = _import(path)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may fail by any when it is imported
         raise ValueError(f"class {path} cannot be imported: {error}") from error
     if not isinstance(found, type):
         raise ValueError(refusal)
     if path in names:
         return found
-    known = issubclass(found, nn.Module | Optimizer | LRScheduler) or (
-        dataclasses.is_dataclass(found) and _within(found.__module__, PACKAGES[:1])
-    )
+    is_own_dataclass = dataclasses.is_dataclass(found) and _within(found.__module__, PACKAGES[:1])
+    known = (issubclass(found, _BUILT) or is_own_dataclass) and not issubclass(found, torch.fx.GraphModule)
     if not known or not _within(found.__module__, (*PACKAGES, *names)):
         raise ValueError(refusal)
     return found
@@ -216,12 +224,12 @@ def _import(path: str) -> Any:
             importlib.import_module(f"{found.__name__}.{part}")
         found = getattr(found, part)
         if isinstance(found, ModuleType) and not _within(found.__name__, [package]):
-            raise AttributeError(f"{found.__name__} is no part of {package}")
+            raise AttributeError(f"{found.__name__} is not part of {package}")
     return found
 
 
-def _within(path: str, homes: Iterable[str]) -> bool:
-    return any(path == home or path.startswith(f"{home}.") for home in homes)
+def _within(path: str, packages: Iterable[str]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def _makes_optimizer(value: Any) -> bool:
@@ -233,13 +241,13 @@ def _is_function(value: Any) -> bool:
 
 
 class _NotStored:
-    """In the place of an argument that a checkpoint does not hold; raises when it is called."""
+    """Placeholder for an argument that a checkpoint does not hold; raises when it is called."""
 
-    def __init__(self, name: str, kind: str) -> None:
-        self.name, self.kind = name, kind
+    def __init__(self, name: str, type_name: str) -> None:
+        self.name, self.type_name = name, type_name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            f"the checkpoint does not hold the argument {self.name!r} (a {self.kind} made in Python): "
+        raise NotStoredError(
+            f"the checkpoint does not hold the argument {self.name!r} (a {self.type_name} made in Python): "
             f"pass it, load_from_checkpoint(path, {self.name}=...)"
         )

@@ -1,4 +1,4 @@
-"""Rows and sums over processes; the only file that touches torch.distributed."""
+"""Gathering and reductions over processes; the only file that calls torch.distributed."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
-    """Number of processes; 1 where none were started together."""
+    """Number of processes; 1 if torch.distributed is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all processes, in the order of their ranks, with gradient.
+    """Concatenate a tensor of all processes along its first axis, in the order of the ranks, with gradient.
 
-    Every process then computes the same loss on the same rows. The backward pass gives each process the sum over all
-    processes of the gradients of its rows; DDP's mean over processes turns it into the exact gradient of one such loss.
+    Every process then computes the same loss on the same batch. The backward pass gives each process the sum over all
+    processes of the gradients of its part; DDP's mean over processes turns it into the exact gradient of one such loss.
 
     Args:
         rows: ``(N, ...)``, any dtype; N may differ between processes, the other sizes may not.
@@ -48,11 +48,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def largest_over_ranks(value: int, device: torch.device) -> int:
-    """Largest of one number per process, for decisions that all must take alike.
+    """Largest of one number per process, for decisions that must be the same on all.
 
     Args:
-        value: This process's.
-        device: Where the backend sums.
+        value: Number of this process.
+        device: Device that the backend communicates on.
 
     Returns:
         The largest, on every process.
@@ -65,7 +65,7 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
 
 
 def _gather(rows: Tensor) -> tuple[Tensor, list[int]]:
-    """Rows of all ranks and how many came from each. Ranks pad to the longest: collectives want one shape."""
+    """The tensors of all ranks and their lengths. Each is padded to the longest: collectives require one shape."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(world_size())]
     dist.all_gather(sizes, size)

@@ -177,7 +177,7 @@ class _PlainResNet(ResNet):
         dilate: bool = False,
     ) -> nn.Sequential:
         if not hasattr(self, "layer1"):
-            self.inplanes = self._scaled(64)  # out of the stem
+            self.inplanes = self._scaled(64)  # channels of the stem
         return super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
 
 
@@ -194,7 +194,7 @@ def _norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
 def _named_backbone(
     name: str, norm: Norm | None, stem: Stem | None, width: float, in_channels: int
 ) -> tuple[nn.Module, tuple[int, int]]:
-    """The model, its classifier still on, and the smallest height and width of its images."""
+    """The model with its classifier, and the smallest height and width of its images."""
     if name in _RESNETS:
         return _PlainResNet(*_RESNETS[name], norm, stem or "small", width, in_channels), (1, 1)
     known = models.list_models(module=models)
@@ -214,7 +214,7 @@ def _named_backbone(
 
 
 def _quiet(name: str) -> dict[str, bool]:
-    """Arguments without which a model warns or gives more than one output in training."""
+    """Arguments that avoid a warning, or more than one output in training."""
     return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
 
 
@@ -291,8 +291,8 @@ def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...])
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _refuse(whom: str, stem: str | None, width: float, in_channels: int = 3) -> None:
+def _refuse(backbone: str, stem: str | None, width: float, in_channels: int = 3) -> None:
     """Raise if an argument was set that applies only to the ResNets of this file."""
     for name, value, default in (("stem", stem, None), ("width", width, 1.0), ("in_channels", in_channels, 3)):
         if value != default:
-            raise ValueError(f"{name} must be left at {default} for {whom}, got {value!r}")
+            raise ValueError(f"{name} must be left at {default} for {backbone}, got {value!r}")

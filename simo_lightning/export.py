@@ -34,7 +34,9 @@ class RawImageEncoder(nn.Module):
     def __init__(self, encoder: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or min(std, default=0) <= 0:
-            raise ValueError(f"mean and std must have as many values, std positive, got {list(mean)} and {list(std)}")
+            raise ValueError(
+                f"mean and std must have the same length and std be positive, got {list(mean)} and {list(std)}"
+            )
         self.encoder = encoder
         self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1))
@@ -99,7 +101,7 @@ def export_encoder(
     if mean is not None and std is not None:
         model = RawImageEncoder(model, mean, std)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    # two images: a batch size of one would be taken for a constant
+    # two images, since torch.export treats a batch size of one as a constant
     images = torch.zeros(2, channels, height, width, dtype=torch.float32 if mean is None else torch.uint8)
     model = model.eval().requires_grad_(False)
     model(images)  # raises the encoder's own error if the images do not fit

@@ -13,7 +13,7 @@ EXTRAS = {
 
 
 def missing_extra(message: str) -> str | None:
-    """The command that installs a missing module which belongs to an extra.
+    """The command that installs a missing module of an extra.
 
     Args:
         message: Message of an ImportError, or a text that contains one.

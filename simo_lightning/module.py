@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 class SimOModule(CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
-    All parts are passed in, so a subclass overrides one method and a config swaps one part. Validation and test steps
+    All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps
     return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate.
 
     Args:
@@ -122,7 +122,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels}
 
     def _is_reported(self, batch_idx: int) -> bool:
-        """Whether a logger, the progress bar or a monitor reads this step's loss: a call of ``log`` takes 0.4 ms."""
+        """Whether a logger, the progress bar or a monitor reads this step's loss, since ``log`` takes 0.4 ms."""
         trainer: Any = attached_trainer(self)
         if trainer is None:  # called without a trainer
             return False
@@ -173,12 +173,12 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         return self.validation_step(batch, batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout and the like by (seed, epoch, batch, rank), so that a resumed run draws the same."""
+        """Seed the global generators by (seed, epoch, batch, rank), so that dropout is the same in a resumed run."""
         seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything and so by the command line
         if seed is not None:
             key = (int(seed), self.current_epoch, batch_idx, self.global_rank)
             mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
-            # torch.manual_seed asks all kinds of devices, which takes 0.3 ms
+            # torch.manual_seed queries every type of device, which takes 0.3 ms
             torch.default_generator.manual_seed(mixed)
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).manual_seed(mixed)
@@ -192,8 +192,8 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 def _forward_contexts(module: nn.Module) -> tuple[Any, Any]:
     """Contexts for the two forward passes of a micro-batch.
 
-    The second pass starts from the buffers that the first one saw and its updates are discarded, so running statistics
-    change once per micro-batch and both passes compute the same.
+    The second pass starts from the same buffers as the first and its updates are discarded, so running statistics
+    change once per micro-batch and both passes give the same result.
     """
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     return _save_buffers(module, buffers), _with_saved_buffers(buffers)

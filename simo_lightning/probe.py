@@ -31,7 +31,7 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         layer: Input of the head: the "embedding", or the backbone's "features" (the encoder's ``features(images)``).
         optimizer: Maps parameters to an optimizer.
         lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. See SimOModule.
-        trusted: Import paths of classes, modules or packages whose encoders are built from `checkpoint`, beside those
+        trusted: Import paths of classes, modules or packages that may be built from `checkpoint`, in addition to those
             of simo_lightning, torch, torchvision, timm and pytorch_metric_learning.
 
     Raises:
@@ -42,7 +42,7 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         not state its width.
     """
 
-    path_arguments = ("checkpoint",)  # which no checkpoint may set
+    path_arguments = ("checkpoint", "trusted")  # never taken from a checkpoint
 
     def __init__(
         self,
@@ -66,8 +66,9 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
             raise ValueError(f"num_classes must be >= 2, got {num_classes}")
         if encoder is None:
             encoder = load_encoder(str(checkpoint), map_location="cpu", trusted=trusted or ())
-            # The probe's own checkpoints describe the encoder itself: the first file may move.
-            self.__dict__["_init_arguments"] |= {"checkpoint": None, "encoder": describe(encoder)}
+            stored = self.__dict__.get("_init_arguments", {})
+            if "checkpoint" in stored:  # describe the encoder itself, since the file may move
+                stored |= {"checkpoint": None, "encoder": describe(encoder), "trusted": None}
         if layer == "features" and not hasattr(encoder, "features"):
             raise ValueError(f"layer 'features' needs an encoder with features(images), got {type(encoder).__name__}")
         self.encoder = encoder.requires_grad_(False).eval()
@@ -76,7 +77,7 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
-        """Silence Lightning's warning about modules in evaluation mode: the encoder is meant to be."""
+        """Silence Lightning's warning about modules in evaluation mode, which the encoder is by design."""
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def train(self, mode: bool = True) -> "ProbeModule":
@@ -132,5 +133,5 @@ def _input_dim(encoder: nn.Module, layer: str) -> int:
     name = "embedding_dim" if layer == "embedding" else "feature_dim"
     size = getattr(encoder, name, None)
     if not isinstance(size, int):
-        raise ValueError(f"encoder must have its size as the attribute {name}, got {type(encoder).__name__} without it")
+        raise ValueError(f"encoder must have an integer attribute {name}, got {type(encoder).__name__} without it")
     return size

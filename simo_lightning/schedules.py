@@ -16,7 +16,7 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
         optimizer: The optimizer.
         lr_scheduler: Maps an optimizer to a scheduler, or None. A scheduler with a method ``set_total_steps`` gets the
             number of steps of the run and steps once per batch; others step once per epoch.
-        trainer: Knows the length of the run.
+        trainer: Gives the length of the run.
 
     Returns:
         The optimizer, or a dictionary of it and the scheduler.
@@ -34,10 +34,10 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
 
 
 class OneCycle(LambdaLR):
-    """Warm-up to the optimizer's own learning rate, then a cosine to almost nothing, over the whole run.
+    """Warm-up to the optimizer's own learning rate, then cosine annealing to almost 0, over the whole run.
 
     torch's OneCycleLR takes the number of steps at construction, which a config file cannot know. This one takes it by
-    :meth:`set_total_steps`, which the module calls once the trainer knows it.
+    :meth:`set_total_steps`, which the module calls when the optimizers are configured.
 
     Args:
         optimizer: Its learning rate is the peak.

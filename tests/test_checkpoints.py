@@ -1,6 +1,5 @@
 import os
 import signal
-import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from simo_lightning import ImageEncoder, OneCycle, ProbeModule, SimOLoss, SimOModule
 from simo_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from simo_lightning.checkpoints import load_encoder, load_module, read_checkpoint
+from simo_lightning.class_paths import build, describe, is_plain
 from simo_lightning.cli import main
 from simo_lightning.semi_supervised import SemiSupervisedLoss
 from tests.checkpoint_parts import Flat, OwnEncoder, SavesHyperparameters, fit, save
@@ -90,7 +90,7 @@ def test_a_checkpoint_from_python_loads_by_its_path_alone(tmp_path: Path) -> Non
     assert isinstance(again.optimizer, partial)
     assert (again.optimizer.func, again.optimizer.keywords) == (torch.optim.SGD, {"lr": 0.1})
     assert again.lr_scheduler is OneCycle
-    fit(again, tmp_path, max_steps=1)  # it can be trained on
+    fit(again, tmp_path, max_steps=1)  # training can continue
     with (tmp_path / "a.ckpt").open("rb") as file:
         assert equal_weights(module, SimOModule.load_from_checkpoint(file))
 
@@ -120,6 +120,22 @@ def test_a_subclass_is_stored_with_its_own_arguments(tmp_path: Path) -> None:
         load_module(path)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [nn.GroupNorm, partial(nn.GroupNorm, num_groups=2), Path("a/b"), [torch.optim.SGD, {"path": Path("c")}], nn.Module],
+    ids=str,
+)
+def test_classes_and_paths_are_arguments(value: Any) -> None:
+    description = describe(value)
+    torch.save(description, "a.pt")
+    again = build(torch.load("a.pt", weights_only=True))
+    assert is_plain(description)
+    if isinstance(value, partial):
+        assert (again.func, again.keywords) == (value.func, value.keywords)
+    else:
+        assert again == value
+
+
 @pytest.mark.parametrize("loss", [None, "SupCon"])
 def test_an_object_made_in_python_must_be_passed_again(loss: str | None, tmp_path: Path) -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
@@ -137,7 +153,7 @@ def test_an_object_made_in_python_must_be_passed_again(loss: str | None, tmp_pat
         assert equal_weights(module.encoder, load_encoder(path, trusted=Flat))
 
 
-def test_a_function_that_is_not_stored_says_so_when_it_is_called(tmp_path: Path) -> None:
+def test_a_function_that_is_not_stored_raises_when_it_is_called(tmp_path: Path) -> None:
     module = SimOModule(Flat(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     again = SimOModule.load_from_checkpoint(save(module, tmp_path / "a.ckpt"), trusted=Flat)
     assert equal_weights(module, again)
@@ -147,19 +163,16 @@ def test_a_function_that_is_not_stored_says_so_when_it_is_called(tmp_path: Path)
         fit(again, tmp_path)
 
 
-def test_the_command_line_knows_the_arguments_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_knows_the_arguments_of_every_class() -> None:
     config = yaml.safe_load((Path(__file__).parent.parent / "configs" / "digits.yaml").read_text())
     backbone = {"class_path": "torch.nn.Flatten", "init_args": {"start_dim": 1}}
     config["model"]["init_args"]["encoder"]["init_args"] = {"backbone": backbone, "feature_dim": 64}
     loss = {"class_path": "pytorch_metric_learning.losses.SupConLoss", "init_args": {"temperature": 0.5}}
     config["model"]["init_args"]["loss"] = loss
     Path("config.yaml").write_text(yaml.safe_dump(config))
-    words = (
-        "fit --config config.yaml --run_dir run --trainer.max_steps 2 --trainer.max_epochs 1 --trainer.accelerator cpu"
-    )
+    options = "--trainer.max_steps 2 --trainer.max_epochs 1 --trainer.accelerator cpu"
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
-    monkeypatch.setattr(sys, "argv", ["simo", *words.split(), *quiet.split()])
-    main()
+    main(["fit", "--config", "config.yaml", "--run_dir", "run", *options.split(), *quiet.split()])
     module = SimOModule.load_from_checkpoint("run/checkpoints/last.ckpt")
     assert isinstance(module.loss, SupConLoss)
     assert module.loss.temperature == 0.5
@@ -205,7 +218,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path: Path) -> None:
     assert isinstance(loose.encoder, nn.Sequential)
 
 
-def test_a_fit_does_not_go_on_from_weights_alone(tmp_path: Path) -> None:
+def test_a_fit_does_not_resume_from_weights_alone(tmp_path: Path) -> None:
     path = save(SimOModule(Flat()), tmp_path / "a.ckpt", weights_only=True)
     with pytest.raises(ValueError, match=r"a\.ckpt holds weights alone .* SimOModule\.load_from_checkpoint\(path\)"):
         fit(SimOModule(Flat()), tmp_path, path)
@@ -258,7 +271,7 @@ def test_a_file_with_objects_is_refused_by_their_class_unless_the_user_trusts_it
     path = tmp_path / "a.ckpt"
     run = fit(OwnEncoder(), tmp_path, max_steps=1, callbacks=[OddState()])
     with pytest.warns(
-        UserWarning, match=r"holds a tests\.test_checkpoints\.Odd in callbacks\.OddState\.odd: it can be"
+        UserWarning, match=r"holds a tests\.test_checkpoints\.Odd in callbacks\.OddState\.odd: it can only"
     ):
         run.save_checkpoint(path)
     with pytest.raises(
@@ -285,6 +298,13 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "list.ckpt")
 
 
+class OwnProbe(ProbeModule):
+    """A subclass that passes its arguments on."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(10, *arguments, **options)
+
+
 def test_a_probe_describes_the_encoder_of_its_checkpoint(tmp_path: Path) -> None:
     encoder = ImageEncoder("resnet10", width=0.125, in_channels=1)
     first = save(SimOModule(encoder, SupConLoss()), tmp_path / "a.ckpt")
@@ -293,4 +313,7 @@ def test_a_probe_describes_the_encoder_of_its_checkpoint(tmp_path: Path) -> None
     first.unlink()
     assert equal_weights(probe, ProbeModule.load_from_checkpoint(second))
     first = save(SimOModule(Flat()), tmp_path / "a.ckpt")
-    assert ProbeModule(10, str(first), trusted=["tests"]).encoder.embedding_dim == 4
+    for probe in (ProbeModule(10, str(first), trusted=["tests"]), OwnProbe(checkpoint=str(first), trusted=["tests"])):
+        again = type(probe).load_from_checkpoint(save(probe, second), trusted=Flat)
+        assert equal_weights(probe, again)
+        assert isinstance(again.encoder, Flat)

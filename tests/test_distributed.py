@@ -111,7 +111,7 @@ class Step(nn.Module):
 
 
 def train_in_parts(size: int | None, rank: int = 0, world: int = 1) -> History:
-    """As ``train``, of a SimOModule that embeds so many rows at a time."""
+    """As ``train``, with a SimOModule of the given micro-batch size."""
     model: nn.Module = Step(SimOModule(network(), SimOLoss(), micro_batch_size=size).double())
     model = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -148,7 +148,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return saved(folder, "ranks", request.param)
 
 
-def test_rows_come_in_the_order_of_the_ranks_and_keep_their_dtype(results: list[Any]) -> None:
+def test_gathered_tensors_are_in_the_order_of_the_ranks_and_keep_their_dtype(results: list[Any]) -> None:
     for (rows, labels, halves, (total, largest)), _ in results:
         assert torch.equal(rows, data())
         assert torch.equal(labels, LABELS)
@@ -160,10 +160,10 @@ def test_rows_come_in_the_order_of_the_ranks_and_keep_their_dtype(results: list[
 
 
 def test_gradients_of_half_precision_keep_their_dtype(results: list[Any]) -> None:
-    for place in range(len(HALVES)):
-        gradients = torch.cat([halves[place][1] for (_, _, halves, _), _ in results])
-        assert gradients.dtype == HALVES[place]
-        # each process asks for the same: the sum over processes, in whole numbers that half precision holds
+    for index in range(len(HALVES)):
+        gradients = torch.cat([halves[index][1] for (_, _, halves, _), _ in results])
+        assert gradients.dtype == HALVES[index]
+        # the sum over processes of the same gradient, in whole numbers that half precision holds
         expected = len(results) * torch.arange(16.0).unsqueeze(1).expand(16, 5)
         assert torch.equal(gradients.float(), expected)
 

@@ -31,7 +31,7 @@ def test_imagenet_stem_at_full_width_is_torchvisions_model(name):
         torch.testing.assert_close(ours(images(size=64)), theirs(images(size=64)), rtol=0, atol=0)
 
 
-def test_small_stem_differs_from_torchvision_by_its_first_convolution_alone():
+def test_small_stem_differs_from_torchvision_only_by_its_first_convolution():
     theirs = torchvision.models.resnet18(weights=None)
     fewer = (7 * 7 - 3 * 3) * 3 * 64
     encoder = ImageEncoder("resnet18", embedding_dim=16)
@@ -114,7 +114,7 @@ def test_group_norm_takes_the_largest_number_of_groups_that_divides():
     assert (norm.num_channels, norm.num_groups) == (48, 24)
 
 
-def test_a_vit_loses_its_head_and_names_the_size_it_takes():
+def test_a_vit_has_no_head_and_its_error_names_the_smallest_size():
     encoder = ImageEncoder("vit_b_32", embedding_dim=3).eval()
     assert encoder.feature_dim == 768
     with torch.no_grad():
@@ -181,12 +181,12 @@ def test_exports_with_a_free_batch_size():
         ({"backbone": "resnet10", "projector": "none"}, "embedding_dim must be 512 or None, got 16"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(options, message):
+def test_wrong_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         ImageEncoder(**options)
 
 
-def test_images_and_features_of_the_wrong_shape_are_named():
+def test_images_and_features_of_the_wrong_shape_raise():
     encoder = ImageEncoder("resnet10", width=0.125)
     with pytest.raises(ValueError, match=r"images must have shape \(N, 3, H, W\), got \(2, 1, 32, 32\)"):
         encoder(images(channels=1))

@@ -81,7 +81,7 @@ def test_a_checkpoint_with_its_normalisation_takes_raw_images(ending: str, tmp_p
     assert_same_up_to_rounding(run(path, images), module.encoder.eval(), (images.double() / 255 - mean) / std)
 
 
-def test_the_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
+def test_the_file_does_not_need_this_package(tmp_path: Path) -> None:
     encoder = trained(in_channels=1)
     path = export_encoder(encoder, tmp_path / "e.pt2", image_size=8)
     np.save(tmp_path / "images.npy", random(3, 1, 8, 8).numpy())
@@ -101,7 +101,7 @@ def test_the_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
         ({"path": "encoder.bin"}, r"format must be 'torch' or 'onnx', or the path end in \.pt2 or \.onnx"),
         ({"format": "jit"}, "format must be 'torch' or 'onnx'"),
         ({"mean": MEAN}, "mean and std must be given both or neither"),
-        ({"mean": MEAN, "std": [0.0, 1.0, 1.0]}, "std positive"),
+        ({"mean": MEAN, "std": [0.0, 1.0, 1.0]}, "std be positive"),
         ({"in_channels": 1}, r"images must have shape \(N, 3, H, W\), got \(2, 1, 16, 16\)"),
         ({"source": 3}, "source must be a checkpoint, a module or an encoder, got int"),
     ],
@@ -122,7 +122,7 @@ def test_without_the_extra_the_error_says_what_to_install(tmp_path: Path) -> Non
         export_encoder(nn.Flatten(), tmp_path / "e.onnx", image_size=16)
 
 
-def test_only_modules_of_an_extra_are_blamed_on_it() -> None:
+def test_only_modules_of_an_extra_name_it() -> None:
     assert (
         missing_extra("No module named 'onnxscript'") == "onnxscript is missing: pip install 'simo_lightning[export]'"
     )

@@ -52,7 +52,7 @@ def test_training_lowers_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
     assert fit(module, tmp_path, max_epochs=5).callback_metrics["train/loss"] < start - 0.1
 
 
-def test_a_loss_of_another_library_fits_in_its_place(tmp_path: Path) -> None:
+def test_a_loss_of_another_library_can_be_used(tmp_path: Path) -> None:
     module = SimOModule(Flat(), SupConLoss())
     metrics = fit(module, tmp_path).callback_metrics
     assert metrics["train/loss"].isfinite()
@@ -76,7 +76,7 @@ def test_the_loss_is_float32_or_better_at_every_precision(tmp_path: Path, precis
     assert set(seen) == {(wanted, False)}
 
 
-def test_nan_embeddings_are_told_with_the_step(tmp_path: Path) -> None:
+def test_nan_embeddings_raise_with_the_step(tmp_path: Path) -> None:
     class Bursts(Flat):
         calls = 0
 
@@ -117,7 +117,7 @@ def test_one_cycle_needs_a_known_length(tmp_path: Path) -> None:
         OneCycle(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), warmup=2)
 
 
-def test_channels_last_changes_the_layout_alone() -> None:
+def test_channels_last_changes_only_the_layout() -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 8, 8)
     plain = SimOModule(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))

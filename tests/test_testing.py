@@ -46,7 +46,7 @@ class Flat(InitArgumentsMixin, nn.Module):
 
 
 class ForgetsRanks(SimOModule):
-    """The loss of this process's rows alone."""
+    """The loss of this process's embeddings alone."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         images, labels = batch
@@ -54,7 +54,7 @@ class ForgetsRanks(SimOModule):
 
 
 class OfTheFirstHalf(nn.Module):
-    """A loss that looks at other rows where there are more processes."""
+    """A loss of other embeddings if there are more processes."""
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         share = len(embeddings) // world_size()
@@ -144,7 +144,7 @@ def _nothing_stays() -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), state), "a check moved the global generator"
 
 
-def test_gradient_parity_fails_where_the_loss_forgets_ranks() -> None:
+def test_gradient_parity_fails_for_a_loss_of_one_process() -> None:
     with torch.random.fork_rng():
         module = ForgetsRanks(Flat(16))
     with pytest.raises(
@@ -171,19 +171,19 @@ def test_batches_of_the_data_modules_are_balanced() -> None:
     check_batch_composition(tiny(), epochs=3, world_size=2)
 
 
-def test_batches_with_unlabelled_images_hold_as_many_as_asked() -> None:
+def test_batches_hold_the_given_number_of_unlabelled_images() -> None:
     data = SemiSupervisedDigitsPairDataModule(samples_per_class=4, views=2, label_fraction=0.1, unlabelled_per_batch=25)
     check_batch_composition(data)
     with pytest.raises(AssertionError, match="batch 0 of epoch 0 must hold 24 unlabelled images, got 25"):
         check_batch_composition(data, unlabelled_per_batch=24)
-    with pytest.raises(AssertionError, match="no image may come twice in an epoch"):
+    with pytest.raises(AssertionError, match="no image may occur twice in an epoch"):
         check_batch_composition(data, unlabelled_per_batch=0)
 
 
-def test_batch_composition_fails_where_an_image_comes_twice_in_a_batch_with_unlabelled_ones() -> None:
+def test_batch_composition_fails_for_an_image_repeated_in_a_batch_with_unlabelled_images() -> None:
     data = RepeatsUnlabelled(samples_per_class=4, views=2, label_fraction=0.1, unlabelled_per_batch=25)
     with pytest.raises(
-        AssertionError, match="no image may come twice in a batch, but in batch 0 of epoch 0 1 of 64 do"
+        AssertionError, match="no image may occur twice in a batch, but in batch 0 of epoch 0 1 of 64 do"
     ):
         check_batch_composition(data)
 
@@ -191,10 +191,10 @@ def test_batch_composition_fails_where_an_image_comes_twice_in_a_batch_with_unla
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (Repeats, r"no image may come twice in an epoch, but in epoch 0 \d+ of \d+ do"),
+        (Repeats, r"no image may occur twice in an epoch, but in epoch 0 \d+ of \d+ do"),
         (Unbalanced, r"batch 0 of epoch 0 must hold 10 classes x 10 images, got 10 classes with"),
         (StandsStill, "epoch 1 has the batches of epoch 0"),
-        (SameOnEveryRank, r"processes must share no image in an epoch, but \d+ come on all"),
+        (SameOnEveryRank, r"processes must share no image in an epoch, but \d+ occur on all"),
     ],
 )  # fmt: skip
 def test_batch_composition_fails_for_a_broken_data_module(broken: Any, message: str) -> None:
@@ -202,7 +202,7 @@ def test_batch_composition_fails_for_a_broken_data_module(broken: Any, message: 
         check_batch_composition(broken(samples_per_class=10))
 
 
-def test_batch_composition_fails_for_other_sizes_than_asked() -> None:
+def test_batch_composition_fails_for_other_sizes() -> None:
     with pytest.raises(AssertionError, match="must hold 2 classes x 5 images, got 3 classes with 4 to 4 images"):
         check_batch_composition(tiny(), classes_per_batch=2, samples_per_class=5)
 
@@ -212,7 +212,7 @@ def test_resume(stop_after: int | None) -> None:
     check_resume(lambda: SimOModule(Flat()), tiny, stop_after)
 
 
-def test_resume_fails_where_the_module_keeps_something_to_itself() -> None:
+def test_resume_fails_for_state_outside_the_checkpoint() -> None:
     with pytest.raises(
         AssertionError, match=r"stopped after step \d+ and resumed.* ends differently .*state_dict\.encoder"
     ):
@@ -257,7 +257,7 @@ def test_cli_round_trip_of_a_shipped_config() -> None:
 
 
 @pytest.mark.slow  # runs the command three times
-def test_cli_round_trip_fails_where_a_run_is_more_than_its_config(tmp_path: Path, monkeypatch: Any) -> None:
+def test_cli_round_trip_fails_if_a_run_depends_on_more_than_its_config(tmp_path: Path, monkeypatch: Any) -> None:
     config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
     config["model"]["init_args"]["loss"] = {"class_path": "hidden_loss.Loss"}
     (tmp_path / "hidden_loss.py").write_text(HIDDEN)

@@ -1,4 +1,4 @@
-"""Checks of your own module, loss or data module; each raises AssertionError and says what differs.
+"""Checks of your own module, loss or data module; each raises an AssertionError that names the difference.
 
 They train on the CPU on few images. ``check_gradient_parity`` starts processes that import the module's class: define
 it in a file, and guard a script with ``if __name__ == "__main__"``.

@@ -1,4 +1,4 @@
-"""Checks that the training batches of a data module are what a contrastive loss needs."""
+"""Checks that the training batches of a data module suit a contrastive loss."""
 
 import copy
 from itertools import chain
@@ -78,25 +78,26 @@ def _check_epoch(order: list[list[int]], epoch: int, by_step: bool) -> None:
     if not order:
         raise AssertionError(f"epoch {epoch} has no batch")
     if by_step:
-        for place, batch in enumerate(order):
-            _check_once(batch, "a batch", f"batch {place} of epoch {epoch}")
+        for index, batch in enumerate(order):
+            _check_once(batch, "a batch", f"batch {index} of epoch {epoch}")
     else:
         _check_once(list(chain.from_iterable(order)), "an epoch", f"epoch {epoch}")
 
 
-def _check_once(images: list[int], span: str, where: str) -> None:
+def _check_once(images: list[int], scope: str, where: str) -> None:
     values, counts = torch.tensor(images).unique(return_counts=True)
     if (counts > 1).any():
-        often = int(counts.argmax())
+        index = int(counts.argmax())
         raise AssertionError(
-            f"no image may come twice in {span}, but in {where} {int((counts > 1).sum())} of {len(values)} do: "
-            f"image {int(values[often])} comes {int(counts[often])} times"
+            f"no image may occur twice in {scope}, but in {where} {int((counts > 1).sum())} of {len(values)} do: "
+            f"image {int(values[index])} occurs {int(counts[index])} times"
         )
 
 
 def _check_same(order: list[list[int]], again: list[list[int]], epoch: int) -> None:
     if order != again:
-        first = next((place for place, pair in enumerate(zip(order, again, strict=False)) if pair[0] != pair[1]), "?")
+        pairs = enumerate(zip(order, again, strict=False))
+        first = next((index for index, (one, other) in pairs if one != other), "?")
         raise AssertionError(
             f"epoch {epoch} must be the same each time it is drawn, but batch {first} differs: use no global generator"
         )
@@ -104,8 +105,8 @@ def _check_same(order: list[list[int]], again: list[list[int]], epoch: int) -> N
 
 def _check_labels(loader: DataLoader, epoch: int, p: int, k: int, u: int) -> None:
     _set_epoch(loader, epoch)
-    for place, (images, labels, *_) in enumerate(loader):
-        where = f"batch {place} of epoch {epoch}"
+    for index, (images, labels, *_) in enumerate(loader):
+        where = f"batch {index} of epoch {epoch}"
         if len(images) != len(labels):
             raise AssertionError(f"{where} has {len(images)} images and {len(labels)} labels")
         counts = _counts(labels)
@@ -138,10 +139,10 @@ def _of_rank(datamodule: Any, rank: int, world_size: int) -> DataLoader:
 def _check_shares(shares: list[list[list[int]]], by_step: bool) -> None:
     lengths = [len(share) for share in shares]
     if len(set(lengths)) > 1:
-        raise AssertionError(f"processes must have as many batches each, got {lengths}")
+        raise AssertionError(f"all processes must have the same number of batches, got {lengths}")
     steps = zip(*shares, strict=True) if by_step else [[list(chain.from_iterable(share)) for share in shares]]
     for step in steps:
         common = set(step[0]).intersection(*step[1:])
         if common:
-            span = "a step" if by_step else "an epoch"
-            raise AssertionError(f"processes must share no image in {span}, but {len(common)} come on all of them")
+            scope = "a step" if by_step else "an epoch"
+            raise AssertionError(f"processes must share no image in {scope}, but {len(common)} occur on all of them")

@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class _Share(pl.LightningDataModule):
-    """One batch, cut into a part for each process."""
+    """One batch, split into a part for each process."""
 
     def __init__(self, batch: Batch) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Share(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        share = tuple(rows.tensor_split(world)[rank] for rows in self.batch)
+        share = tuple(part.tensor_split(world)[rank] for part in self.batch)
         return DataLoader([share], batch_size=None)  # type: ignore[arg-type]
 
 
@@ -82,7 +82,7 @@ def check_gradient_parity(
     if batch is None:
         if isinstance(loss_or_module, pl.LightningModule):
             raise ValueError("batch must be given to check a LightningModule, got None")
-        batch = _rows()
+        batch = _random_batch()
     module = loss_or_module
     if not isinstance(module, pl.LightningModule):
         with quiet_and_seeded():
@@ -92,11 +92,11 @@ def check_gradient_parity(
         _compare(gradients, expected, rank, world_size, tolerance)
 
 
-def _rows() -> Batch:
-    rows = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+def _random_batch() -> Batch:
+    inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2] * 8)
     labels[-3:] = 3
-    return rows, labels
+    return inputs, labels
 
 
 def _gradients(module: pl.LightningModule, batch: Batch, world: int, precision: Any) -> list[dict[str, Tensor]]:
@@ -125,15 +125,15 @@ def _compare(
 ) -> None:
     if gradients.keys() != expected.keys():
         names = ", ".join(sorted(gradients.keys() ^ expected.keys()))
-        raise AssertionError(f"on {world} processes and on one, different parameters have a gradient: {names}")
+        raise AssertionError(f"different parameters have a gradient on {world} processes and on one: {names}")
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    apart = {name: float((gradients[name] - wanted).abs().max()) for name, wanted in expected.items()}
-    name = max(apart, key=lambda key: apart[key])
-    if not apart[name] <= tolerance * largest:
-        wanted, got = expected[name].flatten(), gradients[name].flatten()
-        share = float(got @ wanted / (wanted @ wanted)) if float(wanted @ wanted) else float("nan")
+    errors = {name: float((gradients[name] - exact).abs().max()) for name, exact in expected.items()}
+    name = max(errors, key=lambda key: errors[key])
+    if not errors[name] <= tolerance * largest:
+        exact, found = expected[name].flatten(), gradients[name].flatten()
+        ratio = float(found @ exact / (exact @ exact)) if float(exact @ exact) else float("nan")
         raise AssertionError(
-            f"the gradient of {name} on process {rank} of {world} differs from that of one process by {apart[name]:.3g}"
-            f" where {tolerance * largest:.3g} is allowed (it is about {share:.3g} times the right one): the loss must "
-            "be computed on the embeddings of all processes, see simo_lightning.distributed.gather_rows"
+            f"the gradient of {name} on process {rank} of {world} differs from that of one process by "
+            f"{errors[name]:.3g} where {tolerance * largest:.3g} is allowed, and is about {ratio:.3g} times as large: "
+            "the loss must be computed on the embeddings of all processes, see simo_lightning.distributed.gather_rows"
         )

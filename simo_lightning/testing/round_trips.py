@@ -1,4 +1,4 @@
-"""Checks that checkpoints and the config of a run can be read again."""
+"""Checks that a module can be restored from its checkpoint, and a run repeated from its config."""
 
 import subprocess
 import sys
@@ -44,20 +44,20 @@ def check_checkpoint_round_trip(
         try:
             again = type(module).load_from_checkpoint(path, map_location=module.device, **load_arguments)
         except Exception as error:
-            words = "".join(f", {each}=..." for each in load_arguments)
-            message = f"{name}.load_from_checkpoint(path{words}) must restore the module, but raised {error!r}"
+            given = "".join(f", {each}=..." for each in load_arguments)
+            message = f"{name}.load_from_checkpoint(path{given}) must restore the module, but raised {error!r}"
             raise AssertionError(message) from error
         _raise_if(differing(module.state_dict(), again.state_dict()), f"the weights of {name}")
         outputs = ({"output": part.eval()(images)} for part in (module, again))
         _raise_if(differing(*outputs), f"the output of {name}")
 
 
-def check_cli_round_trip(config: str | Path, *words: str, max_steps: int = 2) -> None:
+def check_cli_round_trip(config: str | Path, *options: str, max_steps: int = 2) -> None:
     """Check that a run from the config.yaml that ``simo fit`` wrote ends with the weights of the first run.
 
     Args:
         config: A config for ``simo fit``.
-        words: Further words of the command line, such as ``"--data.data_dir", "DIR"``.
+        options: Further options of the command line, such as ``"--data.data_dir", "DIR"``.
         max_steps: Optimizer steps of each of the two runs.
 
     Raises:
@@ -70,31 +70,27 @@ def check_cli_round_trip(config: str | Path, *words: str, max_steps: int = 2) ->
         first, second = Path(name, "first"), Path(name, "second")
         brief: list[Any] = ["--trainer.max_steps", max_steps, "--trainer.limit_val_batches", 0]
         brief += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        _fit(["--config", config, *words, *brief, "--run_dir", first])
+        _fit(["--config", config, *options, *brief, "--run_dir", first])
         _fit(["--config", first / "config.yaml", "--ckpt_path", "null", "--run_dir", second])
         states = [_last(folder)["state_dict"] for folder in (first, second)]
         _raise_if(differing(*states), "the weights of the run from the config that the first one wrote")
 
 
-def _fit(words: list[Any]) -> None:
-    command = [sys.executable, "-c", "from simo_lightning.cli import main; main()", "fit", *map(str, words)]
+def _fit(arguments: list[Any]) -> None:
+    command = [sys.executable, "-c", "from simo_lightning.cli import main; main()", "fit", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        command_line = " ".join(str(word) for word in words)
-        raise AssertionError(f"simo fit {command_line} ended with {done.returncode}: {last}")
-
-
-def _path(folder: Path) -> Path:
-    return folder / "checkpoints" / "last.ckpt"
+        raise AssertionError(f"simo fit {' '.join(map(str, arguments))} ended with {done.returncode}: {last}")
 
 
 def _last(folder: Path) -> dict[str, Any]:
-    if not _path(folder).is_file():
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
         raise AssertionError(
             "the run wrote no checkpoints/last.ckpt: it must train for max_steps and keep the last checkpoint"
         )
-    checkpoint: dict[str, Any] = torch.load(_path(folder), map_location="cpu", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return checkpoint
 
 

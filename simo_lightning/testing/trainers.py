@@ -92,8 +92,8 @@ def _leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in state.items():
             yield from _leaves(value, f"{name}.{key}" if name else str(key))
     elif isinstance(state, (list, tuple)):
-        for place, value in enumerate(state):
-            yield from _leaves(value, f"{name}.{place}")
+        for index, value in enumerate(state):
+            yield from _leaves(value, f"{name}.{index}")
     else:
         yield name, state
 
