@@ -182,8 +182,8 @@ def has_slurm() -> bool:
         return False
 
 
-@pytest.mark.slow  # ten minutes: time limits count minutes, and SLURM waits two before a requeued job starts
-def test_a_slurm_job_that_meets_its_time_limit_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.slow  # seven minutes: time limits count minutes, and SLURM waits two before a requeued job starts
+def test_a_slurm_job_that_meets_its_time_limit_resumes_to_the_same_weights(tmp_path: Path) -> None:
     if not has_slurm():
         pytest.skip("no SLURM answers here (sbatch, sinfo, scontrol)")
     (tmp_path / "slow.py").write_text(SLOW)

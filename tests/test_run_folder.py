@@ -182,6 +182,7 @@ def test_two_tasks_of_a_slurm_step_share_a_run() -> None:
         for task in tasks:
             error = task.communicate(timeout=200)[1]
             assert task.returncode == 0, error.decode()[-2000:]
+            assert b"sync_dist" not in error  # Lightning warns of metrics that differ between processes
     assert sorted(path.name for path in Path("runs/digits").iterdir()) == ["job_99", "job_99-2"]
     for run in Path("runs/digits").iterdir():
         assert [path.name for path in (run / "starts").iterdir()] == ["0.json"]

@@ -40,4 +40,4 @@ class ImagesPerSecond(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.images and self.seconds:
-            pl_module.log("train/images_per_second", self.images / self.seconds)
+            pl_module.log("train/images_per_second", self.images / self.seconds, sync_dist=True)
