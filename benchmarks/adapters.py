@@ -1,4 +1,4 @@
-"""Losses of the baselines that no library gives as ``(embeddings, labels) -> scalar``."""
+"""Losses of the baselines that no library provides as ``(embeddings, labels) -> scalar``."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class MinedLoss(nn.Module):
-    """A pair or triplet loss of pytorch-metric-learning on what one of its miners finds in the batch; 0 for nothing."""
+    """A loss of pytorch-metric-learning on the pairs or triplets that one of its miners finds; 0 without any."""
 
     def __init__(self, loss: nn.Module, miner: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SimO2Loss(nn.Module):
     """The later per-pair form of SimO's first author, on L2-normalised embeddings; time and memory are O(N^2).
 
     With ``s = sqrt(2) * o / (eps + d)``, d the squared distance and o the squared dot product of a pair, the loss is
-    ``(sum of 1 / (1 + s) over similar pairs + sum of s over dissimilar pairs) / N`` over the pairs i < j of N rows.
+    ``(sum of 1 / (1 + s) over similar pairs + sum of s over dissimilar pairs) / N`` over all pairs i < j of N.
 
     Source:
         "SimO2", public JAX code of the first author of arXiv 2410.05233. Each pair is counted once here.
@@ -47,8 +47,8 @@ class SimO2Loss(nn.Module):
         self.eps = eps
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        rows = nn.functional.normalize(embeddings, dim=1)
-        cosines = rows @ rows.T  # (N, N)
+        units = nn.functional.normalize(embeddings, dim=1)
+        cosines = units @ units.T  # (N, N)
         ratio = math.sqrt(2) * cosines.square() / (self.eps + (2 - 2 * cosines).clamp(min=0))
         pairs = torch.where(labels[:, None] == labels, 1 / (1 + ratio), ratio)
-        return pairs.triu(diagonal=1).sum() / len(rows)
+        return pairs.triu(diagonal=1).sum() / len(units)

@@ -1,37 +1,25 @@
 """Which classes stay apart: two classes are merged where the nearer of their two means does not separate them."""
 
-from typing import NamedTuple
-
 import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-MERGED_BELOW = (
-    0.75  # between chance, 0.5, and 1: a quarter or more of two classes' samples lie nearer to the other mean
-)
+# Between chance, 0.5, and 1: a quarter or more of two classes' samples lie nearer to the other class mean.
+MERGED_BELOW = 0.75
 
 
-class Apart(NamedTuple):
-    """How well class means separate C classes.
-
-    Attributes:
-        accuracy: Share of each class's samples whose nearest mean of all is that of their class, ``(C,)``.
-        pairwise: Balanced accuracy of the nearer of two means on the samples of those two classes, ``(C, C)``.
-        groups: Connected component of merged pairs that each class belongs to, ``(C,)``, in order of first classes.
-    """
-
-    accuracy: Tensor
-    pairwise: Tensor
-    groups: Tensor
-
-
-def classes_apart(means: Tensor, embeddings: Tensor, labels: Tensor) -> Apart:
+def classes_apart(means: Tensor, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Separate classes by the nearest of their means, all at once and two by two.
 
     Args:
         means: Class means of the training images, ``(C, D)``.
         embeddings: Of other images, ``(N, D)``; compared by Euclidean distance: normalise both for cosines.
         labels: Class of each, ``(N,)``, each class at least once.
+
+    Returns:
+        Accuracy of the nearest class mean for each class, ``(C,)``; balanced accuracy of the nearer of two means on
+        the samples of those two classes, ``(C, C)``; connected component of merged pairs of each class, ``(C,)``,
+        numbered by their first classes.
 
     Source:
         Ours; arXiv 2410.05233 reports that without orthogonality "only 4 distinguishable groups" are left, without
@@ -50,4 +38,4 @@ def classes_apart(means: Tensor, embeddings: Tensor, labels: Tensor) -> Apart:
     component = torch.from_numpy(connected_components(pairwise.numpy() < MERGED_BELOW)[1])
     first = (component[:, None] == component).int().argmax(dim=1)  # smallest class of each class's component
     accuracy = one_hot.T @ (distances.argmin(1) == labels).double() / counts
-    return Apart(accuracy, pairwise, first.unique(return_inverse=True)[1])
+    return accuracy, pairwise, first.unique(return_inverse=True)[1]

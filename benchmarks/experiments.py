@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,20 @@ class Experiment:
             raise ValueError(f"snapshots of {where} must be 0 or at least 2, got {self.snapshots}")
 
     def job(self, rate: float, seed: int) -> Config:
-        """What the process of one run is told, for JSON; ``config`` in its row is a digest of all that decides a result
-        but the rate and the seed.
+        """Input of one run's process, for JSON; ``config`` in its row is a digest of everything that determines a
+        result except rate, seed and the images' folder.
         """
         length = {"max_epochs": self.epochs} if self.steps is None else {"max_epochs": -1, "max_steps": self.steps}
         parts = {"model": self.model, "data": self.data, "trainer": {**self.trainer, **length}}
-        told = {"mlp": self.mlp, "snapshots": self.snapshots, "bank_size": self.bank_size}
-        words = [word for word in self.words if not word.startswith("--data.data_dir")]  # where the images lie does not
-        decides = json.dumps([PROTOCOL, parts, told, words], sort_keys=True)
-        digest = hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()
+        options = {"mlp": self.mlp, "snapshots": self.snapshots, "bank_size": self.bank_size}
+        words = [word for word in self.words if not word.startswith("--data.data_dir")]
+        content = json.dumps([PROTOCOL, parts, options, words], sort_keys=True)
+        digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
         row = {"name": self.name, "epochs": self.epochs, "steps": self.steps, "rate": rate, "seed": seed}
+        row |= {"config": digest, "words": " ".join(words)}
         own = {"seed_everything": seed, "data": {"init_args": {"seed": seed}}}
         own["model"] = {"init_args": {"optimizer": {"init_args": {"lr": rate}}}}
-        row |= {"config": digest, "words": " ".join(words)}
-        return {"row": row, "config": merge(parts, own), "words": list(self.words), **told}
+        return {"row": row, "config": merge(parts, own), "words": list(self.words), **options}
 
 
 def merge(base: Config, over: Config) -> Config:
@@ -89,14 +89,14 @@ def read_table(path: Path = TABLE) -> Config:
     return {name: {"base": table["base"], "defaults": {}, **study} for name, study in table["studies"].items()}
 
 
-def experiments(study: str, names: Sequence[str] | None = None, path: Path = TABLE, **given: Any) -> list[Experiment]:
-    """The rows of a study.
+def timings() -> Config:
+    """Losses and shapes of the timings of the loss, by name."""
+    found: Config = yaml.safe_load(TABLE.read_text())["timings"]
+    return found
 
-    Args:
-        study: Its name.
-        names: Of its rows, in this order; None: all.
-        path: The table.
-        **given: Fields of :class:`Experiment` in place of the table's, in all rows; None leaves the table's.
+
+def experiments(study: str, names: Sequence[str] | None = None, path: Path = TABLE, **given: Any) -> list[Experiment]:
+    """The rows of a study, or those in ``names``; ``given`` are fields of :class:`Experiment` instead of the table's.
 
     Raises:
         ValueError: If there is no such study or row, a key is unknown or a value is out of range.
@@ -105,39 +105,29 @@ def experiments(study: str, names: Sequence[str] | None = None, path: Path = TAB
     if study not in studies:
         raise ValueError(f"study must be one of {', '.join(studies)}, got {study}")
     rows, found = studies[study]["rows"], []
-    known = {key: value for key, value in given.items() if value is not None}
-    known |= {"steps": None} if "epochs" in known else {}
+    given = {key: value for key, value in given.items() if value is not None}
+    given |= {"steps": None} if "epochs" in given else {}
     for name in dict.fromkeys(names or rows):
         if name not in rows:
             raise ValueError(f"names of {study} must be among {', '.join(rows)}, got {name}")
-        row = merge(studies[study]["defaults"], rows[name])
-        found.append(replace(_experiment(study, name, row, studies[study]["base"], path.parent), **known))
+        row, parts = merge(studies[study]["defaults"], rows[name]), {}
+        for file in filter(None, [studies[study]["base"], row.pop("config", None)]):
+            config = path.parent / file
+            config = yaml.safe_load((config if config.is_file() else ROOT / file).read_text())
+            parts = merge(parts, {key: config[key] for key in ("model", "data", "trainer") if key in config})
+        model = {"loss": row.pop("loss", {}), "encoder": {"init_args": row.pop("encoder", {})}}
+        if "simo" in row:
+            model["loss"] = {"class_path": "simo_lightning.SimOLoss", "init_args": row.pop("simo")}
+        own = {"data": {"init_args": row.pop("data", {})}, "trainer": row.pop("trainer", {})}
+        parts = merge(parts, {"model": {"init_args": {key: part for key, part in model.items() if part}}, **own})
+        for key in ("max_epochs", "max_steps"):  # the row's length replaces the config's
+            parts["trainer"].pop(key, None)
+        unknown = sorted(set(row) - {field.name for field in fields(Experiment)})
+        if unknown:
+            raise ValueError(f"{study}/{name} has unknown keys {', '.join(unknown)}")
+        row |= {"rates": tuple(map(float, row["rates"])), "seeds": tuple(row["seeds"])}
+        found.append(Experiment(study, name, **{"title": name, **row, **given}, **parts))
     return found
-
-
-def _experiment(study: str, name: str, row: Config, base: str, folder: Path) -> Experiment:
-    configs = [base, *([row.pop("config")] if "config" in row else [])]
-    parts: Config = {}
-    for file in configs:
-        config = yaml.safe_load((folder / file if (folder / file).is_file() else ROOT / file).read_text())
-        parts = merge(parts, {key: config[key] for key in ("model", "data", "trainer") if key in config})
-    if "simo" in row:
-        row["loss"] = {"class_path": "simo_lightning.SimOLoss", "init_args": row.pop("simo")}
-    model: Config = {"loss": row.pop("loss")} if "loss" in row else {}
-    model |= {"encoder": {"init_args": row.pop("encoder")}} if "encoder" in row else {}
-    over = {
-        "model": {"init_args": model},
-        "data": {"init_args": row.pop("data", {})},
-        "trainer": row.pop("trainer", {}),
-    }
-    parts = merge(parts, over)
-    for key in ("max_epochs", "max_steps"):  # the row's length stands in their place
-        parts["trainer"].pop(key, None)
-    unknown = sorted(set(row) - {field.name for field in fields(Experiment)})
-    if unknown:
-        raise ValueError(f"{study}/{name} has unknown keys {', '.join(unknown)}")
-    row |= {"rates": tuple(float(rate) for rate in row["rates"]), "seeds": tuple(row["seeds"])}
-    return Experiment(study, name, **{"title": name, **row}, **parts)
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -1,17 +1,15 @@
-"""What all benchmarks share: machine and versions beside each number, fresh processes, time and memory."""
+"""Machine and versions beside each number; time, memory and fresh processes."""
 
-import json
 import os
 import platform
-import resource
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.benchmark import Timer
@@ -19,18 +17,20 @@ from torch.utils.benchmark import Timer
 from benchmarks.experiments import ROOT
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "scikit-learn", "pytorch-metric-learning")
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
+MACHINE = ("cpu", "cores", "gpu", "threads", "load_before", "python", *PACKAGES, "commit", "date")
 
 
 def about() -> Row:
-    """Columns of every CSV: processor, cores, GPU, threads, load of the last minute, versions, commit and date."""
+    """The columns ``MACHINE`` of every CSV."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpus = (
+        [line.split(":")[1].strip() for line in info.open() if line.startswith("model name")] if info.exists() else []
+    )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": cpus[0] if cpus else platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
@@ -43,59 +43,29 @@ def about() -> Row:
 
 
 def now() -> float:
-    """Seconds, once the GPU, if there is one, has done its work."""
+    """Seconds, after the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def peak_mib() -> float:
-    """Largest resident set of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT / 2**20
-
-
-def resident_mib() -> float:
-    """Resident set of this process now, in MiB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+def memory_mib(field: str = "VmHWM") -> float:
+    """Peak resident memory of this process in MiB, or the current one with ``VmRSS``; nan without Linux's /proc."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), float("nan"))
 
 
 def milliseconds(step: Callable[[], Any], seconds: float = 1.0) -> tuple[float, int]:
-    """Median time of a step on this process's threads, and the number of steps that it is of."""
+    """Median time of a step with this process's number of threads, and the number of steps timed."""
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     measured = timer.blocked_autorange(min_run_time=seconds)
     return 1e3 * measured.median, measured.number_per_run * len(measured.times)
 
 
-class Fresh(NamedTuple):
-    """What a process cost: wall and CPU seconds, its peak memory; and what it printed."""
-
-    wall: float
-    cpu: float
-    mib: float
-    out: str
-
-
-def fresh(words: list[str], **environment: str) -> Callable[[], Fresh]:
-    """Start ``python words`` in a process of its own; gives a function that waits for its end."""
-    out, start = tempfile.TemporaryFile("w+"), time.perf_counter()  # noqa: SIM115
-    process = subprocess.Popen([sys.executable, *words], stdout=out, cwd=ROOT, env={**os.environ, **environment})
-
-    def wait() -> Fresh:
-        _, status, usage = os.wait4(process.pid, 0)
-        wall, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-        with out:
-            out.seek(0)
-            printed = out.read()
-        if process.returncode:
-            raise RuntimeError(f"python {' '.join(words)} ended with {process.returncode}")
-        return Fresh(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _UNIT / 2**20, printed)
-
-    return wait
-
-
-def case(function: str, **arguments: Any) -> Row:
-    """Call ``module.function`` in a fresh process; arguments and result travel as JSON."""
-    module, name = function.rsplit(".", 1)
-    code = f"import json, sys; from {module} import {name}; print(json.dumps({name}(**json.loads(sys.argv[1]))))"
-    found: Row = json.loads(fresh(["-c", code, json.dumps(arguments)])().out.splitlines()[-1])
-    return found
+def in_process(function: Callable[..., Result], **arguments: Any) -> Result:
+    """Call a function in a process of its own, forked from one that has imported ``benchmarks.timing``."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.timing"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, **arguments).result()

@@ -3,13 +3,13 @@
 Trains the rows of a study of benchmarks/experiments.yaml under one protocol and prints its table.
 
 The learning rates of a row are each run on its first seed; the rate with the best kNN(20) on the validation split is
-then run on the other seeds. That choice is all that the validation split is used for. The test split is evaluated once
-per run, after its last step.
+then run on the other seeds. The validation split is used for nothing else. The test split is evaluated once per run,
+after its last step.
 
-Each run is a fresh process on as many threads as OMP_NUM_THREADS says. It adds one row to FOLDER/STUDY.csv, and its
-snapshots during training, if it has any, to FOLDER/STUDY_snapshots.csv. A run that is there is not made again, so the
-same command continues where it was stopped, and the CSV files of benchmarks/results/ count as made once they are copied
-to FOLDER. When a row or its base config has changed, its runs are made again, and the table leaves the former ones out.
+Each run is a fresh process with OMP_NUM_THREADS threads. It adds one row to FOLDER/STUDY.csv, and its
+snapshots during training, if it has any, to FOLDER/STUDY_snapshots.csv. A finished run is not repeated, so the same
+command continues where it was stopped, and the CSV files of benchmarks/results/ count as finished once they are
+copied to FOLDER. When a row or its base config has changed, its runs are repeated, and the table omits the old ones.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.tables import best_rate, markdown
 
 PASSED = ("--trainer.", "--model.", "--data.")
 _MORE = """\
-Further words that begin with --trainer., --model. or --data. go to every run, as in the simo command:
+Further arguments that begin with --trainer., --model. or --data. go to every run, as in the simo command:
   --model.encoder.width 0.25   --data.samples_per_class 50   --trainer.accelerator gpu
 
 exit status: 0, or 1 if a run failed, 2 for a wrong argument, 130 after Ctrl-C
@@ -54,7 +54,7 @@ def train(row: Experiment, out: Path, bar: "tqdm[Any]") -> None:
 
 
 def ensure(row: Experiment, rate: float, seed: int, out: Path, bar: "tqdm[Any]") -> None:
-    """Make one run unless it is there."""
+    """Make one run unless the CSV has it."""
     frame, job = read(out / f"{row.study}.csv"), row.job(rate, seed)
     what = f"{row.name}, lr {rate:g}, seed {seed}"
     keys = {key: job["row"][key] for key in ("name", "config", "rate", "seed")}
@@ -74,7 +74,7 @@ def ensure(row: Experiment, rate: float, seed: int, out: Path, bar: "tqdm[Any]")
 
 
 def run_in_a_process(job: dict[str, Any], out: Path, stem: str, bar: "tqdm[Any]") -> dict[str, Any]:
-    """One run; its process does not outlive the command, nor sees the terminal's Ctrl-C before it."""
+    """One run; its process ends with the command and does not receive the terminal's Ctrl-C."""
     log, target = out.resolve() / "logs" / f"{stem}.log", out.resolve() / "logs" / f"{stem}.json"
     log.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
@@ -110,9 +110,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--data.data_dir", dest="data_dir", metavar="DIR", help="folder of the images")
     own.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the CSV files and logs")
     own.add_argument("--names", nargs="+", metavar="NAME", help="rows (default: all of the study)")
-    own.add_argument("--seeds", nargs="+", type=int, metavar="N", help="in place of the rows' own")
-    own.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates in place of the rows' own")
-    own.add_argument("--epochs", type=int, metavar="N", help="length in place of the rows' own")
+    own.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the rows' own")
+    own.add_argument("--rates", nargs="+", type=float, metavar="LR", help="learning rates instead of the rows' own")
+    own.add_argument("--epochs", type=int, metavar="N", help="length instead of the rows' own")
     own.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="another table of experiments")
     own.add_argument("--list", action="store_true", help="print the studies or the rows of one, and exit")
     return own

@@ -37,20 +37,18 @@ def moments_cost(world: int, rows: int, dim: int, classes: int) -> tuple[float, 
 def markdown() -> str:
     """The tables of docs/scaling.md."""
     lines = []
-    for rows, dim, classes in CASES:
-        case = (rows, dim, classes)
+    for case in CASES:
+        rows, dim, classes = case
         fewer = next(world for world in range(2, 10**6) if moments_cost(world, *case)[0] < gather_cost(world, *case)[0])
         lines += [
-            f"{rows} rows a rank, D = {dim}, C = {classes:,}; the moments send less from {fewer} ranks on.",
-            "",
+            f"{rows} rows a rank, D = {dim}, C = {classes:,}; the moments send less from {fewer} ranks on.\n",
             "| ranks | N | gather: MB sent | GFLOP of the loss | ms | moments: MB sent | GFLOP | ms | DDP's own MB |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for world in (1, 8, 64, 256, 1024):
-            numbers = []
-            for sent, operations in (gather_cost(world, *case), moments_cost(world, *case)):
-                numbers += [sent / 1e6, operations / 1e9, 1e3 * (sent / BANDWIDTH + operations / RATE)]
-            numbers.append(2 * (world - 1) / world * ENCODER / 1e6)
-            lines.append(f"| {world:,} | {world * rows:,} | {' | '.join(f'{number:.3g}' for number in numbers)} |")
+            costs = (gather_cost(world, *case), moments_cost(world, *case))
+            numbers = [n for b, f in costs for n in (b / 1e6, f / 1e9, 1e3 * (b / BANDWIDTH + f / RATE))]
+            cells = [f"{number:.3g}" for number in (*numbers, 2 * (world - 1) / world * ENCODER / 1e6)]
+            lines.append(f"| {world:,} | {world * rows:,} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -12,8 +12,9 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.experiments import SHIPPED, TABLE, read, read_table
+from benchmarks.machine import MACHINE
 from benchmarks.scaling_model import markdown as scaling_model
-from simo_lightning.plotting import class_colors, class_similarity_figure, project_2d, scatter_figure
+from simo_lightning.plotting import class_similarity_figure, project_2d, scatter_figure
 
 NOTES = """\
 Test split at the last step, mean ± sample standard deviation over seeds; no checkpoint is chosen. Learning rate: the
@@ -26,19 +27,7 @@ are alone in theirs; two classes are merged where less than 0.75 of their sample
 to their own class mean than to the other, and groups are the connected components of merged pairs. images a step:
 images embedded at each optimizer step, views counted. training: seconds without evaluation. peak: largest resident set
 of the process by the end of training, with all of Python."""
-MACHINE = [
-    "cpu",
-    "cores",
-    "gpu",
-    "threads",
-    "load_before",
-    "python",
-    "torch",
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-]
-MACHINE += ["scikit-learn", "pytorch-metric-learning", "commit", "date"]
+KEYS = ["name", "config", "seed", "rate"]  # of a run, in its snapshots
 SUMMARY = ["simo_log_prototypes", "simo", "cross_entropy", "normalized_softmax", "supcon"]
 
 
@@ -86,36 +75,31 @@ def markdown(study: str, out: Path = SHIPPED, table: Path = TABLE) -> str:
     if frame.empty:
         raise ValueError(f"there is no finished run of {study} in {out}")
     lines, several = lines_of(frame, content["rows"]), frame["epochs"].nunique() > 1
-    used = pd.concat([runs for _, runs in lines])
-    sort = content.get("sort")
+    used, sort = pd.concat([runs for _, runs in lines]), content.get("sort")
     if sort:
-        lines.sort(key=lambda line: -np.nan_to_num(chosen(line[1])[sort].mean(), nan=-1.0) if sort in line[1] else 0)
+        lines.sort(key=lambda line: -np.nan_to_num(chosen(line[1])[sort].mean(), nan=-1.0))
     heads = [*(["epochs"] if several else []), "training", "lr", "seeds", *content["columns"]]
-    parts = [*_common(used, ["words", "train_images", "val_images", "test_images", "checksum", *MACHINE]), ""]
-    parts.insert(
-        -1,
-        f"- runs: {len(used)}"
-        + (f", {used['all_seconds'].sum() / 3600:.2f} h in all" if "all_seconds" in used else ""),
-    )
-    parts += _table(heads, [_cells(name, runs, content, several) for name, runs in lines])
+    hours = f", {used['all_seconds'].sum() / 3600:.2f} h in all" if "all_seconds" in used else ""
+    parts = [*_common(used, ["words", "train_images", "val_images", "test_images", "checksum", *MACHINE])]
+    parts += [f"- runs: {len(used)}{hours}", "", *_table(heads, [_cells(*line, content, several) for line in lines])]
     if content.get("sweep"):
-        rates = sorted(set(used["rate"]))
-        sweeps = [(name, runs[runs["seed"] == sweep_seed(runs)].set_index("rate")) for name, runs in sorted(lines)]
-        tried = [[name, *(_tried(runs, rate) for rate in rates)] for name, runs in sweeps]
-        parts += ["", *_table(["validation kNN 20 at lr", *(f"{rate:g}" for rate in rates)], tried)]
+        first = pd.concat([runs[runs["seed"] == sweep_seed(runs)].assign(name=name) for name, runs in lines])
+        tried = first.assign(text=first["val_knn20"].map("{:.4f}".format).where(first["error"].isna(), "diverged"))
+        tried = tried.pivot(index="name", columns="rate", values="text").fillna("")
+        heads = ["validation kNN 20 at lr", *(f"{rate:g}" for rate in tried.columns)]
+        parts += ["", *_table(heads, tried.reset_index().to_numpy())]
     return "\n".join([*parts, "", NOTES])
 
 
 def _cells(name: str, runs: pd.DataFrame, content: dict[str, Any], several: bool) -> list[str]:
     title = {**content["defaults"], **content["rows"].get(name, {})}.get("title", name)
-    first = [*([str(runs["epochs"].iloc[0])] if several else []), title]
-    judged = chosen(runs)
-    good = judged[judged["error"].isna()]
+    first, best = [*([str(runs["epochs"].iloc[0])] if several else []), title], chosen(runs)
+    good = best[best["error"].isna()]
     if good.empty:
         return [*first, "diverged at every rate", *[""] * (len(content["columns"]) + 1)]
     rate, swept = good["rate"].iloc[0], runs.loc[runs["seed"] == sweep_seed(runs), "rate"]
     edge = "\\*" if swept.nunique() > 1 and rate in (swept.min(), swept.max()) else ""
-    seeds = f"{len(good)}" if len(good) == len(judged) else f"{len(good)} of {len(judged)}, others diverged"
+    seeds = f"{len(good)}" if len(good) == len(best) else f"{len(good)} of {len(best)}, others diverged"
     return [*first, f"{rate:g}{edge}", seeds, *(_cell(good, *column) for column in content["columns"].values())]
 
 
@@ -128,12 +112,6 @@ def _cell(good: pd.DataFrame, column: str | list[str], digits: int | None) -> st
     if column.startswith("seconds_to") and values.isna().any():
         return "not reached"
     return f"{values.max():.{digits}f}" if column.startswith("peak") else spread(values, digits)
-
-
-def _tried(runs: pd.DataFrame, rate: float) -> str:
-    if rate not in runs.index:
-        return ""
-    return f"{runs.loc[rate, 'val_knn20']:.4f}" if pd.isna(runs.loc[rate, "error"]) else "diverged"
 
 
 def summary(out: Path = SHIPPED) -> str:
@@ -153,15 +131,13 @@ def timing(name: str, out: Path = SHIPPED) -> str:
     frame = read(out / f"{name}.csv")
     if frame.empty:
         raise ValueError(f"there is no {name}.csv in {out}")
-    shown = frame[[column for column in frame if column not in (*MACHINE, "words")]].dropna(axis=1, how="all")
-    if name in ("loss", "levels"):  # time over that of a copy of the embeddings; SupCon's time over it
-        keys = shown.set_index(["rows", "dim", "classes"]).index
-        for other in ("floor", "supcon", "pml"):
-            there = keys.map(shown[shown["loss"] == other].set_index(["rows", "dim", "classes"])["milliseconds"])
-            ratio = there.to_numpy(dtype=float) / frame["milliseconds"]
-            shown = shown.assign(
-                **{f"{other} / it" if other != "floor" else "it / floor": ratio if other != "floor" else 1 / ratio}
-            )
+    shown = frame.drop(columns=[*MACHINE, "words"], errors="ignore").dropna(axis=1, how="all")
+    if "loss" in shown:  # times relative to a copy of the embeddings and to SupCon
+        times = shown.pivot(index=["rows", "dim", "classes"], columns="loss", values="milliseconds")
+        shown = shown.join(times.reindex(columns=["floor", "supcon", "pml"]), on=times.index.names)
+        shown["it / floor"] = shown["milliseconds"] / shown.pop("floor")
+        for other in ("supcon", "pml"):
+            shown[f"{other} / it"] = shown.pop(other) / shown["milliseconds"]
     rows = [[_plain(value, 3) for value in row] for row in shown.astype(object).itertuples(index=False)]
     return "\n".join([*_common(frame, MACHINE), "", *_table(list(shown), rows)])
 
@@ -169,11 +145,9 @@ def timing(name: str, out: Path = SHIPPED) -> str:
 def _common(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """What the runs have in common; where they differ, all values."""
     known = {column: frame[column].dropna().drop_duplicates() for column in columns if column in frame}
-    told = {name: ", ".join(sorted(map(_plain, values))) for name, values in known.items()}
-    told = {name: text for name, text in told.items() if text}
-    data = ", ".join(f"{name} {told.pop(name)}" for name in list(told) if name not in MACHINE)
-    machine = ", ".join(f"{name} {text}" for name, text in told.items())
-    return [*([f"- data: {data}"] if data else []), f"- machine: {machine}"]
+    told = {name: f"{name} {', '.join(sorted(map(_plain, values)))}" for name, values in known.items() if any(values)}
+    data = ", ".join(told.pop(name) for name in list(told) if name not in MACHINE)
+    return [*([f"- data: {data}"] if data else []), f"- machine: {', '.join(told.values())}"]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -191,29 +165,26 @@ def _plain(value: Any, digits: int = 6) -> str:
 def comparison_figure(studies: Sequence[str], out: Path = SHIPPED) -> Figure:
     """kNN and class cosine of each line, best on top: mean over seeds, sample standard deviation as a bar.
 
-    Two panels for each study; SimO's forms are blue, other losses orange. What diverged is left out.
+    Two panels for each study; SimO's forms are blue, other losses orange. Diverged runs are left out.
     """
-    parts = []
+    columns, parts = {"test_knn20": "test kNN(20)", "test_class_cosine": "class cosine"}, []
     for study in studies:
-        runs = [chosen(runs).assign(name=name) for name, runs in lines_of(read(out / f"{study}.csv"), ())]
-        good = pd.concat([frame[frame["error"].isna()] for frame in runs] or [pd.DataFrame(columns=["name"])])
+        frame = read(out / f"{study}.csv")
+        good = pd.concat([chosen(runs) for _, runs in lines_of(frame, ())]) if len(frame) else frame
+        good = good[good["error"].isna()]
         if good.empty:
             raise ValueError(f"there is no finished run of {study} with numbers to draw")
-        parts.append(good.groupby("name")[["test_knn20", "test_class_cosine"]].agg(["mean", "std"]))
+        parts.append(good.groupby("name")[[*columns]].agg(["mean", "std"]).sort_values(("test_knn20", "mean")))
     heights = [1.0 + 0.24 * len(part) for part in parts]
     figure = Figure(figsize=(8.0, sum(heights)), layout="constrained")
     grid = figure.subplots(len(parts), 2, sharey="row", squeeze=False, height_ratios=heights)
     for study, panels, part in zip(studies, grid, parts, strict=True):
-        part = part.sort_values(("test_knn20", "mean"))
         colors = ["#0072B2" if name.startswith("simo") else "#D55E00" for name in part.index]  # of Okabe & Ito
-        for axes, column, label in zip(
-            panels, ("test_knn20", "test_class_cosine"), ("test kNN(20)", "class cosine"), strict=True
-        ):
-            means, std, places = part[column, "mean"], part[column, "std"].fillna(0), range(len(part))
-            axes.hlines(places, means - std, means + std, colors=colors)
-            axes.scatter(means, places, c=colors, s=25)
+        for axes, (column, label) in zip(panels, columns.items(), strict=True):
+            axes.errorbar(part[column, "mean"], part.index, xerr=part[column, "std"], fmt="none", ecolor=colors)
+            axes.scatter(part[column, "mean"], part.index, c=colors, s=25)
             axes.set_xlabel(label)
-            axes.set_yticks(places, part.index, fontsize="small")
+            axes.tick_params(axis="y", labelsize="small")
             axes.grid(axis="x", alpha=0.3)
         panels[0].set_title(study, fontsize="medium", loc="left")
     return figure
@@ -225,12 +196,9 @@ def levels_figure(out: Path = SHIPPED) -> Figure:
     figure = Figure(figsize=(3.6 * len(shapes), 3.6), layout="constrained")
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for panel, ((dim, classes), cases) in zip(panels, shapes, strict=True):
-        for (name, own), color in zip(cases.groupby("loss"), class_colors(cases["loss"].nunique()), strict=True):
-            panel.loglog(own["rows"], own["milliseconds"], "o-", color=color, label=name, markersize=3)
-        panel.set(title=f"D = {dim}, C = {classes:,}", xlabel="N", ylabel="ms, forward and backward, one thread")
-        panel.grid(alpha=0.3)
-        panel.label_outer()
-    panels[0].legend(fontsize="small")
+        times = cases.pivot(index="rows", columns="loss", values="milliseconds")
+        times.plot(ax=panel, loglog=True, style="o-", markersize=3, legend=panel is panels[0], grid=True, xlabel="N")
+        panel.set(title=f"D = {dim}, C = {classes:,}", ylabel="ms, forward and backward, one thread")
     return figure
 
 
@@ -264,13 +232,11 @@ def snapshot_figures(study: str, names: Sequence[str] | None, out: Path = SHIPPE
     """
     taken, runs, figures = read(out / f"{study}_snapshots.csv"), read(out / f"{study}.csv"), {}
     for name, own in lines_of(runs[runs["name"].isin(names or set(runs["name"]))], ()):
-        judged = chosen(own)
-        if judged.empty:
+        best = chosen(own)
+        if best.empty:
             continue
-        first = judged[judged["seed"] == sweep_seed(own)].iloc[0]
-        course = taken[
-            (taken[["name", "config", "seed", "rate"]] == first[["name", "config", "seed", "rate"]]).all(axis=1)
-        ]
+        first = best[best["seed"] == sweep_seed(own)].iloc[0]
+        course = taken[(taken[KEYS] == first[KEYS]).all(axis=1)]
         course = course[(course["split"] == "val") & (course["class"] != "all")]
         last = course[course["step"] == course["step"].max()]
         means = torch.tensor(last.filter(regex=r"^mean_\d+$").dropna(axis=1).to_numpy())
@@ -278,20 +244,14 @@ def snapshot_figures(study: str, names: Sequence[str] | None, out: Path = SHIPPE
         figures[f"{name}_similarity"] = class_similarity_figure(means, list(last["class"]))
         length = first["steps"] if pd.isna(first["epochs"]) else first["epochs"]
         points = out / "points" / f"{study}-{name}-{length}-lr{first['rate']:g}-seed{first['seed']}.npz"
-        stored = np.load(points) if points.is_file() else {"points": [], "labels": np.zeros(0)}
-        for step, rows in zip(sorted(set(course["step"])), stored["points"], strict=False):
-            shown, labels = project_2d(torch.from_numpy(rows)), torch.from_numpy(stored["labels"])
-            title = f"Step {step}: {len(rows)} validation embeddings"
-            figures[f"{name}_scatter_{step:06d}"] = scatter_figure(shown, labels, list(last["class"]), title)
+        if points.is_file():
+            stored = np.load(points)
+            labels = torch.from_numpy(stored["labels"])
+            for step, embeddings in zip(sorted(set(course["step"])), stored["points"], strict=True):
+                title = f"Step {step}: {len(embeddings)} validation embeddings"
+                shown = project_2d(torch.from_numpy(embeddings))
+                figures[f"{name}_scatter_{step:06d}"] = scatter_figure(shown, labels, list(last["class"]), title)
     return figures
-
-
-def _text(name: str, out: Path, table: Path) -> str:
-    if name in read_table(table):
-        return markdown(name, out, table)
-    if name == "summary":
-        return summary(out)
-    return scaling_model() if name == "scaling_model" else timing(name, out)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -306,14 +266,18 @@ def main(words: Sequence[str] | None = None) -> None:
     given = own.parse_args(words)
     try:
         for name in given.names:
-            print(_text(name, given.out, given.table))
+            if name in read_table(given.table):
+                print(markdown(name, given.out, given.table))
+            elif name == "scaling_model":
+                print(scaling_model())
+            else:
+                print(summary(given.out) if name == "summary" else timing(name, given.out))
             for file, figure in (snapshot_figures(name, given.rows, given.out) if given.figures else {}).items():
                 given.figures.mkdir(parents=True, exist_ok=True)
                 figure.savefig(given.figures / f"{file}.png", dpi=100)
         if given.plot:
-            figure = (
-                levels_figure(given.out) if given.names == ["levels"] else comparison_figure(given.names, given.out)
-            )
+            levels = given.names == ["levels"]
+            figure = levels_figure(given.out) if levels else comparison_figure(given.names, given.out)
             figure.savefig(given.plot, dpi=100)
     except ValueError as error:
         own.error(str(error))

@@ -1,7 +1,7 @@
 """The command: python -m benchmarks.timing NAME --out FOLDER, time and memory of the loss and of the ``simo`` command.
 
-Times are medians of torch.utils.benchmark or of many steps. Every case runs in a fresh process, so that its peak memory
-is its own.
+Times are medians of torch.utils.benchmark or of many steps. Every case runs in a process of its own, so that its peak
+memory is its own.
 """
 
 import argparse
@@ -15,19 +15,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import timing_fit
-from benchmarks.experiments import append
-from benchmarks.machine import Row, about, case, milliseconds, peak_mib, resident_mib
+from benchmarks.experiments import append, timings
+from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
 from simo_lightning import ImageEncoder, SimOLoss, SimOModule
 
-# N, D, C of the loss: batches of the configs, and large ones
-SHAPES = [(120, 16, 10), (512, 16, 10), (4096, 16, 10), (16384, 128, 10), (4000, 128, 1000), (1_000_000, 16, 10)]
-ROWS, WIDTHS = (512, 4096, 16384, 131072, 1_000_000), ((16, 10), (128, 10), (16, 100), (128, 1000))
 LARGEST = {"pair": 16384, "pml": 4096}  # N, where memory or time is quadratic
 
 
 def make_loss(name: str) -> Callable[[Tensor, Tensor], Any]:
-    """The loss of a name: default, default compiled, a level, a level and form, pml (SupConLoss of
+    """A loss by name: default, default compiled, a level, a level and form, pml (SupConLoss of
     pytorch-metric-learning), or floor, which only copies the embeddings.
     """
     if name == "floor":
@@ -43,10 +40,16 @@ def make_loss(name: str) -> Callable[[Tensor, Tensor], Any]:
     return loss
 
 
+def draw(rows: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Embeddings that require a gradient, and labels."""
+    embeddings = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    return embeddings.requires_grad_(), torch.arange(rows) % classes
+
+
 def loss_case(loss: str, rows: int, dim: int, classes: int) -> Row:
-    """Forward and backward of a loss on one thread; memory is how much the process's peak exceeds what it held."""
+    """Forward and backward of a loss on one thread; memory is the peak of the process minus what it held before."""
     torch.set_num_threads(1)
-    function = make_loss(loss)
+    function, compiled = make_loss(loss), loss.endswith("compiled")
 
     def step(embeddings: Tensor, labels: Tensor) -> None:
         embeddings.grad = None
@@ -54,33 +57,32 @@ def loss_case(loss: str, rows: int, dim: int, classes: int) -> Row:
         if value.requires_grad:
             value.backward()
 
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
-        return rows.requires_grad_(), torch.arange(count) % classes
-
-    compiled = loss.endswith("compiled")
-    step(*draw(rows if compiled else 4 * classes))  # warms up; a second size would be compiled for all sizes
-    batch = draw(rows)
-    before = resident_mib()
+    step(*draw(rows if compiled else 4 * classes, dim, classes))  # warm-up; a second size would compile for all sizes
+    batch, before = draw(rows, dim, classes), memory_mib("VmRSS")
     step(*batch)
-    grown = None if compiled else max(0.0, peak_mib() - before)  # compilation itself takes more
+    grown = None if compiled else max(0.0, memory_mib() - before)  # compilation itself takes more
     time_ms, repeats = milliseconds(lambda: step(*batch))
     sizes = {"rows": rows, "dim": dim, "classes": classes}
     return {"loss": loss, **sizes, "repeats": repeats, "milliseconds": time_ms, "peak_mib": grown}
 
 
-def losses(names: list[str], shapes: list[tuple[int, int, int]]) -> list[Row]:
-    """All cases that fit: at least 4 rows a class, no N x N matrix that is too large."""
-    cases = [(name, n, d, c) for n, d, c in shapes for name in names if 4 * c <= n <= LARGEST.get(name, n)]
+def losses(losses: list[str], shapes: list[tuple[int, int, int]]) -> list[Row]:
+    """All feasible cases: at least 4 embeddings per class, no N x N matrix or (C, D, D) moments that are too large."""
+    cases = [(name, n, d, c) for n, d, c in shapes for name in losses if 4 * c <= n <= LARGEST.get(name, n)]
     cases = [one for one in cases if one[0] != "class" or one[3] * one[2] ** 2 <= 2**23]
-    return [case("benchmarks.timing.loss_case", loss=name, rows=n, dim=d, classes=c) for name, n, d, c in cases]
+    return [in_process(loss_case, loss=name, rows=n, dim=d, classes=c) for name, n, d, c in cases]
 
 
-def profile_case(rows: int = 16384, dim: int = 128, classes: int = 10, repeats: int = 20) -> Row:
-    """Where the time of the default loss goes: operations of torch's profiler, on one thread."""
+def loss_benchmark(name: str, quick: bool) -> list[Row]:
+    """A table of ``timings`` in experiments.yaml; its first shape alone with ``quick``."""
+    content = timings()[name]
+    return losses(content["losses"], content["shapes"][: 1 if quick else None])
+
+
+def profile_case(rows: int = 16384, dim: int = 128, classes: int = 10, repeats: int = 20) -> list[Row]:
+    """Operations of torch's profiler that take the most time in the default loss, on one thread."""
     torch.set_num_threads(1)
-    embeddings = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    labels, loss = torch.arange(rows) % classes, make_loss("default")
+    (embeddings, labels), loss = draw(rows, dim, classes), make_loss("default")
     time_ms, _ = milliseconds(lambda: loss(embeddings, labels).backward())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(repeats):
@@ -89,19 +91,17 @@ def profile_case(rows: int = 16384, dim: int = 128, classes: int = 10, repeats: 
     total = sum(event.self_cpu_time_total for event in events) / 100
     what = {"case": f"default, N = {rows:,}, D = {dim}, C = {classes}", "median_ms": time_ms}
     found = [(event.key, event.self_cpu_time_total / total, event.count) for event in events[:14]]
-    return {
-        "rows": [{**what, "operation": name, "self_percent": share, "calls": calls} for name, share, calls in found]
-    }
+    return [{**what, "operation": name, "self_percent": share, "calls": calls} for name, share, calls in found]
 
 
 def micro_batch_case(images: int, size: int | None, norm: str) -> Row:
-    """A training step of CIFAR-size images in micro-batches: its time, and how much the process's peak grows by it."""
+    """A training step of CIFAR-size images in micro-batches: its time, and the growth of the process's peak memory."""
     torch.manual_seed(0)
     encoder = ImageEncoder("resnet10", width=0.5, stem="small_stride2", norm=norm)
     module = SimOModule(encoder, SimOLoss(), micro_batch_size=size)
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]  # no trainer here
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
-    batch, before = (torch.randn(images, 3, 32, 32), torch.arange(images) % 10), resident_mib()
+    batch, before = (torch.randn(images, 3, 32, 32), torch.arange(images) % 10), memory_mib("VmRSS")
 
     def step() -> None:
         optimizer.zero_grad()
@@ -109,24 +109,22 @@ def micro_batch_case(images: int, size: int | None, norm: str) -> Row:
         optimizer.step()
 
     step()
-    cost = {"peak_mib": peak_mib() - before, "seconds": milliseconds(step)[0] / 1e3}
-    return {"norm": norm, "images": images, "micro_batch": size or images, **cost}
+    grown = memory_mib() - before
+    sizes = {"norm": norm, "images": images, "micro_batch": size or images}
+    return {**sizes, "peak_mib": grown, "seconds": milliseconds(step)[0] / 1e3}
 
 
 def micro_batches(given: argparse.Namespace) -> list[Row]:
-    """Whole batches and micro-batches, with both kinds of norm."""
+    """Whole batches and micro-batches, with batch norm and group norm."""
     images, sizes = (512, (None, 64)) if given.quick else (4096, (None, 1024, 256, 64))
-    cases = [{"images": images, "size": size, "norm": norm} for norm in ("batch", "group") for size in sizes]
-    return [case("benchmarks.timing.micro_batch_case", **one) for one in cases]
+    cases = [(norm, size) for norm in ("batch", "group") for size in sizes]
+    return [in_process(micro_batch_case, images=images, size=size, norm=norm) for norm, size in cases]
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    "loss": lambda given: losses(["floor", "default", "default compiled", "pml"], SHAPES[: 1 if given.quick else None]),
-    "levels": lambda given: losses(
-        ["floor", "group", "class", "centroid", "centroid softmax", "pair", "pml"],
-        [(n, d, c) for d, c in WIDTHS for n in ROWS][: 1 if given.quick else None],
-    ),
-    "profile": lambda given: case("benchmarks.timing.profile_case", rows=600 if given.quick else 16384)["rows"],
+    "loss": lambda given: loss_benchmark("loss", given.quick),
+    "levels": lambda given: loss_benchmark("levels", given.quick),
+    "profile": lambda given: in_process(profile_case, rows=600 if given.quick else 16384),
     "micro_batches": micro_batches,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
@@ -137,8 +135,8 @@ def main() -> None:
     own = argparse.ArgumentParser("python -m benchmarks.timing", description=__doc__, allow_abbrev=False)
     own.add_argument("names", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     own.add_argument("--data.data_dir", dest="data_dir", help="CIFAR-10, for all that times simo fit")
-    own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of NAME.csv, which is written anew")
-    own.add_argument("--quick", action="store_true", help="small cases, on digits in place of CIFAR-10")
+    own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of NAME.csv, which is replaced")
+    own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
     given = own.parse_args()
     if not (given.quick or given.data_dir or {*given.names} <= {"loss", "levels", "profile", "micro_batches"}):
         own.error("--data.data_dir DIR is needed, or --quick")

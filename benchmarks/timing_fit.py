@@ -5,9 +5,12 @@ import gc
 import json
 import os
 import re
-import socket
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,69 +25,63 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from benchmarks.experiments import ROOT
-from benchmarks.machine import Fresh, Row, case, fresh, milliseconds, now, resident_mib
+from benchmarks.machine import Row, in_process, memory_mib, milliseconds, now
 from benchmarks.train import make_parts
 from simo_lightning import SimOLoss
 from simo_lightning.distributed import gather_rows
 
 DIGITS, CIFAR10 = str(ROOT / "configs" / "digits.yaml"), str(ROOT / "configs" / "cifar10_cpu.yaml")
-SIMO = ["-c", "from simo_lightning.cli import main; main()"]
+SIMO = str(Path(sys.executable).with_name("simo"))
 NO_VALIDATION = ["--trainer.limit_val_batches", "0", "--best.monitor", "train/loss", "--trainer.max_epochs", "100"]
-DIM = 13  # of the embeddings that Watch counts: no other tensor has so many columns
+DIM = 13  # size of the embeddings that Watch counts: no other tensor has as many columns
 
 
-class OneLayer(nn.Module):
-    """An encoder that costs next to nothing: a step's time is then what surrounds the encoder."""
+class OneLayer(nn.Sequential):
+    """An encoder of negligible cost: a step then takes the time of everything else."""
 
     def __init__(self, dim: int = 16) -> None:
-        super().__init__()
-        self.linear = nn.LazyLinear(dim)
+        super().__init__(nn.Flatten(), nn.AdaptiveAvgPool1d(64), nn.Linear(64, dim))
 
-    def forward(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.linear(images.flatten(1))
-        return embeddings
+
+class ExitAfterFirstStep(pl.Callback):
+    """Ends the process after its first training step."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        os._exit(0)
 
 
 class Watch(pl.Callback):
-    """Prints at the end of a fit: median step in ms, seconds in hooks (of the trainer's SimpleProfiler), memory after
-    each epoch, and rows of embeddings alive after the last batch of a validation.
+    """Prints at the end of a fit: median step in ms, seconds in hooks (of the trainer's SimpleProfiler), memory and
+    tensors after each epoch, peak memory, and the largest number of embeddings in memory during a validation.
 
     Args:
-        steps: Ends the fit after so many; 0: after its own length.
-        leave: End the process after the first step, for the time until then.
+        steps: Ends the fit after this number of steps; 0: after its own length.
     """
 
-    def __init__(self, steps: int = 0, leave: bool = False) -> None:
-        self.steps, self.leave = steps, leave
+    def __init__(self, steps: int = 0) -> None:
+        self.steps, self.kept = steps, 0
         self.ends: list[float] = []
         self.mib: list[float] = []
         self.tensors: list[int] = []
-        self.kept = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.leave:
-            os._exit(0)
         self.ends.append(now())
         trainer.should_stop = 0 < self.steps < len(self.ends) - 5
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int, *_: Any
-    ) -> None:
-        if index + 1 == trainer.num_val_batches[0]:
-            rows = {value.data_ptr(): value.shape for value in _tensors()}  # a view counts once
-            found = sum(shape[0] for shape in rows.values() if len(shape) == 2 and shape[1] == DIM)
-            self.kept = max(self.kept, found)
+    def on_validation_batch_end(self, *_: Any) -> None:
+        shapes = {value.data_ptr(): value.shape for value in _tensors()}.values()  # a view counts once
+        self.kept = max(self.kept, sum(shape[0] for shape in shapes if len(shape) == 2 and shape[1] == DIM))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_epoch_end(self, *_: Any) -> None:
         self.tensors.append(len(_tensors()))
-        self.mib.append(resident_mib())
+        self.mib.append(memory_mib("VmRSS"))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and self.ends:
+        if trainer.is_global_zero and stage == "fit":
             hooks = {name: sum(times) for name, times in getattr(trainer.profiler, "recorded_durations", {}).items()}
             steps = np.diff(self.ends[5:]) if len(self.ends) > 6 else [0.0]  # the first ones warm up
-            found = {"ms": 1e3 * float(np.median(steps)), "hooks": hooks, "kept": self.kept}
-            print("\n" + json.dumps({**found, "mib": self.mib, "tensors": self.tensors}), flush=True)
+            found = {"ms": 1e3 * float(np.median(steps)), "hooks": hooks, "kept": self.kept, "mib": self.mib}
+            print("\n" + json.dumps({**found, "tensors": self.tensors, "peak_mib": memory_mib()}), flush=True)
 
 
 def _tensors() -> list[Tensor]:
@@ -92,53 +89,53 @@ def _tensors() -> list[Tensor]:
     return [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
 
 
+def python(words: list[str], world: int = 1) -> str:
+    """What ``python words`` prints in a process of its own, or in ``world`` processes of torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path} | ({"OMP_NUM_THREADS": "1"} if world > 1 else {})
+    command = [sys.executable, *launch, *words]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def seconds(words: list[str], repeats: int) -> tuple[float, float]:
+    """Median wall and CPU seconds of ``python words``; with several repeats the first warms the caches."""
+    costs = []
+    for _ in range(repeats):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        python(words)
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+    walls, cpus = zip(*costs[-5:], strict=True)
+    return statistics.median(walls), statistics.median(cpus)
+
+
 def config_words(given: argparse.Namespace) -> list[str]:
     """Digits with --quick, else CIFAR-10."""
     return ["--config", DIGITS] if given.quick else ["--config", CIFAR10, "--data.data_dir", given.data_dir]
 
 
-def simo_fit(*words: str, world: int = 1, steps: int = 0) -> tuple[Row, Fresh]:
-    """``simo fit`` in fresh processes; gives what rank 0's Watch printed, and its cost."""
+def simo_fit(*words: str, world: int = 1, steps: int = 0) -> Row:
+    """``simo fit`` in fresh processes; returns what the first one's Watch printed."""
     callback = json.dumps({"class_path": "benchmarks.timing_fit.Watch", "init_args": {"steps": steps}})
     with tempfile.TemporaryDirectory() as folder:
         own = ["--run_dir", folder, "--trainer.num_sanity_val_steps", "0", "--trainer.callbacks+", callback]
-        done = ranks([*SIMO, "fit", *words, *own], world)
-    return json.loads(next(line for line in done.out.splitlines() if line.startswith('{"ms"'))), done
-
-
-def ranks(words: list[str], world: int) -> Fresh:
-    """A command in as many processes as ranks of one job, one thread each where they are several; gives rank 0's."""
-    if world == 1:
-        return fresh(words)()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    waits = [fresh(words, RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", **job) for rank in range(world)]
-    first, *_ = [wait() for wait in waits]
-    return first
+        printed = python([SIMO, "fit", *words, *own], world)
+    found: Row = json.loads(next(line for line in printed.splitlines() if line.startswith('{"ms"')))
+    return found
 
 
 def throughput(given: argparse.Namespace) -> list[Row]:
     """simo fit without validation; a bare loop of the same encoder and optimizer; that loop fed by a DataLoader."""
     words, steps = config_words(given), 5 if given.quick else 300
-    fit, _ = simo_fit(*words, *NO_VALIDATION, steps=steps)
-    around, _ = simo_fit(*words, *NO_VALIDATION, "--model.encoder", "benchmarks.timing_fit.OneLayer", steps=steps)
-    bare = case(
-        "benchmarks.timing_fit.bare_case", words=words, workers=sorted({0, 1 if given.quick else os.cpu_count()})
-    )
-    size, loop = bare.pop("images"), bare.pop("bare")
-    rows = {"simo fit, images per second": 1e3 * size / fit["ms"], "bare loop, images per second": 1e3 * size / loop}
-    rows |= {
-        "simo fit / bare loop": loop / fit["ms"],
-        **{f"{name} / bare loop": loop / ms for name, ms in bare.items()},
-    }
-    rows |= {"simo fit / the faster of these": min(bare.values()) / fit["ms"]}
-    rows |= {
-        "simo fit, ms a step": fit["ms"],
-        "bare loop, ms a step": loop,
-        "simo fit of one linear layer, ms": around["ms"],
-    }
+    fit = simo_fit(*words, *NO_VALIDATION, steps=steps)["ms"]
+    one_layer = simo_fit(*words, *NO_VALIDATION, "--model.encoder", "benchmarks.timing_fit.OneLayer", steps=steps)["ms"]
+    fed = in_process(bare_case, words=words, workers=sorted({0, 1 if given.quick else os.cpu_count()}))
+    size, bare = fed.pop("images"), fed.pop("bare")
+    rows = {"simo fit, images per second": 1e3 * size / fit, "bare loop, images per second": 1e3 * size / bare}
+    rows |= {"simo fit / bare loop": bare / fit, **{f"{name} / bare loop": bare / ms for name, ms in fed.items()}}
+    rows |= {"simo fit / the faster of these": min(fed.values()) / fit}
+    rows |= {"simo fit, ms a step": fit, "bare loop, ms a step": bare, "simo fit of one linear layer, ms": one_layer}
     return [{"quantity": name, "value": value} for name, value in rows.items()]
 
 
@@ -146,6 +143,7 @@ def bare_case(words: list[str], workers: list[int]) -> Row:
     """ms a step of forward, backward and optimizer with the sum of squares as loss, on one batch that lies on the
     device; and fed by a DataLoader that applies torchvision's crop, flip and normalisation to PIL images.
     """
+    sys.argv = ["benchmarks"]  # LightningCLI warns of two sources of arguments
     config = yaml.safe_load(Path(words[1]).read_text())
     parts = make_parts({key: config[key] for key in ("trainer", "model", "data") if key in config}, words[2:])
     module, data, precision = parts.model, parts.datamodule, parts.trainer.precision_plugin
@@ -182,41 +180,37 @@ def bare_case(words: list[str], workers: list[int]) -> Row:
 
 def callbacks(given: argparse.Namespace) -> list[Row]:
     """Seconds in the hooks of each callback, by Lightning's SimpleProfiler, in an epoch with one validation."""
-    found, _ = simo_fit(*config_words(given), "--trainer.max_epochs", "1", "--trainer.profiler", "simple")
+    hooks = simo_fit(*config_words(given), "--trainer.max_epochs", "1", "--trainer.profiler", "simple")["hooks"]
     times: dict[str, Row] = defaultdict(lambda: {"training_s": 0.0, "validation_s": 0.0})
-    for name, seconds in found["hooks"].items():
+    for name, taken in hooks.items():
         hook = re.match(r"\[Callback\](\w+).*\.(on_\w+)$", name)
         if hook and hook[1] != "Watch":
-            times[hook[1]]["validation_s" if "validation" in hook[2] else "training_s"] += seconds
-    epoch = found["hooks"]["run_training_epoch"] / 100
+            times[hook[1]]["validation_s" if "validation" in hook[2] else "training_s"] += taken
+    epoch = hooks["run_training_epoch"] / 100
     rows = [{"callback": name, **both, "percent_of_epoch": sum(both.values()) / epoch} for name, both in times.items()]
     return sorted(rows, key=lambda row: -row["percent_of_epoch"])
 
 
 def startup(given: argparse.Namespace) -> list[Row]:
-    """Seconds of fresh processes: the help, the import of what it is built on, fits up to their first step."""
-    leave = ["--trainer.callbacks+", '{"class_path": "benchmarks.timing_fit.Watch", "init_args": {"leave": true}}']
+    """Seconds of fresh processes: the help, the import of Lightning's command line, fits up to their first step."""
     commands = {"import LightningCLI": ["-c", "from lightning.pytorch.cli import LightningCLI"]}
-    commands |= {"simo --help": [*SIMO, "--help"], "simo fit --help": [*SIMO, "fit", "--help"]}
+    commands |= {"simo --help": [SIMO, "--help"], "simo fit --help": [SIMO, "fit", "--help"]}
     with tempfile.TemporaryDirectory() as folder:
-        fit = [*SIMO, "fit", "--run_dir", folder, *leave, "--trainer.num_sanity_val_steps", "0"]
+        fit = [SIMO, "fit", "--run_dir", folder, "--trainer.num_sanity_val_steps", "0"]
+        fit += ["--trainer.callbacks+", "benchmarks.timing_fit.ExitAfterFirstStep"]
         commands["digits, first step"] = [*fit, "--config", DIGITS]
         commands |= {} if given.quick else {"CIFAR-10, first step": [*fit, *config_words(given)]}
-        costs = {
-            name: [fresh(words)() for _ in range(1 if given.quick else 6)][-5:] for name, words in commands.items()
-        }
-    median = statistics.median
-    rows = [(name, median(c.wall for c in cost), median(c.cpu for c in cost)) for name, cost in costs.items()]
-    return [{"command": name, "wall_s": wall, "cpu_s": cpu} for name, wall, cpu in rows]
+        costs = {name: seconds(words, repeats=1 if given.quick else 6) for name, words in commands.items()}
+    return [{"command": name, "wall_s": wall, "cpu_s": cpu} for name, (wall, cpu) in costs.items()]
 
 
 def memory(given: argparse.Namespace) -> list[Row]:
-    """Growth of a fit on digits with everything on in every epoch (slope over the second half); embeddings that a
-    validation leaves in memory, with kNN and without; peak of one epoch.
+    """Growth of a fit on digits with all callbacks in every epoch (slope over the second half); embeddings in memory
+    during a validation, with kNN and without; peak of one epoch.
     """
     epochs, words, one = 4 if given.quick else 50, config_words(given), ["--trainer.max_epochs", "1"]
     small = ["--model.encoder.width", "0.125", "--plots.every_n_epochs", "1", "--plots.max_points", "20"]
-    grown, _ = simo_fit("--config", DIGITS, "--trainer.max_epochs", str(epochs), *small)
+    grown = simo_fit("--config", DIGITS, "--trainer.max_epochs", str(epochs), *small)
     rows = {}
     for name, unit in (("mib", "MiB"), ("tensors", "tensors")):
         half = grown[name][epochs // 2 :]
@@ -224,10 +218,11 @@ def memory(given: argparse.Namespace) -> list[Row]:
     short = [*words, *one, "--data.val_fraction", "0.4", "--trainer.limit_train_batches", "7"]
     short += ["--model.encoder", "benchmarks.timing_fit.OneLayer", "--model.encoder.dim", str(DIM)]
     for name, more in (("with kNN", []), ("without", ["--knn.every_n_epochs", "1000", "--best.monitor", "train/loss"])):
-        found, _ = simo_fit(*short, *more)
-        rows[f"embeddings kept after a validation of 0.4 of the images, {name}"] = found["kept"]
-    rows["resident after the imports, MiB"] = fresh(["-c", "import simo_lightning.cli"])().mib
-    rows["peak of one epoch of configs/cifar10_cpu.yaml, MiB"] = simo_fit(*words, *one)[1].mib
+        kept = simo_fit(*short, *more)["kept"]
+        rows[f"embeddings kept after a validation of 0.4 of the images, {name}"] = kept
+    code = "import simo_lightning.cli; from benchmarks.machine import memory_mib; print(memory_mib())"
+    rows["resident after the imports, MiB"] = float(python(["-c", code]))
+    rows["peak of one epoch, MiB"] = simo_fit(*words, *one)["peak_mib"]
     return [{"quantity": name, "value": value} for name, value in rows.items()]
 
 
@@ -237,21 +232,27 @@ def scaling(given: argparse.Namespace) -> list[Row]:
     for world, samples in ((1, 12), (2, 6), (2, 12)):
         own = ["--trainer.strategy", "ddp" if world > 1 else "auto", "--trainer.devices", str(world)]
         own += ["--data.samples_per_class", str(samples)]
-        found, _ = simo_fit(*words, *own, world=world, steps=3 if given.quick else 40)
+        found = simo_fit(*words, *own, world=world, steps=3 if given.quick else 40)
         sizes = {"processes": world, "rows": 10 * samples * world, "dim": 16}
         rows.append({"what": "simo fit", **sizes, "step_ms": found["ms"]})
     for world in (1, 2) if given.quick else (1, 2, 4, 8):
-        code = f"from benchmarks.timing_fit import gather_case; gather_case({world}, {5 if given.quick else 200})"
-        rows += [json.loads(line) for line in ranks(["-c", code], world).out.splitlines() if line.startswith("{")]
+        rows += gather(world, steps=5 if given.quick else 200)
     return rows
 
 
-def gather_case(world: int, steps: int, rows: int = 120) -> None:
+def gather(world: int, steps: int, rows: int = 120) -> list[Row]:
+    """Median time of the gather and of the loss, of ``rows`` embeddings on each of ``world`` processes."""
+    printed = python(["-m", "benchmarks.timing_fit", str(steps), str(rows)], world)
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def gather_case(steps: int, rows: int) -> None:
     """One process of the gather and the loss; rank 0 prints the medians."""
     torch.set_num_threads(1)
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         dist.init_process_group("gloo")
-    rank, loss, labels = int(os.environ.get("RANK", "0")), SimOLoss(form="softmax"), torch.arange(rows) % 10
+    loss, labels = SimOLoss(form="softmax"), torch.arange(rows) % 10
     for dim in (16, 128):
         embeddings = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         times = []
@@ -272,3 +273,6 @@ def gather_case(world: int, steps: int, rows: int = 120) -> None:
 
 
 BENCHMARKS = [throughput, callbacks, startup, memory, scaling]
+
+if __name__ == "__main__":
+    gather_case(int(sys.argv[1]), int(sys.argv[2]))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from lightning.fabric.utilities import move_data_to_device
@@ -26,7 +27,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from benchmarks.apart import classes_apart
-from benchmarks.machine import about, now, peak_mib
+from benchmarks.machine import about, memory_mib, now
 from simo_lightning import OneCycle, ProbeModule
 from simo_lightning.functional.knn import knn_predict
 from simo_lightning.metrics import ClassCosine, ClassCosineMax, EffectiveRank, ScatterRatio
@@ -98,32 +99,27 @@ def knn(bank: Embedded, queries: Embedded, k: int) -> float:
 def per_class(bank: Embedded, queries: Embedded, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """How well each class is recognised, a row for each; and the number of groups of classes that stay apart."""
     classes = len(names)
+    own = torch.nn.functional.one_hot(bank.labels, classes).double()  # (N, C)
+    totals = own.sum(0)[:, None]
     predicted = knn_predict(queries.embeddings, bank.embeddings, bank.labels, 20, classes)
     hits = torch.bincount(queries.labels[predicted == queries.labels], minlength=classes)
-    accuracy = hits / torch.bincount(queries.labels, minlength=classes)
-
-    def means(rows: Tensor) -> Tensor:
-        sums = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add(0, bank.labels, rows.double())
-        return sums / torch.bincount(bank.labels, minlength=classes)[:, None]
-
-    own, units = means(bank.embeddings), means(normalize(bank.embeddings.double()))
-    angle = classes_apart(normalize(units), normalize(queries.embeddings.double()), queries.labels)
-    distance = classes_apart(own, queries.embeddings, queries.labels)
-    columns = (accuracy.tolist(), angle.accuracy.tolist(), angle.groups.tolist(), distance.groups.tolist())
-    heads = ("class", "knn20", "nearest_class_mean", "group", "group_euclidean")
-    rows = [dict(zip(heads, cells, strict=True)) for cells in zip(names, *columns, strict=True)]
-    for row, mean in zip(rows, own.tolist(), strict=True):
-        row |= {f"mean_{axis}": value for axis, value in enumerate(mean)}
+    knn20 = hits / torch.bincount(queries.labels, minlength=classes)
+    bank_rows, query_rows = bank.embeddings.double(), queries.embeddings.double()
+    means, directions = own.T @ bank_rows / totals, normalize(own.T @ normalize(bank_rows) / totals)  # (C, D)
+    nearest, _, by_cosine = classes_apart(directions, normalize(query_rows), queries.labels)
+    _, _, by_distance = classes_apart(means, query_rows, queries.labels)
+    frame = pd.DataFrame({"class": names, "knn20": knn20, "nearest_class_mean": nearest})
+    frame = frame.assign(group=by_cosine, group_euclidean=by_distance).join(pd.DataFrame(means).add_prefix("mean_"))
     counts = {}
-    for end, found in (("", angle.groups), ("_euclidean", distance.groups)):
-        counts |= {f"groups{end}": int(found.max()) + 1, f"alone{end}": int((found.bincount() == 1).sum())}
-    return rows, counts
+    for end, groups in (("", by_cosine), ("_euclidean", by_distance)):
+        counts |= {f"groups{end}": int(groups.max()) + 1, f"alone{end}": int((groups.bincount() == 1).sum())}
+    return frame.to_dict("records"), counts
 
 
 class Snapshots(pl.Callback):
     """Measures the encoder on the validation split at evenly spaced steps, before the first and after the last too.
 
-    The clock of training stands still meanwhile, and the weights are those of a run without snapshots.
+    The seconds of training exclude it, and the weights are those of a run without snapshots.
 
     Attributes:
         rows: One for each snapshot (class "all": kNN, and the seconds of training so far), and one for each class.
@@ -154,8 +150,8 @@ class Snapshots(pl.Callback):
         val = embed(trainer, pl_module, self.data, self.data.val_dataloader())
         classes, _ = per_class(bank, val, self.data.class_names)
         step = trainer.global_step
-        place = {"split": "val", "step": step, "epoch": step / trainer.num_training_batches, "seconds": self._trained}
-        self.rows += [{**place, "class": "all", "knn20": knn(bank, val, 20)}, *({**place, **row} for row in classes)]
+        taken = {"split": "val", "step": step, "epoch": step / trainer.num_training_batches, "seconds": self._trained}
+        self.rows += [{**taken, "class": "all", "knn20": knn(bank, val, 20)}, *({**taken, **row} for row in classes)]
         rank = torch.nn.functional.one_hot(val.labels).cumsum(0).gather(1, val.labels[:, None])[:, 0]
         shown = rank <= POINTS // self.data.num_classes  # the first few of each class
         self.points.append(val.embeddings[shown])
@@ -199,9 +195,9 @@ def mlp_head(trainer: pl.Trainer, module: Any, data: Any, seed: int) -> float:
         data.num_classes, encoder=module.encoder, head="mlp", optimizer=optimizer, lr_scheduler=OneCycle
     )
     own: dict[str, Any] = {**QUIET, "max_epochs": 1, "devices": 1, "limit_val_batches": 0}
-    judge = pl.Trainer(accelerator=module.device.type, precision=trainer.precision, **own)
-    judge.fit(probe, datamodule=data)
-    return float(judge.test(probe, datamodule=data, verbose=False)[0]["test/accuracy"])
+    probe_trainer = pl.Trainer(accelerator=module.device.type, precision=trainer.precision, **own)
+    probe_trainer.fit(probe, datamodule=data)
+    return float(probe_trainer.test(probe, datamodule=data, verbose=False)[0]["test/accuracy"])
 
 
 def run(job: dict[str, Any], points: Path | None = None) -> dict[str, Any]:
@@ -225,13 +221,13 @@ def run(job: dict[str, Any], points: Path | None = None) -> dict[str, Any]:
     row |= {"label_fraction": arguments.get("label_fraction", 1.0)}
     snapshots = Snapshots(data, job["snapshots"], job["bank_size"]) if job["snapshots"] else None
     trainer.callbacks += [snapshots] if snapshots else []
-    begin, row["peak_mib_start"] = time.perf_counter(), peak_mib()
+    begin, row["peak_mib_start"] = time.perf_counter(), memory_mib()
     row["prepare_seconds"], tests = begin - start, []
     try:
         trainer.fit(module, datamodule=data)
         if trainer.interrupted:  # Lightning ends like this on Ctrl-C, too
             raise KeyboardInterrupt
-        row |= {"train_seconds": time.perf_counter() - begin, "peak_mib_train": peak_mib()}
+        row |= {"train_seconds": time.perf_counter() - begin, "peak_mib_train": memory_mib()}
         begin = time.perf_counter()
         numbers, tests = evaluate(trainer, module, data, job["mlp"], row["seed"])
         row |= {**numbers, "evaluate_seconds": time.perf_counter() - begin}
@@ -247,13 +243,12 @@ def run(job: dict[str, Any], points: Path | None = None) -> dict[str, Any]:
         if points is not None:
             points.parent.mkdir(parents=True, exist_ok=True)
             np.savez(points, points=torch.stack(snapshots.points).numpy(), labels=snapshots.labels.numpy())
-    row |= {"all_seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
+    row |= {"all_seconds": time.perf_counter() - start, "peak_mib": memory_mib()}
     return {"row": {**row, **about()}, "snapshots": [*(snapshots.rows if snapshots else []), *tests]}
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    told = json.load(sys.stdin)
-    target = Path(told["target"])
-    done = run(told, Path(told["points"]) if told["snapshots"] else None)
-    target.write_text(json.dumps(done))
+    job = json.load(sys.stdin)
+    result = run(job, Path(job["points"]) if job["snapshots"] else None)
+    Path(job["target"]).write_text(json.dumps(result))

@@ -1,9 +1,13 @@
+import itertools
+
 import pytest
 import torch
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import TripletMarginMiner
+from torch import Tensor
 
 from benchmarks.adapters import LinearCrossEntropy, MinedLoss, SimO2Loss
+from tests.bounds import assert_stable
 
 
 def test_simo2_is_its_loops_over_pairs() -> None:
@@ -33,19 +37,22 @@ def test_cross_entropy_is_that_of_its_head() -> None:
     torch.testing.assert_close(loss(embeddings, labels), expected)
 
 
-def test_mined_loss_hands_on_what_the_miner_finds_and_is_zero_where_it_finds_nothing() -> None:
+def test_mined_loss_uses_the_triplets_of_its_miner_and_is_zero_without_any() -> None:
     loss = MinedLoss(TripletMarginLoss(margin=0.2), TripletMarginMiner(margin=0.2, type_of_triplets="semihard"))
     embeddings = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.arange(12) % 3
-    distance = torch.cdist(*[torch.nn.functional.normalize(embeddings.detach(), dim=1)] * 2)
-    found = []
-    for a in range(12):
-        for p in range(12):
-            for n in range(12):
-                gap = distance[a, n] - distance[a, p]
-                if a != p and labels[a] == labels[p] and labels[a] != labels[n] and 0 < gap <= 0.2:
-                    found.append(0.2 - gap)
-    torch.testing.assert_close(loss(embeddings, labels).detach(), torch.stack(found).mean(), rtol=1e-4, atol=1e-5)
+
+    def semihard(rows: Tensor) -> Tensor:
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        distance = (unit[:, None] - unit[None]).norm(dim=2)
+        found = []
+        for a, p, n in itertools.product(range(12), repeat=3):
+            gap = distance[a, n] - distance[a, p]
+            if a != p and labels[a] == labels[p] and labels[a] != labels[n] and 0 < gap <= 0.2:
+                found.append(0.2 - gap)
+        return torch.stack(found).mean()
+
+    assert_stable(loss(embeddings, labels), semihard, embeddings.detach())
     alone = loss(embeddings, torch.arange(12))
     alone.backward()
     assert float(alone.detach()) == 0

@@ -1,5 +1,4 @@
 import copy
-import json
 import os
 import re
 import signal
@@ -20,7 +19,7 @@ from benchmarks import experiments as table_of
 from benchmarks import run, tables, timing, timing_fit
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
-from benchmarks.machine import case, fresh
+from benchmarks.machine import in_process, memory_mib
 from benchmarks.scaling_model import gather_cost, moments_cost
 from benchmarks.train import make_parts
 from simo_lightning.data.labels import coarse_index
@@ -363,27 +362,26 @@ def test_classes_apart_against_loops() -> None:
     means = torch.randn(5, 3, generator=generator, dtype=torch.float64)
     labels = torch.tensor([0] * 7 + [1] * 9 + [2] * 4 + [3] * 6 + [4] * 8)
     rows = means[labels] + torch.randn(34, 3, generator=generator, dtype=torch.float64)
-    apart = classes_apart(means, rows, labels)
+    accuracy, pairwise, _ = classes_apart(means, rows, labels)
     near = [[float(((row - mean) ** 2).sum()) for mean in means] for row in rows]
     for a in range(5):
         mine = [distances for distances, label in zip(near, labels, strict=True) if label == a]
-        assert float(apart.accuracy[a]) == pytest.approx(sum(d[a] == min(d) for d in mine) / len(mine))
+        assert float(accuracy[a]) == pytest.approx(sum(d[a] == min(d) for d in mine) / len(mine))
         for b in set(range(5)) - {a}:
             its = [distances for distances, label in zip(near, labels, strict=True) if label == b]
             expected = (sum(d[a] < d[b] for d in mine) / len(mine) + sum(d[b] < d[a] for d in its) / len(its)) / 2
-            assert float(apart.pairwise[a, b]) == pytest.approx(expected)
+            assert float(pairwise[a, b]) == pytest.approx(expected)
 
 
 def test_merging_connects_and_all_in_one_point_is_one_group() -> None:
     places = torch.tensor([0.0, 1.0, 2.0, 50.0, 60.0, 61.0])[:, None]  # a chain of three, one alone, a pair
     labels = torch.arange(6).repeat_interleave(200)
     rows = places[labels] + torch.randn(1200, 1, generator=torch.Generator().manual_seed(0))
-    apart = classes_apart(places, rows, labels)
-    assert apart.groups.tolist() == [0, 0, 0, 1, 2, 2]
-    assert apart.pairwise[0, 2] > 0.75  # separated from each other, but both merged with the one between
-    assert classes_apart(places, places[labels], labels).groups.tolist() == [0, 1, 2, 3, 4, 5]
-    collapsed = classes_apart(torch.zeros(6, 1), torch.zeros(1200, 1), labels)
-    assert collapsed.groups.tolist() == [0] * 6
+    _, pairwise, groups = classes_apart(places, rows, labels)
+    assert groups.tolist() == [0, 0, 0, 1, 2, 2]
+    assert pairwise[0, 2] > 0.75  # separated from each other, but both merged with the one between
+    assert classes_apart(places, places[labels], labels)[2].tolist() == [0, 1, 2, 3, 4, 5]
+    assert classes_apart(torch.zeros(6, 1), torch.zeros(1200, 1), labels)[2].tolist() == [0] * 6
     with pytest.raises(ValueError, match=r"every class of 0..5, got counts \[200, 0"):
         classes_apart(places, rows[:200], labels[:200])
 
@@ -402,31 +400,44 @@ def test_the_loss_is_timed_in_fresh_processes(tmp_path: Path, capsys: pytest.Cap
     assert timing.losses(["pair", "pml"], [(10**6, 16, 10), (20, 16, 10)]) == []  # too large; fewer than 4 a class
 
 
+def test_peak_memory_is_that_of_the_case_alone() -> None:
+    before = bytearray(2**28)  # 256 MiB, in the process that starts the case
+    small, large = (in_process(allocate, mib=mib) for mib in (1, 64))
+    del before
+    assert small < 32
+    assert 64 <= large < 96
+
+
+def allocate(mib: int) -> float:
+    before = memory_mib("VmRSS")
+    block = torch.ones(mib, 2**18)
+    assert block.sum() > 0
+    return memory_mib() - before
+
+
 def test_a_profile_names_the_operations_of_the_loss() -> None:
-    rows = timing.profile_case(rows=60, dim=4, classes=3, repeats=1)["rows"]
+    rows = timing.profile_case(rows=60, dim=4, classes=3, repeats=1)
     assert 0 < sum(row["self_percent"] for row in rows) <= 100.01
     assert any("mm" in row["operation"] for row in rows)
 
 
-def test_a_fit_is_watched_in_its_own_process(tmp_path: Path) -> None:
-    found, cost = timing_fit.simo_fit("--config", timing_fit.DIGITS, "--model.encoder.width", "0.125", steps=3)
+def test_a_fit_is_watched_in_its_own_process() -> None:
+    words = ["--config", timing_fit.DIGITS, "--model.encoder.width", "0.125", "--trainer.max_epochs", "1"]
+    found = timing_fit.simo_fit(*words, "--trainer.accelerator", "cpu", steps=3)
     assert found["ms"] > 0
-    assert cost.mib > 100
-    assert cost.wall > 0
+    assert found["peak_mib"] > 100
     assert len(found["mib"]) == len(found["tensors"])
 
 
 def test_gather_and_loss_run_in_real_processes() -> None:
-    done = timing_fit.ranks(["-c", "from benchmarks.timing_fit import gather_case; gather_case(2, 1)"], 2)
-    rows = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    rows = timing_fit.gather(2, steps=1)
     assert [(row["processes"], row["rows"], row["dim"]) for row in rows] == [(2, 240, 16), (2, 240, 128)]
     assert all(row["step_ms"] > 0 for row in rows)
 
 
-def test_a_command_that_fails_is_no_time() -> None:
-    with pytest.raises(RuntimeError, match="ended with 3"):
-        fresh(["-c", "import sys; sys.exit(3)"])()
-    assert case("benchmarks.experiments.merge", base={"a": 1}, over={"b": 2}) == {"a": 1, "b": 2}
+def test_a_command_that_fails_is_not_timed() -> None:
+    with pytest.raises(subprocess.CalledProcessError, match="status 3"):
+        timing_fit.seconds(["-c", "import sys; sys.exit(3)"], repeats=1)
 
 
 def test_the_model_counts_each_byte_and_operation() -> None:

