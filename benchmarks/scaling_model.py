@@ -41,7 +41,7 @@ def markdown() -> str:
         rows, dim, classes = case
         fewer = next(world for world in range(2, 10**6) if moments_cost(world, *case)[0] < gather_cost(world, *case)[0])
         lines += [
-            f"{rows} rows a rank, D = {dim}, C = {classes:,}; the moments send less from {fewer} ranks on.\n",
+            f"{rows} embeddings per rank, D = {dim}, C = {classes:,}; the moments send less from {fewer} ranks on.\n",
             "| ranks | N | gather: MB sent | GFLOP of the loss | ms | moments: MB sent | GFLOP | ms | DDP's own MB |",
             "|---|---|---|---|---|---|---|---|---|",
         ]

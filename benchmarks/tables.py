@@ -74,6 +74,8 @@ def markdown(study: str, out: Path = SHIPPED, table: Path = TABLE) -> str:
     content, frame = read_table(table)[study], read(out / f"{study}.csv")
     if frame.empty:
         raise ValueError(f"there is no finished run of {study} in {out}")
+    if "val_knn20" not in frame:  # every run diverged
+        frame = frame.reindex(columns=[*frame.columns, *{"val_knn20", content.get("sort", "val_knn20")}])
     lines, several = lines_of(frame, content["rows"]), frame["epochs"].nunique() > 1
     used, sort = pd.concat([runs for _, runs in lines]), content.get("sort")
     if sort:

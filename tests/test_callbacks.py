@@ -399,7 +399,7 @@ def test_predictions_without_embeddings_are_not_written(tmp_path):
             return batch[1]
 
     with pytest.raises(ValueError, match="a dictionary with embeddings and labels, of one data loader, got Tensor"):
-        trainer(tmp_path, EmbeddingWriter()).predict(Numbers(), DataLoader(Pictures().val, 16))
+        trainer(tmp_path, EmbeddingWriter()).predict(Numbers(), DataLoader(Pictures().val, batch_size=16))
 
 
 def test_images_of_other_batches_are_not_counted(tmp_path):

@@ -91,7 +91,7 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["--ckpt_path", "good.ckpt", "--model.encoder.width", "0.25"], 1, "good.ckpt does not fit"),
         (["--ckpt_path", "good.ckpt", "--out", "file/out"], 1, "the report's folder file/out cannot be created"),
         (["--ckpt_path", "good.ckpt", "--data.val_fraction", "0"], 1, "must return a dictionary with embeddings"),
-        (["--ckpt_path", "good.ckpt", "--projections", "[pca]", "--queries", "[143]"], 1, "images 0..142 of the split"),
+        (["--ckpt_path", "good.ckpt", "--projections", "[pca]", "--queries", "[143]"], 1, "must be indices 0..142"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )  # fmt: skip

@@ -104,14 +104,15 @@ class BestCheckpoint(_InRunFolder):
             monitor=monitor, mode=mode, filename="best", auto_insert_metric_name=False, enable_version_counter=False
         )
         self._first_epoch = 0  # of this start of the run
+        self._validated = False  # since this start
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         super().on_train_start(trainer, pl_module)
-        self._first_epoch = trainer.current_epoch
+        self._first_epoch, self._validated = trainer.current_epoch, False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         super().on_train_end(trainer, pl_module)
-        if not self.best_model_path and self.monitor not in trainer.callback_metrics:
+        if self._validated and not self.best_model_path and self.monitor not in trainer.callback_metrics:
             rank_zero_warn(f"no {self.filename}.ckpt was written: {self.monitor} was never logged")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
@@ -119,16 +120,19 @@ class BestCheckpoint(_InRunFolder):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._validated = not trainer.sanity_checking
         if not self._is_to_come(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def _is_to_come(self, trainer: pl.Trainer) -> bool:
-        """Whether the metric may be missing because a callback that logs has not evaluated since this start."""
+        """Whether the metric may be missing because it has not been evaluated since this start."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         evaluations = [each for each in callbacks if isinstance(each, EvaluationCallback)]
         every = {each.every_n_epochs for each in evaluations if not isinstance(each, EmbeddingPlots)} - {1}
         periods = [math.lcm(number, trainer.check_val_every_n_epoch or 1) for number in every]  # with a validation
-        pending = any((trainer.current_epoch + 1) // period == self._first_epoch // period for period in periods)
+        pending = not self._validated or any(
+            (trainer.current_epoch + 1) // period == self._first_epoch // period for period in periods
+        )
         return pending and self.monitor not in trainer.callback_metrics
 
 
