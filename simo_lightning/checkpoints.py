@@ -321,7 +321,7 @@ def _check_archive(file: File) -> int:
                 raise ValueError(f"its entry {entry.filename!r} is compressed, as torch.save never writes it")
         assert archive.fp is not None
         archive.fp.seek(0)
-        if archive.fp.read(4) != b"PK\x03\x04":  # torch.load would read a pickle that comes before the archive
+        if archive.fp.read(4) != b"PK\x03\x04":  # torch.load would read what comes before the archive
             raise zipfile.BadZipFile("the archive does not start at its first byte")
         size = archive.fp.seek(0, 2)
         if sum(entry.file_size for entry in entries) > size:

@@ -1,5 +1,6 @@
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 # Every process of a test runs on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "ATEN_CPU_CAPABILITY" in os.environ:  # kernels that Inductor has cached for other instructions would crash
+    capability = os.environ["ATEN_CPU_CAPABILITY"]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{capability}"))
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls inside Lightning
 
 
