@@ -16,7 +16,7 @@ import pytest
 import torchvision
 from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps, features
 
-from simo_lightning.data.decode import Decoder
+from simo_lightning.preprocessing import Preprocessing
 
 SIZE = 24
 RAMP = np.linspace(3_000, 55_000, SIZE * SIZE).reshape(SIZE, SIZE).round().astype(np.uint16)
@@ -28,11 +28,11 @@ def photo(width: int = SIZE, height: int = SIZE, blur: float = 3, seed: int = 0)
 
 
 def decoded(
-    image: Image.Image | bytes, path: Path, decoder: Decoder | None = None, **save: Any
+    image: Image.Image | bytes, path: Path, decoder: Preprocessing | None = None, **save: Any
 ) -> tuple[Any, list[str]]:
     """int ``(H, W, 3)`` and what was converted."""
     path.write_bytes(image) if isinstance(image, bytes) else image.save(path, **save)
-    pixels, changes = (decoder or Decoder(SIZE))(path)
+    pixels, changes = (decoder or Preprocessing(SIZE)).read(path)
     assert (pixels.dtype, pixels.shape[0]) == (np.uint8, 3)
     return pixels.transpose(1, 2, 0).astype(int), changes
 
@@ -99,7 +99,7 @@ def test_12_bit_tiff_keeps_the_upper_8_bits(tmp_path: Path) -> None:
     pixels, changes = decoded(content, tmp_path / "x.tif")
     assert (pixels == (values // 16)[..., None]).all()
     assert changes == ["grey", "12-bit, upper byte kept"]
-    pixels, changes = decoded(content, tmp_path / "x.tif", Decoder(SIZE, max_value=3437))
+    pixels, changes = decoded(content, tmp_path / "x.tif", Preprocessing(SIZE, max_value=3437))
     assert (pixels[..., 0] == (values / 3437 * 255).round()).all()
     assert changes == ["grey", "12-bit, scaled from 0..3437"]
 
@@ -132,10 +132,10 @@ def test_jpeg_2000(tmp_path: Path, name: str) -> None:
 def test_16_bit_file_of_12_bit_data_is_reported_and_can_be_stretched(tmp_path: Path) -> None:
     values = (RAMP // 16).astype(np.uint16)  # 187..3437
     assert any("set max_value to 4095" in change for change in decoded(Image.fromarray(values), tmp_path / "x.png")[1])
-    pixels, changes = decoded(Image.fromarray(values), tmp_path / "x.png", Decoder(SIZE, max_value=4095))
+    pixels, changes = decoded(Image.fromarray(values), tmp_path / "x.png", Preprocessing(SIZE, max_value=4095))
     assert (pixels[..., 0] == (values / 4095 * 255).round()).all()
     assert changes == ["grey", "16-bit, scaled from 0..4095"]
-    clipped = decoded(Image.fromarray(values), tmp_path / "x.png", Decoder(SIZE, max_value=1000))[0]
+    clipped = decoded(Image.fromarray(values), tmp_path / "x.png", Preprocessing(SIZE, max_value=1000))[0]
     assert (clipped[values >= 1000] == 255).all()
 
 
@@ -159,7 +159,7 @@ def test_32_bits_are_scaled_from_the_range_of_the_file(tmp_path: Path, values: n
 
 def test_floats_with_max_value_nan_and_a_constant(tmp_path: Path) -> None:
     values = (RAMP / 65535).astype(np.float32)
-    pixels = decoded(Image.fromarray(values), tmp_path / "x.tif", Decoder(SIZE, max_value=1))[0]
+    pixels = decoded(Image.fromarray(values), tmp_path / "x.tif", Preprocessing(SIZE, max_value=1))[0]
     assert np.abs(pixels[..., 0] - values * 255).max() <= 0.5 + 1e-4
     values[0, 0], values[1, 1] = np.nan, np.inf
     pixels, changes = decoded(Image.fromarray(values), tmp_path / "x.tif")
@@ -168,7 +168,7 @@ def test_floats_with_max_value_nan_and_a_constant(tmp_path: Path) -> None:
     assert decoded(Image.fromarray(np.full((SIZE, SIZE), 7, np.float32)), tmp_path / "x.tif")[0].max() == 0
     Image.fromarray(np.full((SIZE, SIZE), np.nan, np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"x\.tif' does not decode as an image: no pixel is finite"):
-        Decoder(SIZE)(tmp_path / "x.tif")
+        Preprocessing(SIZE).read(tmp_path / "x.tif")
 
 
 def test_16_bit_tiff_with_white_as_zero_is_inverted(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def transparent(mode: str) -> tuple[Image.Image, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("background, rgb", [("white", (255, 255, 255)), ("#102030", (16, 32, 48))])
 def test_alpha_is_composited(tmp_path: Path, mode: str, background: str, rgb: tuple[int, int, int]) -> None:
     image, colours, alpha = transparent(mode)
-    pixels, changes = decoded(image, tmp_path / "x.png", Decoder(SIZE, background))
+    pixels, changes = decoded(image, tmp_path / "x.png", Preprocessing(SIZE, background=background))
     share = alpha[..., None] / 255
     assert np.abs(pixels - (share * colours + (1 - share) * np.array(rgb))).max() <= 1
     assert changes[-1] == f"transparency on {background}"
@@ -339,11 +339,11 @@ def test_a_strip_takes_no_more_memory_than_its_square(tmp_path: Path) -> None:
     for path, size in zip(paths, [(4_000, 2), (2, 4_000), (60_000, 1)], strict=True):
         Image.new("RGB", size, "red").save(path)
     code = (
-        "import resource, sys; from pathlib import Path; from simo_lightning.data.decode import Decoder\n"
+        "import resource, sys; from pathlib import Path; from simo_lightning.preprocessing import Preprocessing\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26,) * 2)\n"
         "for path in sys.argv[1:]:\n"
-        "    assert (Decoder(224)(path)[0] == [[[255]], [[0]], [[0]]]).all()"
+        "    assert (Preprocessing(224).read(path)[0] == [[[255]], [[0]], [[0]]]).all()"
     )
     subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True)
 
@@ -354,7 +354,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     content[16:33] = header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.png' does not decode as an image: .*exceeds limit"):
-        Decoder(SIZE)(tmp_path / "x.png")
+        Preprocessing(SIZE).read(tmp_path / "x.png")
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow also warns of some
@@ -365,20 +365,23 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
     for share in (0, 0.01, 0.3, 0.6):
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
         with pytest.raises(ValueError, match=rf"{name}' does not decode as an image"):
-            Decoder(SIZE)(tmp_path / name)
+            Preprocessing(SIZE).read(tmp_path / name)
 
 
 def test_a_file_that_would_start_a_program_is_no_image(tmp_path: Path) -> None:
     """Pillow hands EPS to Ghostscript, whatever the suffix."""
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(ValueError, match=r"x\.png' does not decode as an image: cannot identify"):
-        Decoder(SIZE)(tmp_path / "x.png")
+        Preprocessing(SIZE).read(tmp_path / "x.png")
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     photo().save(tmp_path / "x.png")
     (tmp_path / "x.png").chmod(0)
-    assert as_nobody(tmp_path, lambda: Decoder(SIZE)(tmp_path / "x.png")) == f"PermissionError {tmp_path / 'x.png'}"
+    assert (
+        as_nobody(tmp_path, lambda: Preprocessing(SIZE).read(tmp_path / "x.png"))
+        == f"PermissionError {tmp_path / 'x.png'}"
+    )
 
 
 def as_nobody(folder: Path, act: Any) -> str:
@@ -422,4 +425,4 @@ def as_nobody(folder: Path, act: Any) -> str:
 )
 def test_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Decoder(**{"image_size": 8, **arguments})
+        Preprocessing(**{"image_size": 8, **arguments})

@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
 from simo_lightning.data import FolderImages, LabelledImages, load_digits, load_image_folder
-from simo_lightning.data.decode import Decoder
 from simo_lightning.data.sources import channel_statistics, stratified_split, stratified_subset
+from simo_lightning.preprocessing import Preprocessing
 
 
 def pixels(seed, height=8, width=8):
@@ -132,7 +132,7 @@ def test_other_sizes_are_resized_by_the_shorter_side_and_cropped(tmp_path):
     for name, (width, height) in {"a": (20, 10), "b": (7, 31), "c": (5, 5), "d": (10, 16)}.items():
         image = Image.fromarray(pixels(1, height, width))
         image.save(tmp_path / f"{name}.png")
-        decoded = Decoder(10)(tmp_path / f"{name}.png")[0]
+        decoded = Preprocessing(10).read(tmp_path / f"{name}.png")[0]
         short = torchvision.transforms.Resize(10)(image)
         expected = np.asarray(torchvision.transforms.CenterCrop(10)(short)).transpose(2, 0, 1).astype(int)
         assert decoded.shape == (3, 10, 10)

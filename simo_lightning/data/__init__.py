@@ -16,7 +16,6 @@ from simo_lightning.data.datasets import (
     load_cifar,
     load_digits,
 )
-from simo_lightning.data.decode import Decoder
 from simo_lightning.data.folder import FolderImages, find_splits, load_image_folder
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import ResumableLoader, TrainingBatch
@@ -29,7 +28,6 @@ __all__ = [
     "CIFAR10PairDataModule",
     "CIFAR100PairDataModule",
     "ClassBalancedSampler",
-    "Decoder",
     "DigitsPairDataModule",
     "EvaluationSampler",
     "FolderImages",

@@ -13,13 +13,13 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from simo_lightning.data.decode import Decoder
+from simo_lightning.preprocessing import Preprocessing
 
 CACHE = ".simo_lightning_"  # prefix of the file's name
-LAYOUT = 2  # increase when the decoding or the content of the file changes
+LAYOUT = 3  # increase when the decoding or the content of the file changes
 
 
-def fingerprint(root: Path, names: Iterable[str], decoder: Decoder) -> str:
+def fingerprint(root: Path, names: Iterable[str], decoder: Preprocessing) -> str:
     """Hash of the files' relative names, sizes and times of change, and of how they are decoded."""
     digest = hashlib.blake2b(f"{LAYOUT} {decoder}".encode(), digest_size=16)
     for name in names:

@@ -12,10 +12,10 @@ import torch
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
-from simo_lightning.data.decode import Decoder
 from simo_lightning.data.folder import SPLIT_NAMES, find_splits, load_image_folder
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
+from simo_lightning.preprocessing import Preprocessing
 
 
 class TensorPairDataModule(PairDataModule):
@@ -130,7 +130,9 @@ class ImageFolderPairDataModule(PairDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        Decoder(image_size, background, max_value)  # raises early if one of them is out of range
+        Preprocessing(
+            image_size, background=background, max_value=max_value
+        )  # raises early if one of them is out of range
         if not max_memory_gib >= 0:
             raise ValueError(f"max_memory_gib must be non-negative, got {max_memory_gib}")
         self.data_dir = data_dir

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from simo_lightning.data.cache import CACHE, fingerprint, read_cache, write_cache
-from simo_lightning.data.decode import FORMATS, Decoder
 from simo_lightning.data.sources import LabelledImages, Split, name_list
+from simo_lightning.preprocessing import FORMATS, Preprocessing
 
 IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
@@ -50,7 +50,7 @@ class FolderImages:
     names: np.ndarray  # of str: one block of memory, which forked workers share
     labels: Tensor
     class_names: list[str]
-    decoder: Decoder
+    decoder: Preprocessing
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,10 +65,9 @@ class FolderImages:
 
     def decode(self, indices: Sequence[int]) -> tuple[np.ndarray, Counter[str]]:
         """The images at ``indices``, uint8 ``(len(indices), 3, S, S)``, and the number of each conversion."""
-        side = self.decoder.image_size
-        images, changes = np.empty((len(indices), 3, side, side), dtype=np.uint8), Counter[str]()
+        images, changes = np.empty((len(indices), 3, *self.decoder.size), dtype=np.uint8), Counter[str]()
         for position, index in enumerate(indices):
-            images[position], changed = self.decoder(self.root / self.names[index])
+            images[position], changed = self.decoder.read(self.root / self.names[index])
             changes.update(changed)
         return images, changes
 
@@ -139,7 +138,7 @@ def _check_level(root: Path, inside: dict[str, set[str]], found: dict[Split, Pat
     )
 
 
-def list_image_folder(folder: str | Path, decoder: Decoder) -> tuple[FolderImages, list[str]]:
+def list_image_folder(folder: str | Path, decoder: Preprocessing) -> tuple[FolderImages, list[str]]:
     """List ``folder/<class>/**/*`` without decoding, classes and files sorted by name.
 
     Names that begin with a dot or are in ``IGNORED`` are left out at every level, and so are files beside the class
@@ -252,8 +251,8 @@ def load_image_folder(
         image_size: Side in pixels; other sizes are resized by the shorter side and centre-cropped.
         max_memory: Decoded bytes (``N * 3 * image_size**2``) above which the images stay on disk.
         workers: Processes that decode; None: one per core, at most 16, on Linux, else 1.
-        background: Colour behind transparent pixels; see ``Decoder``.
-        max_value: Grey value that becomes 255 in images of more than 8 bits; None: see ``Decoder``.
+        background: Colour behind transparent pixels; see ``preprocessing.Decoder``.
+        max_value: Grey value that becomes 255 in images of more than 8 bits; None: see ``preprocessing.Decoder``.
 
     Returns:
         The images, RGB, classes sorted by name.
@@ -264,7 +263,7 @@ def load_image_folder(
         ValueError: If an argument is out of range, a class folder is empty, a link leads back to a folder that
             contains it, or a file is not an image; the message names it.
     """
-    decoder = Decoder(image_size, background, max_value)
+    decoder = Preprocessing(image_size, background=background, max_value=max_value)
     listed, left_out = list_image_folder(folder, decoder)
     if len(listed) * 3 * image_size**2 > max_memory:
         _report(listed, left_out, None)
@@ -305,9 +304,8 @@ def _decode_all(listed: FolderImages, workers: int | None, chunk: int = 1000) ->
     Threads are slower than one process: decoding a small image is mostly Python. Arrays return through pipes rather
     than shared memory, which is small in containers.
     """
-    side = listed.decoder.image_size
     chunks = [range(start, min(start + chunk, len(listed))) for start in range(0, len(listed), chunk)]
-    images, changes = torch.empty(len(listed), 3, side, side, dtype=torch.uint8), Counter[str]()
+    images, changes = torch.empty(len(listed), 3, *listed.decoder.size, dtype=torch.uint8), Counter[str]()
     workers = _default_workers() if workers is None else workers
     with warnings.catch_warnings(), ExitStack() as stack:
         parallel: Callable[..., Iterable[tuple[np.ndarray, Counter[str]]]] = map

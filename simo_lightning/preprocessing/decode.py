@@ -1,4 +1,4 @@
-"""An image file as a square of 8-bit RGB pixels, whatever its format, depth, orientation or transparency."""
+"""An image file as 8-bit RGB, whatever its format, depth, orientation or transparency."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value for inverted grey
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads image files as RGB squares: upright, 8 bits a channel, opaque.
+    """Reads image files as RGB pictures: upright, 8 bits a channel, opaque.
 
-    - The shorter side is resized to ``image_size`` by bilinear interpolation and the centre is cropped.
     - EXIF orientation is applied. Of an animation or a multi-page file the first picture is read.
     - 16 bits per channel become 8 by keeping the upper byte, ``value // 256``.
     - 32-bit integers, signed integers and floats have no nominal range: each image is scaled from its own minimum and
@@ -44,7 +43,6 @@ class Decoder:
     - CMYK, YCbCr and CIELAB become RGB. Embedded colour profiles are not applied.
 
     Args:
-        image_size: Side of the square in pixels, at least 1.
         background: Colour behind transparent pixels, a name or ``#rrggbb``.
         max_value: In grey images of more than 8 bits 0..``max_value`` is scaled to 0..255 and larger values become 255:
             4095 for 12-bit data in 16-bit files, 1 for floats in 0..1. None: the rules above.
@@ -53,17 +51,14 @@ class Decoder:
         ValueError: If an argument is out of range or not a colour.
 
     Example:
-        >>> Decoder(224, background="black", max_value=4095).image_size
-        224
+        >>> Decoder(background="black", max_value=4095).max_value
+        4095
     """
 
-    image_size: int
     background: str = "white"
     max_value: float | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.max_value is not None and not 0 < self.max_value < float("inf"):
             raise ValueError(f"max_value must be positive and finite, got {self.max_value}")
         try:
@@ -71,14 +66,16 @@ class Decoder:
         except ValueError as error:
             raise ValueError(f"background must be a colour's name or #rrggbb, got {self.background!r}") from error
 
-    def __call__(self, path: str | Path) -> tuple[np.ndarray, list[str]]:
+    def __call__(self, path: str | Path, size: tuple[int, int] | None = None) -> tuple[Image.Image, list[str]]:
         """Read one file.
 
         Args:
             path: The file.
+            size: Smallest width and height that are needed; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+                as long as it is not smaller than that. None: at its full size.
 
         Returns:
-            uint8 ``(3, image_size, image_size)``, and one phrase for each conversion made.
+            The picture in mode RGB, and one phrase for each conversion made.
 
         Raises:
             OSError: If the file cannot be read; the message names it.
@@ -87,16 +84,15 @@ class Decoder:
         changes: list[str] = []
         try:
             with Image.open(path, formats=FORMATS) as image:
-                pixels = self._square(self._rgb(image, changes))
+                return self._rgb(image, size, changes), changes
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise many exception types on damaged files
             if isinstance(error, OSError) and error.errno is not None:  # from the file system, not the decoder
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise ValueError(f"{str(path)!r} does not decode as an image: {error}") from error
-        return np.asarray(pixels).transpose(2, 0, 1), changes
 
-    def _rgb(self, image: Any, changes: list[str]) -> Image.Image:
+    def _rgb(self, image: Any, size: tuple[int, int] | None, changes: list[str]) -> Image.Image:
         """The whole picture, upright, in RGB; a large JPEG at 1/2, 1/4 or 1/8 of its size."""
         if getattr(image, "is_animated", False):
             changes.append("first picture of several")
@@ -109,7 +105,8 @@ class Decoder:
         except Exception:  # the EXIF parser raises many exception types on damaged data
             changes.append("damaged EXIF, taken as upright")
         upright_when_loaded = image.format == "TIFF"
-        image.draft("RGB", (self.image_size, self.image_size))
+        if size is not None:
+            image.draft("RGB", size)
         image.load()
         if turn is not None:
             changes.append("turned upright by EXIF")
@@ -176,18 +173,6 @@ class Decoder:
         canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(self.background)[:3])
         canvas.alpha_composite(layer)
         return canvas
-
-    def _square(self, image: Image.Image) -> Image.Image:
-        """The centre at ``image_size``; only the visible part is resized, so that a long strip needs little memory."""
-        side, (width, height) = self.image_size, image.size
-        if width == height == side:
-            return image
-        scale = side / min(width, height)
-        wide, high = max(side, round(width * scale)), max(side, round(height * scale))  # of the whole picture, resized
-        left, top = (wide - side) // 2, (high - side) // 2
-        x, y = width / wide, height / high  # pixels of the image per pixel of the result
-        box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
-        return image.resize((side, side), Image.Resampling.BILINEAR, box)
 
 
 def _depth(image: Any, stored: str) -> str:
