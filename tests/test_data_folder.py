@@ -232,6 +232,23 @@ def test_images_on_disk_equal_those_in_memory_and_the_log_names_what_is_not_coun
     )
 
 
+def test_a_whole_picture_is_upright_and_a_large_jpeg_may_be_decoded_smaller(tmp_path: Path) -> None:
+    root = odd_folder(tmp_path / "data")
+    photo = Image.fromarray(pixels(3, 64, 96))
+    photo.save(root / "ant" / "photo.jpg", quality=95)
+    listed = load_image_folder(root, 8, max_memory=0)
+    assert isinstance(listed, FolderImages)
+    index = {str(name): position for position, name in enumerate(listed.names)}
+    picture = listed.picture(index["ant/photo.jpg"])
+    assert (picture.mode, picture.size) == ("RGB", (96, 64))
+    assert np.array_equal(np.asarray(picture), np.asarray(Image.open(root / "ant" / "photo.jpg")))
+    assert listed.picture(index["ant/photo.jpg"], (40, 30)).size == (48, 32)
+    turned = np.asarray(Image.open(root / "ant" / "turned.jpg"))
+    assert np.array_equal(np.asarray(listed.picture(index["ant/turned.jpg"])), np.rot90(turned, -1))
+    subset = listed.subset(torch.tensor([index["bee/clear.png"]]))
+    assert subset.picture(0).mode == "RGB"
+
+
 def test_the_cache_knows_how_images_are_decoded(tmp_path: Path) -> None:
     root = odd_folder(tmp_path / "data")
     white, black = (load_image_folder(root, 8, background=colour) for colour in ("white", "black"))

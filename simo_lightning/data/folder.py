@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simo_lightning.data.cache import CACHE, fingerprint, read_cache, write_cache
 from simo_lightning.data.sources import LabelledImages, Split, name_list
-from simo_lightning.preprocessing import FORMATS, Preprocessing
+from simo_lightning.preprocessing import FORMATS, Decoder, Preprocessing
 
 IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
@@ -70,6 +70,24 @@ class FolderImages:
             images[position], changed = self.decoder.read(self.root / self.names[index])
             changes.update(changed)
         return images, changes
+
+    def picture(self, index: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """One whole picture, upright and in mode RGB, for a transform that crops and resizes it itself.
+
+        Args:
+            index: Position of the image, ``0..len(self) - 1``.
+            size: Smallest width and height that are needed: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size as
+                long as it is not smaller than that, which saves most of the time. None: at its full size.
+
+        Returns:
+            The picture, not resized, transparency composited on the background of ``decoder``.
+
+        Raises:
+            OSError: If the file cannot be read; the message names it.
+            ValueError: If it is not an image or is damaged; the message names it.
+        """
+        decoder = Decoder(self.decoder.background, self.decoder.max_value)
+        return decoder(self.root / self.names[index], size)[0]
 
     def subset(self, indices: Tensor) -> FolderImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""
