@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.augment import BatchAugment, normalize
+from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.labels import Relabelled, coarse_index, index_by_name, present_classes, without_classes
 from simo_lightning.data.loader import (
     ResumableLoader,
@@ -19,6 +20,7 @@ from simo_lightning.data.loader import (
     leave_signals_to_the_trainer,
     silence_inapplicable_warnings,
 )
+from simo_lightning.data.preprocessing import Agreement, agree, read_alike, warn_of_stem
 from simo_lightning.data.sampler import (
     ClassBalancedSampler,
     ClassSampling,
@@ -37,6 +39,7 @@ from simo_lightning.data.sources import (
 )
 from simo_lightning.data.splits import draw_unseen_classes, hold_out_classes
 from simo_lightning.lightning_private import batches_processed
+from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
 
 Batch = tuple[Tensor, Tensor]
 
@@ -58,8 +61,8 @@ class PairDataModule(LightningDataModule):
             use the same split.
         seed: Seed of batches and augmentation; the same config and seeds give the same weights.
         augment: Augmentation of the training batches; null: none.
-        mean: Mean of each channel, on the scale 0..1; null: computed from the training images.
-        std: Standard deviation of each channel on the same scale; null: computed from the training images.
+        mean: Mean of each channel, on the scale 0..1; null: that of the model, or computed from the training images.
+        std: Standard deviation of each channel on the same scale; with ``mean``.
         eval_batch_size: Images in an evaluation batch of each rank; a nearby size is used if the ranks would otherwise
             have different numbers of batches.
         num_workers: Processes that read batches; 0 is best for images in memory.
@@ -77,16 +80,22 @@ class PairDataModule(LightningDataModule):
         unseen_val_share: Share of these classes for validation, rounded down; the others are for test. Where it is 0
             (or 1), validation (or test) keeps its images of seen classes.
 
+    The images are preprocessed as the model requires: a module with a ``preprocessing``, such as one from a checkpoint,
+    determines size, channels, mean and std, and images in memory of another size are resized. Otherwise they follow
+    from the arguments here, then from the encoder's ``preprocessing`` (pretrained weights), then from the training
+    images; a fit gives the result to the module, whose checkpoints store it.
+
     Attributes:
+        preprocessing: The preprocessing; mean and std are known after ``setup``.
         class_names: Name of each true class, after ``setup``: those of training, then those that only other splits
             have. Labels of validation, test, gallery and bank are indices into it. Loading a further split may append
             to it.
         train_class_names: Names of the classes of training, the true or the coarse ones, after ``setup``.
 
     Raises:
-        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if a
-            class has fewer than ``samples_per_class`` images and ``small_classes`` is "error", or unseen classes cannot
-            be drawn.
+        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if
+            the images do not have the model's channels, an argument contradicts the model's preprocessing, a class has
+            fewer than ``samples_per_class`` images and ``small_classes`` is "error", or unseen classes cannot be drawn.
 
     Example:
         >>> from simo_lightning.data import LabelledImages
@@ -146,6 +155,9 @@ class PairDataModule(LightningDataModule):
         self.augment = augment
         self.mean = mean
         self.std = std
+        self._given_statistics = {} if mean is None or std is None else {"mean": tuple(mean), "std": tuple(std)}
+        self._agreement: Agreement | None = None
+        self._preprocessing: Preprocessing | None = None
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.coarse = coarse
@@ -154,6 +166,7 @@ class PairDataModule(LightningDataModule):
         self.unseen_classes = unseen_classes
         self.unseen_val_share = unseen_val_share
         self._coarse = coarse  # without unseen classes, after setup
+        self._computed: tuple[ImageSource, tuple[list[float], list[float]]] | None = None
         self._prepared: dict[Split, ImageSource | None] = {}  # loaded by prepare_data and not yet used by setup
         self._splits: dict[Split, ImageSource | None] = {}  # with labels that index class_names
         self._known: dict[Split, ImageSource | None] = {}  # held-out images of seen classes, beside unseen ones
@@ -181,9 +194,10 @@ class PairDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, decode and cache on one process, before the others read: the splits that the run needs."""
+        self._agree()
         fit = self.trainer is not None and self.trainer.state.fn in ("fit", "validate")
         for split in self._needed("fit" if fit else None):
-            if split not in self._splits:
+            if _place(split) not in self._splits:
                 self._prepared[split] = self.load(split)
 
     def _needed(self, stage: str | None) -> list[Split]:
@@ -202,22 +216,85 @@ class PairDataModule(LightningDataModule):
                 f"overfit_batches must be 0, got {overfit}: Lightning then replaces the balanced sampler by a "
                 "sequential one; use limit_train_batches instead"
             )
+        self._agree()
         if "train" not in self._splits:
             self._setup_training()
+        self._complete(stage)
         for split in self._needed(stage):
-            kept: Split = "test" if split == "query" else split
-            if kept not in self._splits:
-                source = self._read(split)
-                self._splits[kept] = (
-                    self._checked_unknown(source) if split == "unknown" else self._with_known_names(split, source)
-                )
+            if _place(split) not in self._splits:
+                adapt = self._checked_unknown if split == "unknown" else self._with_known_names
+                self._splits[_place(split)] = adapt(split, self._read(split))
         silence_inapplicable_warnings(self._splits["train"], self._splits["val"], self.num_workers)
 
-    def _checked_unknown(self, source: ImageSource | None) -> ImageSource | None:
+    def _checked_unknown(self, split: Split, source: ImageSource | None) -> ImageSource | None:
         common = set() if source is None else set(present_classes(source)) & set(present_classes(self._bank))
         if common:
-            raise ValueError(f"the unknown split must hold no class of training, got {name_list(common)}")
+            raise ValueError(f"the {split} split must hold no class of training, got {name_list(common)}")
         return source
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are read and normalised; before ``setup`` as far as it is known then."""
+        if self._preprocessing is None:
+            self._agree()
+        assert self._preprocessing is not None
+        return self._preprocessing
+
+    def _preprocessing_arguments(self) -> dict[str, Any]:
+        """Fields of the preprocessing that arguments of this data module set; an argument of None sets none."""
+        names = {field.name for field in fields(Preprocessing)} - {"mean", "std", "channels"}
+        given = {name: getattr(self, name, None) for name in names}
+        return {**{name: value for name, value in given.items() if value is not None}, **self._given_statistics}
+
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _agree(self) -> None:
+        """Find the preprocessing that images are read with; images that were read with another one are dropped."""
+        agreement = agree(self._preprocessing_arguments(), self._module(), type(self).__name__)
+        before = [getattr(self._agreement, "preprocessing", None), self._preprocessing]
+        if not any(each is None or read_alike(agreement.preprocessing, each) for each in before):
+            self._splits.clear()
+            self._prepared.clear()
+        self._agreement, self._preprocessing = agreement, agreement.preprocessing
+
+    def _complete(self, stage: str | None) -> None:
+        """Add what follows from the training images, and give the preprocessing to the module of a fit."""
+        train, module = self._splits["train"], self._module()
+        assert train is not None
+        assert self._agreement is not None
+        preprocessing = self._agreement.completed(tuple(train.__getitems__([0])[0].shape[1:]))
+        if preprocessing.mean is None:
+            mean, std = self._statistics(train)
+            preprocessing = replace(preprocessing, mean=tuple(mean), std=tuple(std))
+        assert preprocessing.mean is not None
+        assert preprocessing.std is not None
+        self._preprocessing = preprocessing
+        self.mean, self.std = list(preprocessing.mean), list(preprocessing.std)
+        if stage == "fit" and module is not None:
+            if takes_preprocessing(module):
+                module.preprocessing = preprocessing
+            warn_of_stem(getattr(module, "encoder", None), preprocessing.size)
+
+    def _statistics(self, train: ImageSource) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the training images, computed once."""
+        if self._computed is None or self._computed[0] is not train:
+            self._computed = (train, channel_statistics(train, self.split_seed))
+        return self._computed[1]
+
+    def _settle(self) -> None:
+        """Agree again once the trainer has loaded the checkpoint of its module, just before the first loader."""
+        module = self._module()
+        if not takes_preprocessing(module) or module.preprocessing == self._preprocessing:
+            return
+        assert self.trainer is not None
+        if module.preprocessing is not None:
+            self.setup(self.trainer.state.fn)
+        elif self.trainer.ckpt_path and not self._given_statistics:
+            rank_zero_warn(
+                f"checkpoint {self.trainer.ckpt_path} does not hold the preprocessing of its images, because an older "
+                "version wrote it: size, mean and std are those of this data module"
+            )
 
     def _read(self, split: Split) -> ImageSource | None:
         return self._prepared.pop(split) if split in self._prepared else self.load(split)
@@ -226,6 +303,7 @@ class PairDataModule(LightningDataModule):
         train, val = self._read("train"), self._read("val")
         if train is None:
             raise ValueError(f"{type(self).__name__}.load('train') must return images, got None")
+        self._coarse = self.coarse
         if self.unseen_classes is not None:
             train, val = self._hold_out_classes(train, val)
         elif val is None and self.val_fraction > 0:
@@ -235,8 +313,6 @@ class PairDataModule(LightningDataModule):
         self._add_classes(val)
         self._add_classes(self._splits.get("test"))  # with unseen classes
         train = self._number_classes(train)
-        if self.mean is None or self.std is None:
-            self.mean, self.std = channel_statistics(train, self.split_seed)
         self._splits["train"], self._splits["val"] = train, self._with_known_names("val", val)
         if "test" in self._splits:
             self._splits["test"] = self._with_known_names("test", self._splits["test"])
@@ -373,6 +449,7 @@ class PairDataModule(LightningDataModule):
     def _need(self, split: Split) -> ImageSource:
         if not self._splits:
             raise RuntimeError(f"{type(self).__name__}.setup() must run before a loader is made")
+        self._settle()
         source = self._splits.get(split)
         if source is None:
             hint = "set val_fraction above 0" if split == "val" else "use validation"
@@ -542,13 +619,17 @@ class PairDataModule(LightningDataModule):
             augment: Whether to make V augmented views of each image.
 
         Returns:
-            float32 images ``(N * V, C, H, W)``, normalised by ``mean`` and ``std``, and labels ``(N * V,)``; V is 1 if
-            ``augment`` is False.
+            float32 images ``(N * V, C, H, W)`` of the size of ``preprocessing``, normalised by it, and labels
+            ``(N * V,)``; V is 1 if ``augment`` is False.
 
         Raises:
-            ValueError: If a batch without a seed is to be augmented.
+            RuntimeError: Before ``setup``.
+            ValueError: If a batch without a seed is to be augmented, or the images do not have the model's channels.
         """
         images, labels, *draw = batch
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
+        images = self.preprocessing.fit(images)
         if augment:
             images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
             if self.augment is not None:
@@ -557,9 +638,12 @@ class PairDataModule(LightningDataModule):
                         "batch must be (images, labels, draw) to be augmented, got no draw (seed of the augmentation)"
                     )
                 images = self.augment(images, torch.Generator(images.device).manual_seed(draw[0]))
-        if self.mean is None or self.std is None:
-            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
-        return normalize(images, tuple(self.mean), tuple(self.std)), labels
+        return self.preprocessing.normalize(images), labels
+
+
+def _place(split: Split) -> Split:
+    """The split as which the images of ``split`` are used: queries are the test split."""
+    return "test" if split == "query" else split
 
 
 def _counted(source: ImageSource | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def index_by_name(source: ImageSource, class_names: Sequence[str]) -> ImageSourc
         raise ValueError(f"class_names must hold every class of the images, but lacks {name_list(missing)}")
     labels = torch.tensor([place.get(name, -1) for name in own], dtype=torch.int64)[source.labels]
     if isinstance(source, LabelledImages):
-        return LabelledImages(source.images, labels, names)
+        return replace(source, labels=labels, class_names=names)
     return Relabelled(source, labels, names)
 
 
