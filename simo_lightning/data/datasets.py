@@ -19,7 +19,7 @@ from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 from simo_lightning.preprocessing import Preprocessing
 
-IMAGE_SIZE = 224  # of photographs, where neither the model nor the user sets one
+EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
 
 
 class TensorPairDataModule(PairDataModule):
@@ -162,12 +162,12 @@ class ImageFolderPairDataModule(PairDataModule):
         self.background = background
         self.max_value = max_value
         self._coarse_from = coarse if isinstance(coarse, str) else None
-        self._folders: dict[Split, Path] = {}
-        self._manifest: Manifest | None = None
+        self._found: Manifest | dict[Split, Path] | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        self._reading()  # raises if image_size, background or max_value is out of range
+        # raises early if one of them is out of range
+        Preprocessing(**{**self._preprocessing_arguments(), "mean": None, "std": None})
         if self.data_dir is None and self.manifest is None:
             raise ValueError("data_dir or manifest must be given, got neither")
         if not self.max_memory_gib >= 0:
@@ -185,14 +185,6 @@ class ImageFolderPairDataModule(PairDataModule):
         if self._coarse_from == "folder" and self.manifest is not None:
             raise ValueError("coarse 'folder' requires class folders, got a manifest")
 
-    def _reading(self) -> Preprocessing:
-        """How files are read: as the model does, if it is known."""
-        known: Preprocessing | None = getattr(self, "preprocessing", None)
-        if known is not None:
-            return known
-        size = IMAGE_SIZE if self.image_size is None else self.image_size
-        return Preprocessing(size, background=self.background or "white", max_value=self.max_value)
-
     def load(self, split: Split) -> ImageSource | None:
         """The images of one split; None if the folder or the manifest has no such split."""
         listing = self._list(split)
@@ -207,25 +199,39 @@ class ImageFolderPairDataModule(PairDataModule):
             note=f"augmented by {type(self.augment).__name__}" if split == "train" and self.augment is not None else "",
         )
         if split == "train" and self._coarse_from is not None:
-            self.coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
+            self.coarse = self._coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
         return source
 
+    @property
+    def extra_splits(self) -> tuple[Split, ...]:  # type: ignore[override]
+        """Which of the splits "query", "gallery" and "unknown" there are."""
+        found = self._find()
+        given = found.splits if isinstance(found, Manifest) else found
+        return tuple(split for split in EXTRA_SPLITS if split in given)
+
+    def _find(self) -> Manifest | dict[Split, Path]:
+        """The manifest, or the folder of each split; looked up once."""
+        if self._found is None:
+            if self.manifest is not None:
+                self._found = read_manifest(self.manifest, self.data_dir)
+            else:
+                assert self.data_dir is not None
+                self._found = find_splits(self.data_dir, class_level=self.class_level)
+        return self._found
+
     def _list(self, split: Split) -> Listing | None:
-        skip = self.on_broken == "skip"
-        if self.manifest is not None:
-            self._manifest = self._manifest or read_manifest(self.manifest, self.data_dir)
-            return self._manifest.listing(split, self._reading(), skip)
-        assert self.data_dir is not None
-        self._folders = self._folders or find_splits(self.data_dir, class_level=self.class_level)
-        if split not in self._folders:
+        skip, found = self.on_broken == "skip", self._find()
+        if isinstance(found, Manifest):
+            return found.listing(split, self.preprocessing, skip)
+        if split not in found:
             return None
         one_class = "unknown" if split == "unknown" else None
-        return list_image_folder(self._folders[split], self._reading(), self.class_level, skip, one_class)
+        return list_image_folder(found[split], self.preprocessing, self.class_level, skip, one_class)
 
     def _coarse_classes(self, origin: str, listing: Listing, class_names: list[str]) -> dict[str, list[str]]:
-        if origin == "manifest":
-            assert self._manifest is not None
-            coarse = self._manifest.coarse()
+        found = self._find()
+        if origin == "manifest" and isinstance(found, Manifest):
+            coarse = found.coarse()
         elif origin == "folder":
             coarse = coarse_folders(listing.images, self.class_level or 1)
         else:
