@@ -199,7 +199,7 @@ class ImageFolderPairDataModule(PairDataModule):
             note=f"augmented by {type(self.augment).__name__}" if split == "train" and self.augment is not None else "",
         )
         if split == "train" and self._coarse_from is not None:
-            self.coarse = self._coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
+            self.coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
         return source
 
     @property
