@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from simo_lightning.data.cache import CACHE, fingerprint, read_cache, write_cache
-from simo_lightning.data.sources import LabelledImages, Split, name_list
-from simo_lightning.preprocessing import FORMATS, Decoder, Preprocessing
+from simo_lightning.data.sources import DecodedFiles, LabelledImages, Split, name_list
+from simo_lightning.preprocessing import FORMATS, Decoder, PictureSize, Preprocessing
 
 IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
@@ -71,13 +71,14 @@ class FolderImages:
             changes.update(changed)
         return images, changes
 
-    def picture(self, index: int, size: tuple[int, int] | None = None) -> Image.Image:
+    def picture(self, index: int, size: PictureSize = None) -> Image.Image:
         """One whole picture, upright and in mode RGB, for a transform that crops and resizes it itself.
 
         Args:
             index: Position of the image, ``0..len(self) - 1``.
             size: Smallest width and height that are needed: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size as
-                long as it is not smaller than that, which saves most of the time. None: at its full size.
+                long as it is not smaller than that, which saves most of the time. Or a function of the width and height
+                of the picture that returns them; see ``preprocessing.Decoder``. None: at its full size.
 
         Returns:
             The picture, not resized, transparency composited on the background of ``decoder``.
@@ -292,7 +293,7 @@ def load_image_folder(
         images, changes = _decode_all(listed, workers)
         write_cache(listed.root, image_size, key, images, changes)
     _report(listed, left_out, changes)
-    return LabelledImages(images, listed.labels, listed.class_names)
+    return DecodedFiles(images, listed.labels, listed.class_names, listed)
 
 
 def _report(listed: FolderImages, left_out: list[str], changes: dict[str, int] | None) -> None:
