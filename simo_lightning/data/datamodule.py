@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simo_lightning.data.augment import BatchAugment, normalize
-from simo_lightning.data.labels import Relabelled, coarse_index
+from simo_lightning.data.labels import Relabelled, coarse_index, index_by_name, present_classes
 from simo_lightning.data.loader import (
     ResumableLoader,
     TrainingBatch,
@@ -23,7 +23,6 @@ from simo_lightning.data.sources import (
     ImageSource,
     Split,
     channel_statistics,
-    name_list,
     stratified_split,
     stratified_subset,
 )
@@ -58,13 +57,14 @@ class PairDataModule(LightningDataModule):
             {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
 
     Attributes:
-        class_names: Name of each true class, after ``setup``.
-        num_classes: Their number, after ``setup``.
+        class_names: Name of each true class, after ``setup``: those of training, then those that only other splits
+            have. Labels of validation, test, gallery and bank are indices into it. Loading a further split may append
+            to it.
         train_class_names: Names of the classes of training, the true or the coarse ones, after ``setup``.
 
     Raises:
         ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if a
-            class has fewer than ``samples_per_class`` images, or the splits have different classes.
+            class has fewer than ``samples_per_class`` images.
 
     Example:
         >>> from simo_lightning.data import LabelledImages
@@ -121,29 +121,43 @@ class PairDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.coarse = coarse
         self._prepared: dict[Split, ImageSource | None] = {}  # loaded by prepare_data and not yet used by setup
-        self._splits: dict[Split, ImageSource | None] = {}
+        self._splits: dict[Split, ImageSource | None] = {}  # with labels that index class_names
         self._training: ImageSource  # training images with the labels used in training, after setup
         self._bank: ImageSource  # labelled training images with their true labels, after setup
         self._train_loader: ResumableLoader | None = None
         self._resume: dict[str, int] | None = None
 
+    extra_splits: tuple[Split, ...] = ()
+    """Which of the splits "query", "gallery" and "unknown" the data set has; ``load`` is asked for no others."""
+
     def load(self, split: Split) -> ImageSource | None:
         """Read one split; the one method that a data set must define.
 
         Args:
-            split: "train", "val" or "test".
+            split: "train", "val" or "test", or one of ``extra_splits``: "query" and "gallery", which serve as test
+                images and the images to find, or "unknown", images of no class of training.
 
         Returns:
             ``LabelledImages``, or any other ``ImageSource``; None if the data set has no such split; validation
-            images are then held out from the training images.
+            images are then held out from the training images. Splits may have different classes, in any order: they are
+            matched by name.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load(split), which reads its images")
 
     def prepare_data(self) -> None:
-        """Download, decode and cache on one process, before the others read."""
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        for split in splits:
-            self._prepared[split] = self.load(split)
+        """Download, decode and cache on one process, before the others read: the splits that the run needs."""
+        fit = self.trainer is not None and self.trainer.state.fn in ("fit", "validate")
+        for split in self._needed("fit" if fit else None):
+            if split not in self._splits:
+                self._prepared[split] = self.load(split)
+
+    def _needed(self, stage: str | None) -> list[Split]:
+        """Splits to load for a stage, in the order in which they are loaded."""
+        needed: list[Split] = ["train", "val"]
+        if stage in ("test", "predict", None):
+            needed += ["query" if "query" in self.extra_splits else "test"]
+            needed += ["gallery"] if "gallery" in self.extra_splits else []
+        return needed + (["unknown"] if "unknown" in self.extra_splits else [])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the training split and the other splits that ``stage`` needs, each once."""
@@ -155,9 +169,11 @@ class PairDataModule(LightningDataModule):
             )
         if "train" not in self._splits:
             self._setup_training()
-        if stage in ("test", "predict", None) and "test" not in self._splits:
-            self._splits["test"] = self._read("test")
-            _check_same_classes("test", self._splits["test"], self.class_names)
+        for split in self._needed(stage):
+            kept: Split = "test" if split == "query" else split
+            if kept not in self._splits:
+                source = self._read(split)
+                self._splits[kept] = source if split == "unknown" else self._with_known_names(split, source)
         silence_inapplicable_warnings(self._splits["train"], self._splits["val"], self.num_workers)
 
     def _read(self, split: Split) -> ImageSource | None:
@@ -168,17 +184,45 @@ class PairDataModule(LightningDataModule):
         if train is None:
             raise ValueError(f"{type(self).__name__}.load('train') must return images, got None")
         self.class_names = list(train.class_names)
-        self.num_classes = len(self.class_names)
         if val is None and self.val_fraction > 0:
             kept, held = stratified_split(train.labels, self.val_fraction, self.split_seed)
             train, val = train.subset(kept), train.subset(held)
-        _check_same_classes("val", val, self.class_names)
+        val = self._with_known_names("val", val)
         self._label_training(train)
         self.train_class_names = list(self._training.class_names)
         _check_smallest_class(self._training, self.samples_per_class)
         if self.mean is None or self.std is None:
             self.mean, self.std = channel_statistics(train, self.split_seed)
         self._splits["train"], self._splits["val"] = train, val
+
+    def _with_known_names(self, split: str, source: ImageSource | None) -> ImageSource | None:
+        """The images of a split with labels that index ``class_names``, to which its further classes are added."""
+        if source is None:
+            return None
+        known = set(self.class_names)
+        self.class_names = self.class_names + [name for name in present_classes(source) if name not in known]
+        return index_by_name(source, self.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of true classes."""
+        return len(self.class_names)
+
+    @property
+    def num_train_classes(self) -> int:
+        """Number of classes of training, true or coarse; labels of training batches are below it."""
+        return len(self.train_class_names)
+
+    @property
+    def unseen_class_names(self) -> list[str]:
+        """Names of the classes of validation and test of which training has no image."""
+        seen = set(present_classes(self._bank))
+        found = {name for split in ("val", "test") for name in self._present(split)}
+        return [name for name in self.class_names if name in found - seen]
+
+    def _present(self, split: Split) -> list[str]:
+        source = self._splits.get(split)
+        return [] if source is None else [self.class_names[label] for label in source.labels.unique().tolist()]
 
     def _label_training(self, train: ImageSource) -> None:
         """Set ``_training`` and ``_bank``."""
@@ -271,6 +315,24 @@ class PairDataModule(LightningDataModule):
             bank = bank.subset(stratified_subset(bank.labels, limit, self.split_seed))
         return self._evaluation_loader(bank, rank, world_size)
 
+    def gallery_dataloader(self) -> DataLoader | None:
+        """This rank's share of the gallery, the raw images that those of the test split are to find; None without one.
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``.
+        """
+        gallery = self._splits.get("gallery")
+        return None if gallery is None else self._evaluation_loader(gallery)
+
+    def unknown_dataloader(self) -> DataLoader | None:
+        """This rank's share of the raw images that belong to no class of training; None if there are none.
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``.
+        """
+        unknown = self._splits.get("unknown")
+        return None if unknown is None else self._evaluation_loader(unknown)
+
     def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
         rank, world = self.rank if rank is None else rank, self.world_size if world is None else world
         return DataLoader(
@@ -320,18 +382,6 @@ class PairDataModule(LightningDataModule):
         if self.mean is None or self.std is None:
             raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
         return normalize(images, tuple(self.mean), tuple(self.std)), labels
-
-
-def _check_same_classes(split: str, source: ImageSource | None, class_names: list[str]) -> None:
-    """Raise ValueError, naming the classes that differ, unless a split has the classes of the training split."""
-    if source is None or list(source.class_names) == class_names:
-        return
-    missing, extra = set(class_names) - set(source.class_names), set(source.class_names) - set(class_names)
-    found = [f"it lacks {name_list(missing)}"] * bool(missing) + [f"training lacks {name_list(extra)}"] * bool(extra)
-    raise ValueError(
-        f"the {split} split must have the classes of the training split in the same order: "
-        f"{', and '.join(found) or 'the order differs'}"
-    )
 
 
 def _check_smallest_class(train: ImageSource, samples_per_class: int) -> None:
