@@ -238,7 +238,7 @@ def test_query_gallery_and_unknown_images(tmp_path: Path, lines: list[str]) -> N
     for split, count in {"train": 3, "Query": 1, "gallery": 2}.items():
         write_folder(tmp_path / split, ("ant", "cow") if split == "Query" else ("ant", "bee"), count)
     write_tree(tmp_path / "unknown", [".", "any/where"], 3)
-    data = ImageFolderPairDataModule(tmp_path, **ARGUMENTS)
+    data = ImageFolderPairDataModule(tmp_path, val_fraction=0, **ARGUMENTS)
     loaded = {split: data.load(split) for split in SPLIT_NAMES}
     found = {split: (source.class_names, len(source)) for split, source in loaded.items() if source is not None}
     assert found == {
@@ -249,6 +249,32 @@ def test_query_gallery_and_unknown_images(tmp_path: Path, lines: list[str]) -> N
     }
     assert "6 png images of 1 class ('unknown')" in lines[-1]
     assert set(find_splits(tmp_path)) == {"train", "query", "gallery", "unknown"}
+    assert data.extra_splits == ("query", "gallery", "unknown")
+    data.setup("test")
+    assert data.class_names == ["ant", "bee", "cow"]
+    assert torch.cat([labels for _, labels in data.test_dataloader()]).tolist() == [0, 2]
+    for loader, count in ((data.gallery_dataloader(), 4), (data.unknown_dataloader(), 6)):
+        assert loader is not None
+        assert sum(len(images) for images, _ in loader) == count
+
+
+def test_a_folder_with_the_usual_splits_alone_has_a_test_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_folder(tmp_path / split)
+    data = ImageFolderPairDataModule(tmp_path, val_fraction=0, **ARGUMENTS)
+    assert data.extra_splits == ()
+    data.setup("test")
+    assert torch.cat([labels for _, labels in data.test_dataloader()]).tolist() == [0] * 3 + [1] * 3
+    assert (data.gallery_dataloader(), data.unknown_dataloader()) == (None, None)
+
+
+def test_coarse_folders_without_the_unseen_classes(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train", ["fruit/apple", "fruit/pear", "milk/oat", "milk/soy"], 4)
+    data = ImageFolderPairDataModule(tmp_path, class_level=2, coarse="folder", unseen_classes=["soy"], **ARGUMENTS)
+    data.setup("fit")
+    assert data.train_class_names == ["fruit", "milk"]
+    assert data.unseen_class_names == ["soy"]
+    assert data._training.labels.bincount().tolist() == [8, 4]
 
 
 def test_a_class_called_unknown_is_said_to_be_one(tmp_path: Path, lines: list[str]) -> None:
