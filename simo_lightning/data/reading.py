@@ -232,9 +232,9 @@ def _report(
     suffixes = Counter(os.path.splitext(name)[1].lower().lstrip(".") or "no suffix" for name in listed.names.tolist())
     images = f"{_counted(suffixes)} images" if len(suffixes) == 1 else f"{len(listed):,} images ({_counted(suffixes)})"
     parts = [f"{images} of {_classes(listed)}", *_sizes(listed)]
-    size = len(listed) * listed.decoder.channels * listed.decoder.size[0] * listed.decoder.size[1] / 2**30
+    size = len(listed) * listed.decoder.channels * listed.decoder.size[0] * listed.decoder.size[1]
     kept = (
-        f"decoded into memory ({size:.2g} GiB)" if in_memory else "decoded batch by batch (larger than max_memory_gib)"
+        f"decoded into memory ({_memory(size)})" if in_memory else "decoded batch by batch (larger than max_memory_gib)"
     )
     parts.append(f"{kept}, {note}" if note else kept)
     if cached is None:
@@ -245,6 +245,10 @@ def _report(
     if left_out:
         parts.append(f"left out: {'; '.join(left_out)}")
     rank_zero_info(f"{split} split in {str(listed.root)!r}: {'; '.join(parts)}")
+
+
+def _memory(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{-(-size // 2**20):,} MiB"
 
 
 def _classes(listed: FolderImages) -> str:
