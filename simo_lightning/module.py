@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.checkpoints import CheckpointMixin, MemoryLimit
+from simo_lightning.checkpoints import CheckpointMixin, MemoryLimit, known_preprocessing
 from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss, configure_loss
+from simo_lightning.preprocessing import Preprocessing, encoder_input
 from simo_lightning.schedules import with_schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -49,14 +50,22 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             once per part; choose norm "layer" or "group" if the result must not depend on this size. Dropout draws the
             same masks in both passes.
         compile: Compile the encoder with ``torch.compile`` when a fit starts. Needs a C++ compiler, on a GPU Triton.
+        preprocessing: How an image becomes the input of the encoder. Every checkpoint stores it, so that validation,
+            prediction, export and :meth:`embed` treat images as training did. None, or a mean of None: the data module
+            completes it when a fit starts, from its own arguments, the encoder's ``preprocessing`` (of pretrained
+            weights), and the training images. It is then an attribute of this module, and binding: set it to None
+            before a fit that reads its images otherwise.
 
     Raises:
         ValueError: If ``micro_batch_size`` is less than 1.
 
     Example:
         >>> from simo_lightning.encoders import ImageEncoder
-        >>> module = SimOModule(ImageEncoder("resnet10", width=0.125), SimOLoss(form="log"))
-        >>> module.embed(torch.zeros(2, 3, 32, 32)).shape
+        >>> from simo_lightning.preprocessing import Preprocessing
+        >>> preprocessing = Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+        >>> encoder = ImageEncoder("resnet10", width=0.125)
+        >>> module = SimOModule(encoder, SimOLoss(form="log"), preprocessing=preprocessing)
+        >>> module.embed(torch.zeros(2, 3, 40, 60, dtype=torch.uint8)).shape
         torch.Size([2, 16])
 
     Source:
@@ -74,6 +83,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         channels_last: bool = False,
         micro_batch_size: int | None = None,
         compile: bool = False,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -85,6 +95,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.micro_batch_size = micro_batch_size
         self.compile_encoder = compile
+        self.preprocessing = preprocessing
         self.loss_sizes: dict[str, int | None] | None = None  # what the loss was configured with
 
     def setup(self, stage: str) -> None:
@@ -120,7 +131,8 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         super().on_load_checkpoint(checkpoint)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings ``(N, D)`` of normalised images ``(N, C, H, W)``."""
+        """Embeddings ``(N, D)`` of images ``(N, C, H, W)``, as :meth:`embed` but in the dtype of the encoder."""
+        images = encoder_input(images, known_preprocessing(self), check_range=not self.training)
         embeddings: Tensor = self.encoder(images.to(self.dtype, memory_format=self.memory_format))
         return embeddings
 
@@ -128,10 +140,15 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         """Embeddings in float32 or better, as the loss and the metrics take them.
 
         Args:
-            images: Normalised, ``(N, C, H, W)``.
+            images: ``(N, C, H, W)``: uint8 of any size, which are resized and normalised by ``preprocessing``; or
+                floats that already are, which are embedded as they are.
 
         Returns:
             ``(N, D)``.
+
+        Raises:
+            ValueError: If ``preprocessing`` is known and the images have another number of channels, or, outside of
+                training, are floats that cannot be normalised; or if they are uint8 and it is not known.
         """
         embeddings = self(images)
         return embeddings if embeddings.dtype == torch.float64 else embeddings.float()

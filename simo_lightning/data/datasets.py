@@ -108,12 +108,13 @@ class ImageFolderPairDataModule(PairDataModule):
 
     Args:
         data_dir: The folder; ``~`` is the user's home.
-        image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped.
+        image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped. null:
+            that of the model, or 224.
         max_memory_gib: Decoded size in GiB above which the images of a split stay on disk and are decoded batch by
             batch in ``num_workers`` processes.
-        background: Colour behind transparent pixels, a name or #rrggbb.
-        max_value: Grey value that becomes white in grey images of more than 8 bits, such as 4095; null: 65,535 in
-            16-bit files, the maximum of each file in 32-bit ones.
+        background: Colour behind transparent pixels, a name or #rrggbb; null: that of the model, or white.
+        max_value: Grey value that becomes white in grey images of more than 8 bits, such as 4095; null: that of the
+            model, or 65,535 in 16-bit files, the maximum of each file in 32-bit ones.
         **kwargs: Arguments of ``PairDataModule``.
 
     Raises:
@@ -123,16 +124,13 @@ class ImageFolderPairDataModule(PairDataModule):
     def __init__(
         self,
         data_dir: str | Path,
-        image_size: int = 32,
+        image_size: int | None = None,
         max_memory_gib: float = 4.0,
-        background: str = "white",
+        background: str | None = None,
         max_value: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        Preprocessing(
-            image_size, background=background, max_value=max_value
-        )  # raises early if one of them is out of range
         if not max_memory_gib >= 0:
             raise ValueError(f"max_memory_gib must be non-negative, got {max_memory_gib}")
         self.data_dir = data_dir
@@ -141,18 +139,21 @@ class ImageFolderPairDataModule(PairDataModule):
         self.background = background
         self.max_value = max_value
         self._folders: dict[Split, Path] = {}
+        # raises early if one of them is out of range
+        Preprocessing(**{**self._preprocessing_arguments(), "mean": None, "std": None})
 
     def load(self, split: Split) -> ImageSource | None:
         """The images in the folder of one split."""
         self._folders = self._folders or find_splits(self.data_dir)
         if split not in self._folders:
             return None
+        preprocessing = self.preprocessing
         return load_image_folder(
             self._folders[split],
-            self.image_size,
+            preprocessing.size[0],
             self.max_memory_gib * 2**30,
-            background=self.background,
-            max_value=self.max_value,
+            background=preprocessing.background,
+            max_value=preprocessing.max_value,
         )
 
 
