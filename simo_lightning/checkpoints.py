@@ -136,7 +136,7 @@ class CheckpointMixin(InitArgumentsMixin):
         stored = {name: value for name, value in stored.items() if name not in kwargs}
         preprocessing = _preprocessing(stored, checkpoint_path)
         stored.pop("preprocessing", None)
-        with _MemoryLimit(weights):
+        with MemoryLimit(weights):
             refuse_paths(cls, stored)
             arguments = {name: _argument(name, value, trusted, checkpoint_path) for name, value in stored.items()}
             with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
@@ -145,7 +145,8 @@ class CheckpointMixin(InitArgumentsMixin):
             module.preprocessing = preprocessing
         if is_overridden("configure_model", module):
             module.configure_model()
-        module.on_load_checkpoint(checkpoint)
+        with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
+            module.on_load_checkpoint(checkpoint)
         strict = module.strict_loading if strict is None else strict
         check_weights(module, weights, checkpoint_path, strict)
         module.load_state_dict(weights, strict=strict)
@@ -249,7 +250,7 @@ def _encoder(
         return encoder
     prefix, weights = "encoder.", checkpoint["state_dict"]
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    with _MemoryLimit(weights):
+    with MemoryLimit(weights):
         encoder = _argument("encoder", description, trusted, path)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"the encoder of checkpoint {path} must be an nn.Module, got {type(encoder).__name__}")
@@ -510,10 +511,13 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-class _MemoryLimit(TorchDispatchMode):
+class MemoryLimit(TorchDispatchMode):
     """Limits the memory of all tensors created in this context, so that no number in a file can claim gigabytes.
 
     The limit is a multiple of the weights' size. A tensor counts for at least 32 KiB, as its layer takes memory too.
+
+    Args:
+        weights: The ``state_dict`` of the file.
     """
 
     def __init__(self, weights: Mapping[str, Any]) -> None:
