@@ -85,7 +85,8 @@ def export_encoder(
     Example:
         >>> from simo_lightning import ImageEncoder
         >>> folder = getfixture("tmp_path")
-        >>> written = export_encoder(ImageEncoder("resnet10", width=0.125), folder / "encoder.pt2", image_size=32)
+        >>> encoder = ImageEncoder("resnet10", width=0.125, image_size=32)
+        >>> written = export_encoder(encoder, folder / "encoder.pt2", image_size=32)
         >>> torch.export.load(written).module()(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 16])
     """

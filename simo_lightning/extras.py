@@ -8,6 +8,10 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "huggingface_hub": "timm",
+    "peft": "lora",
+    "safetensors": "timm",
+    "timm": "timm",
     "umap": "umap",
 }
 

@@ -53,7 +53,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     Example:
         >>> from simo_lightning.encoders import ImageEncoder
-        >>> module = SimOModule(ImageEncoder("resnet10", width=0.125), SimOLoss(form="log"))
+        >>> module = SimOModule(ImageEncoder("resnet10", width=0.125, stem="small"), SimOLoss(form="log"))
         >>> module.embed(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 16])
 
