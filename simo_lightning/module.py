@@ -63,7 +63,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         >>> from simo_lightning.encoders import ImageEncoder
         >>> from simo_lightning.preprocessing import Preprocessing
         >>> preprocessing = Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-        >>> encoder = ImageEncoder("resnet10", width=0.125)
+        >>> encoder = ImageEncoder("resnet10", width=0.125, stem="small")
         >>> module = SimOModule(encoder, SimOLoss(form="log"), preprocessing=preprocessing)
         >>> module.embed(torch.zeros(2, 3, 40, 60, dtype=torch.uint8)).shape
         torch.Size([2, 16])
