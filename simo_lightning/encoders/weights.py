@@ -16,7 +16,7 @@ from torch.hub import download_url_to_file, get_dir
 
 from simo_lightning.tensor_files import read_tensors
 
-SECONDS_TO_CONNECT = 3.0
+SECONDS_TO_CONNECT = 2.0
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 Tensors = dict[str, Tensor]
@@ -28,7 +28,7 @@ def is_file_name(weights: str) -> bool:
 
 
 def is_reachable(url: str) -> bool:
-    """Whether an address answers within three seconds, through the proxy of the environment if there is one."""
+    """Whether an address answers within two seconds, through the proxy of the environment if there is one."""
     answered: list[bool] = []
 
     def ask() -> None:
