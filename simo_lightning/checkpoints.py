@@ -323,18 +323,8 @@ def _take_preprocessing(module: Any, stored: Preprocessing | None, path: File) -
         return
     passed = module.__dict__.get("_init_arguments", {}).get("preprocessing")
     given = passed["init_args"] if isinstance(passed, dict) and "init_args" in passed else {}
-    different = stored.differences(given)
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{name} of the preprocessing of {type(module).__name__} must be that of checkpoint {path}, "
-            f"{_shown(getattr(stored, name))}, got {_shown(given[name])}: leave the argument out"
-        )
+    stored.check_arguments(given, f"the preprocessing of {type(module).__name__}", f"checkpoint {path}")
     module.preprocessing = stored
-
-
-def _shown(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _preprocessing(arguments: Mapping[str, Any], path: File) -> Preprocessing | None:
