@@ -1,18 +1,17 @@
 """Evaluate the encoder by nearest neighbours among the training images during training."""
 
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Sized
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from simo_lightning.callbacks.embed import embed_loader
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.distributed import gather_rows, sum_over_ranks
+from simo_lightning.distributed import sum_over_ranks
 from simo_lightning.functional.geometry import nearest_class_mean_predict
 from simo_lightning.functional.knn import knn_predict
 from simo_lightning.functional.moments import class_sums
@@ -93,7 +92,8 @@ class OnlineKNN(EvaluationCallback):
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if not self._queries:
             return {}
-        bank, bank_labels = self._bank(trainer, pl_module)
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        bank, bank_labels = embed_loader(trainer, pl_module, datamodule.bank_dataloader(limit=self.bank_size))
         self._check_k(len(bank))
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
@@ -105,42 +105,9 @@ class OnlineKNN(EvaluationCallback):
         *correct, count = sum_over_ranks(torch.stack([*correct, torch.tensor(len(labels), device=labels.device)]))
         return {name: number.float() / count for name, number in zip(predictions, correct, strict=True)}
 
-    def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Embeddings and labels of the bank, gathered from all processes."""
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        module: Any = pl_module
-        precision, device = trainer.precision_plugin, trainer.strategy.root_device
-        embeddings, labels = [], []
-        with _eval_mode(pl_module):
-            for batch in datamodule.bank_dataloader(limit=self.bank_size):
-                # not by the trainer's hooks: those of the data module would prepare the batch a second time
-                images, batch_labels = datamodule.prepare(move_data_to_device(batch, device), augment=False)
-                with precision.forward_context():
-                    embeddings.append(module.embed(precision.convert_input(images)))
-                labels.append(batch_labels)
-        # a process without a share of the bank does not know D, and must take part in the collectives
-        own = embeddings[0].shape[1] if embeddings else 0
-        dim = int(gather_rows(torch.tensor([own], device=device)).max())
-        return (
-            gather_rows(torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)),
-            gather_rows(torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)),
-        )
-
 
 def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
     """Class means (C, D), where C - 1 is the largest label; nan for a class without embeddings."""
     counts = torch.bincount(labels)
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards every submodule is in its previous mode."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
