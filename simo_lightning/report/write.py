@@ -45,8 +45,8 @@ def write_report(
     """Draw the embeddings of a split into one page, with the metrics.
 
     Runs the validation or test loop once, with any module whose steps return ``embeddings`` and ``labels``; kNN
-    requires ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The
-    trainer's own callbacks that evaluate embeddings are not called.
+    requires a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The trainer's own callbacks that evaluate
+    embeddings are not called.
 
     Args:
         trainer: Runs the loop; its ``default_root_dir`` is the folder of the run.
@@ -110,9 +110,8 @@ def _embed(
 ) -> tuple[EmbeddedImages, float, int]:
     """The split's embeddings, the accuracy of kNN on it, and its k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
-    has_bank = all(callable(getattr(datamodule, name, None)) for name in ("bank_dataloader", "prepare"))
     callbacks: list[EvaluationCallback] = [collector]
-    if has_bank and callable(getattr(model, "embed", None)):
+    if knn.bank is not None or callable(getattr(datamodule, "bank_dataloader", None)):
         callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
     with _evaluation_callbacks(trainer, callbacks), mismatch_in_one_line(ckpt_path):
@@ -167,8 +166,8 @@ def _short(folder: Path) -> str:
 
 
 def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
-    names = getattr(datamodule, "class_names", None) or range(int(labels.max()) + 1)
-    return [str(name) for name in names]
+    names = [str(name) for name in getattr(datamodule, "class_names", None) or []]
+    return names + [str(label) for label in range(len(names), int(labels.max()) + 1)]
 
 
 def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:
