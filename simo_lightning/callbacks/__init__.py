@@ -7,6 +7,7 @@ of ``trainer.datamodule`` where it has them.
 
 from simo_lightning.callbacks.alarm import CollapseAlarm
 from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from simo_lightning.callbacks.defaults import default_callbacks
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
@@ -30,4 +31,5 @@ __all__ = [
     "LastCheckpoint",
     "OnlineKNN",
     "OnlineProbe",
+    "default_callbacks",
 ]

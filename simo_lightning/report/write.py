@@ -114,7 +114,7 @@ def _embed(
     if knn.bank is not None or callable(getattr(datamodule, "bank_dataloader", None)):
         callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
-    with _evaluation_callbacks(trainer, callbacks), mismatch_in_one_line(ckpt_path):
+    with _evaluation_callbacks(trainer, model, callbacks), mismatch_in_one_line(ckpt_path):
         run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
     if collector.result is None:
         raise ValueError(
@@ -125,9 +125,11 @@ def _embed(
 
 
 @contextmanager
-def _evaluation_callbacks(trainer: Any, evaluation: list[EvaluationCallback]) -> Iterator[None]:
+def _evaluation_callbacks(trainer: Any, model: Any, evaluation: list[EvaluationCallback]) -> Iterator[None]:
     """The trainer with these callbacks instead of its own that evaluate embeddings or write checkpoints."""
-    callbacks = trainer.callbacks
+    callbacks, defaults = trainer.callbacks, getattr(model, "default_callbacks", False)
+    if defaults:
+        model.default_callbacks = False
     trainer.callbacks = [
         each for each in callbacks if not isinstance(each, EvaluationCallback | Checkpoint)
     ] + evaluation
@@ -138,6 +140,8 @@ def _evaluation_callbacks(trainer: Any, evaluation: list[EvaluationCallback]) ->
             yield
     finally:
         trainer.callbacks = callbacks
+        if defaults:
+            model.default_callbacks = True
 
 
 def _find(trainer: Any, default: CallbackT) -> CallbackT:
