@@ -13,6 +13,7 @@ import torch
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
 from simo_lightning.data.folder import SPLIT_NAMES, find_splits, load_image_folder
+from simo_lightning.data.pictures import Augment
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 from simo_lightning.preprocessing import Preprocessing
@@ -89,7 +90,7 @@ class DigitsPairDataModule(PairDataModule):
 
     def __init__(
         self,
-        augment: BatchAugment | None = BatchAugment(crop_padding=1, flip=0.0),  # noqa: B008  # immutable
+        augment: Augment | Literal["auto"] | None = BatchAugment(crop_padding=1, flip=0.0),  # noqa: B008  # immutable
         **kwargs: Any,
     ) -> None:
         super().__init__(augment=augment, **kwargs)
@@ -114,6 +115,8 @@ class ImageFolderPairDataModule(PairDataModule):
         background: Colour behind transparent pixels, a name or #rrggbb.
         max_value: Grey value that becomes white in grey images of more than 8 bits, such as 4095; null: 65,535 in
             16-bit files, the maximum of each file in 32-bit ones.
+        augment: As for ``PairDataModule``. An augmentation of one picture at a time reads the whole picture from its
+            file, however large ``max_memory_gib`` is; the images in memory are then those of evaluation.
         **kwargs: Arguments of ``PairDataModule``.
 
     Raises:
@@ -127,9 +130,10 @@ class ImageFolderPairDataModule(PairDataModule):
         max_memory_gib: float = 4.0,
         background: str = "white",
         max_value: float | None = None,
+        augment: Augment | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(augment=augment, **kwargs)
         Preprocessing(
             image_size, background=background, max_value=max_value
         )  # raises early if one of them is out of range

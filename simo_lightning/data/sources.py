@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from simo_lightning.preprocessing import PictureSize
 
 Source = TypeVar("Source", bound="ImageSource")
+Files = TypeVar("Files", bound="PictureFiles")
 Split = Literal["train", "val", "test", "query", "gallery", "unknown"]
 
 
@@ -106,15 +107,15 @@ class PictureFiles(Protocol):
     """Image files that can be read one by one, such as ``FolderImages``."""
 
     def picture(self, index: int, size: PictureSize = None) -> Image.Image: ...  # noqa: D102
-    def subset(self: Source, indices: Tensor) -> Source: ...  # noqa: D102
+    def subset(self: Files, indices: Tensor) -> Files: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedFiles(LabelledImages):
     """Images in memory at the size of the model, and the files that they come from.
 
-    Evaluation and batched augmentation use the images in memory. An augmentation of one picture at a time reads its file
-    again, because it crops the whole picture.
+    Evaluation and batched augmentation use the images in memory. An augmentation of one picture at a time reads its
+    file again, because it crops the whole picture.
 
     Args:
         images: uint8 ``(N, C, H, W)`` in 0..255.
@@ -133,6 +134,12 @@ class DecodedFiles(LabelledImages):
         """The images at ``indices`` (int64 ``(M,)``), in that order, copied."""
         images, labels = self.images[indices], self.labels[indices]
         return replace(self, images=images, labels=labels, files=self.files.subset(indices))
+
+
+def in_memory(source: ImageSource) -> bool:
+    """Whether the images of a source, or of the sources that it joins or relabels, are held in memory."""
+    below = [*getattr(source, "sources", []), *([source.source] if hasattr(source, "source") else [])]
+    return all(in_memory(each) for each in below) if below else isinstance(source, LabelledImages)
 
 
 def whole_picture(source: ImageSource, index: int, size: PictureSize = None) -> Image.Image:

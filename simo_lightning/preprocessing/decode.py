@@ -29,7 +29,12 @@ UPRIGHT = {  # EXIF orientation to the transpose that turns the stored pixels up
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value for inverted grey
 # Smallest width and height that are needed of a picture, or a function of its own width and height that returns them
 PictureSize = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
@@ -110,11 +115,7 @@ class Decoder:
         except Exception:  # the EXIF parser raises many exception types on damaged data
             changes.append("damaged EXIF, taken as upright")
         upright_when_loaded = image.format == "TIFF"
-        step = -1 if turn in SIDEWAYS and not upright_when_loaded else 1
-        if callable(size):
-            size = size(*image.size[::step])
-        if size is not None:
-            image.draft("RGB", size[::step])
+        _draft(image, size, turn in SIDEWAYS and not upright_when_loaded)
         image.load()
         if turn is not None:
             changes.append("turned upright by EXIF")
@@ -181,6 +182,15 @@ class Decoder:
         canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(self.background)[:3])
         canvas.alpha_composite(layer)
         return canvas
+
+
+def _draft(image: Any, size: PictureSize, sideways: bool) -> None:
+    """Have a JPEG decoded at the smallest of its sizes that is not smaller than the upright ``size``."""
+    step = -1 if sideways else 1
+    if callable(size):
+        size = size(*image.size[::step])
+    if size is not None:
+        image.draft("RGB", size[::step])
 
 
 def _depth(image: Any, stored: str) -> str:
