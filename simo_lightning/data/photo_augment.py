@@ -79,9 +79,9 @@ class PhotoAugment:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     policy: Literal["trivial", "rand"] | None = None
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
     hue: float = 0.0
     erasing: float = 0.0
 
