@@ -2,16 +2,17 @@
 
 ``load_from_checkpoint(path)`` needs nothing else where the module's arguments can be described as in a config: numbers,
 strings, optimizers, schedulers, and modules that remember their arguments
-(:class:`~simo_lightning.class_paths.InitArgumentsMixin`) or were made by the command line.
+(:class:`~simo_lightning.class_paths.InitArgumentsMixin`) or were made by the command line. The ``preprocessing`` of a
+module is among them, whether it was passed or computed from the training images.
 """
 
-import zipfile
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import Parameter, signature
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,20 +35,24 @@ from simo_lightning.class_paths import (
     import_class,
     is_plain,
     refuse_paths,
+    weights_follow,
 )
 from simo_lightning.lightning_private import given_arguments
+from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
+from simo_lightning.tensor_files import File, check_archive, check_sizes, first_line, reason_of
 
 _KEY = "simo_module"
+_SHARDED = "meta.pt"  # in the folder of a sharded checkpoint: all but weights and optimizer states
 _EXTRA_BYTES = 2**28  # that building a module may take beyond its weights, such as for a classifier that is removed
-
-File = str | Path | IO[bytes]
 
 
 class CheckpointMixin(InitArgumentsMixin):
     """Stores the class path and the arguments of a LightningModule in its checkpoints. Goes before LightningModule.
 
     A subclass with arguments of its own needs nothing more. An argument that is neither plain data nor has a
-    description is not stored, and must be passed again to :meth:`load_from_checkpoint`.
+    description is not stored, and must be passed again to :meth:`load_from_checkpoint`. If the module has an attribute
+    ``preprocessing``, its value when the checkpoint is written is stored among the arguments, and set again where the
+    checkpoint is loaded or resumed from.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
@@ -63,7 +68,10 @@ class CheckpointMixin(InitArgumentsMixin):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the class path and arguments to the `checkpoint`, and convert its other entries to plain data."""
-        arguments = self.__dict__.get("_init_arguments", {})
+        arguments = dict(self.__dict__.get("_init_arguments", {}))
+        preprocessing = known_preprocessing(self)  # type: ignore[arg-type]
+        if preprocessing is not None:
+            arguments["preprocessing"] = describe(preprocessing)
         for key in ("hyper_parameters", "datamodule_hyper_parameters"):  # of save_hyperparameters(), with any object
             if key in checkpoint:
                 checkpoint[key] = _plain_arguments(checkpoint[key])
@@ -72,7 +80,11 @@ class CheckpointMixin(InitArgumentsMixin):
         checkpoint[_KEY] = {"class_path": class_path(type(self)), "init_args": arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError if the weights of a `checkpoint` do not fit, or a fit cannot be resumed from it."""
+        """Take the preprocessing of a `checkpoint`.
+
+        Raises ValueError if its weights do not fit, a fit cannot be resumed from it, or another preprocessing was
+        passed to this module.
+        """
         trainer: Any = getattr(self, "_trainer", None)
         if trainer is None:  # load_from_checkpoint, which knows the path
             return
@@ -83,6 +95,8 @@ class CheckpointMixin(InitArgumentsMixin):
                 f"checkpoint {path} holds weights alone (save_weights_only), so a fit cannot be resumed from it: "
                 f"start a new one from its weights, {type(self).__name__}.load_from_checkpoint(path)"
             )
+        if takes_preprocessing(self):
+            _take_preprocessing(self, _preprocessing(_init_args(checkpoint), path), path)
 
     @classmethod
     def load_from_checkpoint(
@@ -119,21 +133,28 @@ class CheckpointMixin(InitArgumentsMixin):
         stored = {**_stored(checkpoint, checkpoint_path)["init_args"], **_from_hparams_file(cls, hparams_file)}
         weights = checkpoint["state_dict"]
         stored = {name: value for name, value in stored.items() if name not in kwargs}
-        with _MemoryLimit(weights):
+        preprocessing = _preprocessing(stored, checkpoint_path)
+        stored.pop("preprocessing", None)
+        with MemoryLimit(weights), weights_follow():
             refuse_paths(cls, stored)
             arguments = {name: _argument(name, value, trusted, checkpoint_path) for name, value in stored.items()}
             with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
                 module: Any = cls(**arguments, **kwargs)
+        if preprocessing is not None:  # set afterwards, as a subclass may have no such argument
+            module.preprocessing = preprocessing
         if is_overridden("configure_model", module):
             module.configure_model()
-        module.on_load_checkpoint(checkpoint)
+        with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
+            module.on_load_checkpoint(checkpoint)
         strict = module.strict_loading if strict is None else strict
         check_weights(module, weights, checkpoint_path, strict)
         module.load_state_dict(weights, strict=strict)
         return module.to(_device(weights))
 
 
-def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: File, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None
+) -> dict[str, Any]:
     """Read a checkpoint file.
 
     Args:
@@ -141,6 +162,7 @@ def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | N
         map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU.
         weights_only: None or True: the file may hold tensors, numbers, strings, lists and dictionaries, and runs no
             code. False: it may hold any object, and **runs the code it holds**.
+        mmap: As in ``torch.load``: True maps the file into memory, so that only what is used is read.
 
     Returns:
         The checkpoint.
@@ -155,12 +177,12 @@ def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | N
         map_location = "cpu"
     safe = weights_only is None or weights_only
     try:
-        size = _check_archive(path) if safe else 0
-        checkpoint = torch.load(path, map_location=map_location, weights_only=safe)
+        size = check_archive(path) if safe else 0
+        checkpoint = torch.load(path, map_location=map_location, weights_only=safe, mmap=mmap)
         if safe:
-            _check_sizes(checkpoint, size)
+            check_sizes(checkpoint, size)
     except Exception as error:  # a damaged file fails anywhere
-        raise ValueError(f"checkpoint {path} cannot be read: {_reason(path, error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(path, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"checkpoint {path} must hold a state_dict, as Lightning writes it, got none")
     return checkpoint
@@ -201,14 +223,25 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
         trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`.
 
     Returns:
-        The module's ``encoder``.
+        The module's ``encoder``. Its attribute ``preprocessing`` is that of the module, if the checkpoint has one:
+        ``encoder(encoder.preprocessing(images))`` are the embeddings of uint8 images of any size.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As :meth:`CheckpointMixin.load_from_checkpoint`, or if the module has no encoder.
     """
     checkpoint = read_checkpoint(path, map_location)
-    description = _stored(checkpoint, path)["init_args"].get("encoder")
+    arguments = _stored(checkpoint, path)["init_args"]
+    preprocessing = _preprocessing(arguments, path)
+    encoder = _encoder(checkpoint, arguments.get("encoder"), path, map_location, trusted)
+    if preprocessing is not None:
+        setattr(encoder, "preprocessing", preprocessing)  # noqa: B010  # nn.Module declares only tensors and modules
+    return encoder
+
+
+def _encoder(
+    checkpoint: dict[str, Any], description: Any, path: File, map_location: Any, trusted: Iterable[Trusted] | Trusted
+) -> nn.Module:
     if description is None:  # built inside the module
         encoder = getattr(load_module(path, map_location, trusted), "encoder", None)
         if not isinstance(encoder, nn.Module):
@@ -216,13 +249,93 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
         return encoder
     prefix, weights = "encoder.", checkpoint["state_dict"]
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    with _MemoryLimit(weights):
+    with MemoryLimit(weights), weights_follow():
         encoder = _argument("encoder", description, trusted, path)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"the encoder of checkpoint {path} must be an nn.Module, got {type(encoder).__name__}")
     check_weights(encoder, weights, path)
     encoder.load_state_dict(weights)
     return encoder.to(_device(weights))
+
+
+def load_preprocessing(path: str | Path) -> Preprocessing | None:
+    """The preprocessing of a checkpoint alone; its weights are not read.
+
+    Args:
+        path: File, or the folder of a sharded checkpoint.
+
+    Returns:
+        The preprocessing; None if the checkpoint has none, since an older version or another package wrote it, or holds
+        more than plain data.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or its preprocessing is not valid.
+    """
+    sharded = Path(path, _SHARDED)
+    try:
+        if sharded.is_file():
+            checkpoint = torch.load(sharded, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = read_checkpoint(path, "cpu", mmap=True)
+    except (pickle.UnpicklingError, ValueError) as error:
+        if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+            return None  # what reads all of it decides whether it is trusted
+        raise
+    return _preprocessing(_init_args(checkpoint), path)
+
+
+def adopt_preprocessing(module: nn.Module, path: str | Path) -> None:
+    """Give a module the preprocessing of the checkpoint that is about to be loaded into it.
+
+    A data module then reads images as the model does from the start. Does nothing if either has no preprocessing.
+
+    Args:
+        module: Changed if it has an attribute ``preprocessing``.
+        path: As for :func:`load_preprocessing`.
+
+    Raises:
+        ValueError: As :func:`load_preprocessing`, or if another preprocessing was passed to the module.
+    """
+    if takes_preprocessing(module):
+        _take_preprocessing(module, load_preprocessing(path), path)
+
+
+def known_preprocessing(module: nn.Module) -> Preprocessing | None:
+    """The preprocessing of a module; if it has none, that of its encoder if mean and std are known.
+
+    Args:
+        module: May have attributes ``preprocessing`` and ``encoder``.
+
+    Returns:
+        The preprocessing, or None.
+    """
+    own = getattr(module, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    inner = getattr(getattr(module, "encoder", None), "preprocessing", None)
+    return inner if isinstance(inner, Preprocessing) and inner.mean is not None else None
+
+
+def _take_preprocessing(module: Any, stored: Preprocessing | None, path: File) -> None:
+    """Set the module's preprocessing to that of a file; raise if another one was passed to the module."""
+    if stored is None:
+        return
+    passed = module.__dict__.get("_init_arguments", {}).get("preprocessing")
+    given = passed["init_args"] if isinstance(passed, dict) and "init_args" in passed else {}
+    stored.check_arguments(given, f"the preprocessing of {type(module).__name__}", f"checkpoint {path}")
+    module.preprocessing = stored
+
+
+def _preprocessing(arguments: Mapping[str, Any], path: File) -> Preprocessing | None:
+    """The preprocessing among the arguments of a file; of no other class than Preprocessing."""
+    description = arguments.get("preprocessing")
+    if description is None:
+        return None
+    with _error_in_one_line(f"the preprocessing of checkpoint {path} cannot be used"):
+        if not isinstance(description, dict) or description.get("class_path") != class_path(Preprocessing):
+            raise ValueError(f"it must be a {class_path(Preprocessing)}, got {str(description)[:100]}")
+        return Preprocessing(**description["init_args"])
 
 
 def check_weights(module: nn.Module, weights: Mapping[str, Any], path: Any, strict: bool = True) -> None:
@@ -268,6 +381,13 @@ def _stored(checkpoint: dict[str, Any], path: File) -> dict[str, Any]:
     return stored
 
 
+def _init_args(checkpoint: dict[str, Any]) -> Mapping[str, Any]:
+    """The module's arguments in a checkpoint of any origin, none in a foreign one."""
+    stored = checkpoint.get(_KEY) if isinstance(checkpoint, dict) else None
+    arguments = stored.get("init_args") if isinstance(stored, dict) else None
+    return arguments if isinstance(arguments, dict) else {}
+
+
 def _argument(name: str, description: Any, trusted: Iterable[Trusted] | Trusted, path: File) -> Any:
     with _error_in_one_line(f"the argument {name!r} of checkpoint {path} cannot be built"):
         return build(description, trusted, name)
@@ -286,7 +406,7 @@ def _error_in_one_line(context: str) -> Iterator[None]:
     except NotStoredError:  # names the argument and what to do already
         raise
     except Exception as error:
-        raise ValueError(f"{context}: {_first_line(error)}") from error
+        raise ValueError(f"{context}: {first_line(error)}") from error
 
 
 def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
@@ -310,80 +430,13 @@ def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
     return found
 
 
-def _check_archive(file: File) -> int:
-    """Size of a file in bytes. Raises if an entry is larger than the file or would become larger when it is read."""
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        for entry in entries:
-            if entry.filename.startswith("/") or ".." in PurePosixPath(entry.filename).parts or "\\" in entry.filename:
-                raise ValueError(f"its entry {entry.filename!r} lies outside of the archive")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"its entry {entry.filename!r} is compressed, as torch.save never writes it")
-        assert archive.fp is not None
-        archive.fp.seek(0)
-        if archive.fp.read(4) != b"PK\x03\x04":  # torch.load would read what comes before the archive
-            raise zipfile.BadZipFile("the archive does not start at its first byte")
-        size = archive.fp.seek(0, 2)
-        if sum(entry.file_size for entry in entries) > size:
-            raise ValueError(f"its entries claim more than the {size} bytes of the file")
-        for entry in entries:  # the one call allowed by torch.load that makes a large object from a small number
-            if entry.filename.endswith("data.pkl") and b"bytearray\n" in archive.read(entry):
-                raise ValueError("it holds a bytearray, which is not plain data")
-    if not isinstance(file, str | Path):
-        file.seek(0)
-    return size
-
-
-def _check_sizes(checkpoint: Any, size: int) -> None:
-    """Raise if tensors have no data, or claim more than the file has: memory that copying them would take."""
-    storages: dict[int, int] = {}
-    for tensor in _tensors(checkpoint):
-        if tensor.is_meta:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no data")
-        if tensor.layout is not torch.strided:
-            continue
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        if tensor.nbytes > storage.nbytes() or sum(storages.values()) > size:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} claims more than the {size} bytes of the file")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    seen, pending = set(), [value]
-    while pending:
-        each = pending.pop()
-        if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, dict | list | tuple | set) and id(each) not in seen:
-            seen.add(id(each))
-            pending += [*each.keys(), *each.values()] if isinstance(each, dict) else each
-
-
-def _reason(path: File, error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
-    if isinstance(error, zipfile.BadZipFile):
-        return f"it is cut short, or not a checkpoint ({_first_line(error)})"
-    if not str(error).startswith("Weights only load failed"):
-        return _first_line(error)
-    names: list[str] = []
-    if isinstance(path, str | Path):
-        with suppress(Exception):  # of a damaged file
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    reason = f"it holds {', '.join(names[:3])}" if names else _first_line(error.__context__ or error)
-    return (
-        f"{reason}; only tensors, numbers, strings, lists and dictionaries are read, unless you trust the file: "
-        "weights_only=False reads it, and runs the code it holds"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-class _MemoryLimit(TorchDispatchMode):
+class MemoryLimit(TorchDispatchMode):
     """Limits the memory of all tensors created in this context, so that no number in a file can claim gigabytes.
 
     The limit is a multiple of the weights' size. A tensor counts for at least 32 KiB, as its layer takes memory too.
+
+    Args:
+        weights: The ``state_dict`` of the file.
     """
 
     def __init__(self, weights: Mapping[str, Any]) -> None:

@@ -265,7 +265,7 @@ def test_splits_with_other_classes_are_matched_by_name(tmp_path):
 def test_the_smallest_class_is_named():
     data = noise().subset(torch.tensor([*range(0, 40, 2), 1, 5, 9, 3, 7, 11, 15]))
     with pytest.raises(ValueError, match=r"smallest class of the training split: 'class 1' has 3 images, got 4"):
-        small(data, samples_per_class=4, val_fraction=0).setup("fit")
+        small(data, samples_per_class=4, val_fraction=0, small_classes="error").setup("fit")
     with pytest.raises(ValueError, match=r"classes_per_batch must lie in 1..4"):
         ready(small(classes_per_batch=5)).train_dataloader()
 
@@ -318,9 +318,10 @@ def test_errors_of_use():
         small().train_dataloader()
     with pytest.raises(NotImplementedError, match=r"PairDataModule must define load\(split\)"):
         PairDataModule().setup("fit")
-    data = ready(small(mean=[0.5], std=[0.5]))
+    with pytest.raises(RuntimeError, match=r"setup\(\) must run before a batch is prepared"):
+        small(mean=[0.5] * 3, std=[0.5] * 3).prepare((noise().images, noise().labels), augment=False)
     with pytest.raises(ValueError, match="mean must have one value for each of 3 channels"):
-        data.prepare((noise().images, noise().labels), augment=False)
+        ready(small(mean=[0.5], std=[0.5]))
 
 
 def test_overfit_batches_is_an_error_that_names_the_alternative():

@@ -16,11 +16,13 @@ from simo_lightning.data.datasets import (
     load_cifar,
     load_digits,
 )
-from simo_lightning.data.folder import FolderImages, find_splits, load_image_folder
+from simo_lightning.data.folder import FolderImages, find_splits
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import DrawnBatches, DrawnIndices, ResumableLoader, TrainingBatch
+from simo_lightning.data.manifest import Manifest, read_manifest
 from simo_lightning.data.photo_augment import Crop, PhotoAugment
 from simo_lightning.data.pictures import AugmentedPictures
+from simo_lightning.data.reading import load_image_folder
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
 from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
 from simo_lightning.data.sources import DecodedFiles, ImageSource, LabelledImages, whole_picture
@@ -41,6 +43,7 @@ __all__ = [
     "ImageFolderPairDataModule",
     "ImageSource",
     "LabelledImages",
+    "Manifest",
     "PairDataModule",
     "PhotoAugment",
     "Relabelled",
@@ -59,5 +62,6 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "pair_indices",
+    "read_manifest",
     "whole_picture",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.augment import BatchAugment, normalize
-from simo_lightning.data.labels import Relabelled, coarse_index, index_by_name, present_classes
+from simo_lightning.data.augment import BatchAugment
+from simo_lightning.data.labels import Relabelled, coarse_index, index_by_name, present_classes, without_classes
 from simo_lightning.data.loader import (
     ResumableLoader,
     TrainingBatch,
@@ -21,17 +23,27 @@ from simo_lightning.data.loader import (
 )
 from simo_lightning.data.photo_augment import PhotoAugment
 from simo_lightning.data.pictures import Augment, AugmentedPictures, check_augment
-from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.preprocessing import Agreement, agree, read_alike, warn_of_stem
+from simo_lightning.data.sampler import (
+    ClassBalancedSampler,
+    ClassSampling,
+    EvaluationSampler,
+    SmallClasses,
+    check_sampling,
+    evaluation_batch_size,
+)
 from simo_lightning.data.sources import (
     ImageSource,
     Split,
     channel_statistics,
     in_memory,
+    name_list,
     stratified_split,
     stratified_subset,
 )
+from simo_lightning.data.splits import draw_unseen_classes, hold_out_classes
 from simo_lightning.lightning_private import batches_processed
-from simo_lightning.preprocessing import Preprocessing
+from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
 
 Batch = tuple[Tensor, Tensor]
 SMALL = 64  # pixels; larger images are photographs, which "auto" augments one by one
@@ -45,11 +57,11 @@ class PairDataModule(LightningDataModule):
     ``seed``, the epoch and the index of the batch, so that a resumed run draws the same batches.
 
     Args:
-        classes_per_batch: P, number of classes in a training batch of each rank.
-        samples_per_class: K, number of images of each class; at least 2, at most the size of the smallest class.
+        classes_per_batch: P, number of classes in a training batch of each rank; null: 10, or all if there are fewer.
+        samples_per_class: K, number of images of each class in a batch; at least 2.
         views: V, number of augmented copies of each image.
         val_fraction: Share of each training class held out for validation, in [0, 1); 0: no validation. Not used if the
-            data set has its own validation split.
+            data set has its own validation split. A class of one image stays in training.
         split_seed: Seed of that split and of the bank's subset, separate from ``seed`` so that runs with several seeds
             use the same split.
         seed: Seed of batches and augmentation; the same config and seeds give the same weights.
@@ -57,8 +69,8 @@ class PairDataModule(LightningDataModule):
             in memory. ``PhotoAugment`` or any callable on one picture, such as those of torchvision.transforms.v2: each
             picture on its own, whole and before it is resized, in the workers. auto: ``PhotoAugment()`` if images are
             larger than 64 pixels, else ``BatchAugment()``. null: none.
-        mean: Mean of each channel, on the scale 0..1; null: computed from the training images.
-        std: Standard deviation of each channel on the same scale; null: computed from the training images.
+        mean: Mean of each channel, on the scale 0..1; null: that of the model, or computed from the training images.
+        std: Standard deviation of each channel on the same scale; with ``mean``.
         eval_batch_size: Images in an evaluation batch of each rank; a nearby size is used if the ranks would otherwise
             have different numbers of batches.
         num_workers: Processes that read batches, for each loader. null: none for images in memory; one for each core,
@@ -66,16 +78,34 @@ class PairDataModule(LightningDataModule):
             one.
         coarse: Coarse classes to train on, each with the classes that it joins, such as
             {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
+        small_classes: What to do with a class of fewer than K training images. "repeat": further augmented views of its
+            images fill its place in a batch, each image used once before any is used twice. "skip": training leaves the
+            class out; it stays a class of validation, test and bank. "error": it raises.
+        class_sampling: How often classes appear in an epoch. "natural": in proportion to their images, each image at
+            most once; "balanced": all equally often; "sqrt": in proportion to the square root of their images.
+            ``ClassBalancedSampler`` defines an epoch of each. With classes of equal size they are the same.
+        unseen_classes: Classes that training does not see, held out for validation and test with their images of all
+            splits: their number, their share of the training classes in (0, 1), their names, or a text file with one
+            name per line. A number or a share is drawn by ``split_seed``. null: none.
+        unseen_val_share: Share of these classes for validation, rounded down; the others are for test. Where it is 0
+            (or 1), validation (or test) keeps its images of seen classes.
+
+    The images are preprocessed as the model requires: a module with a ``preprocessing``, such as one from a checkpoint,
+    determines size, channels, mean and std, and images in memory of another size are resized. Otherwise they follow
+    from the arguments here, then from the encoder's ``preprocessing`` (pretrained weights), then from the training
+    images; a fit gives the result to the module, whose checkpoints store it.
 
     Attributes:
+        preprocessing: The preprocessing; mean and std are known after ``setup``.
         class_names: Name of each true class, after ``setup``: those of training, then those that only other splits
             have. Labels of validation, test, gallery and bank are indices into it. Loading a further split may append
             to it.
         train_class_names: Names of the classes of training, the true or the coarse ones, after ``setup``.
 
     Raises:
-        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if a
-            class has fewer than ``samples_per_class`` images.
+        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if
+            the images do not have the model's channels, an argument contradicts the model's preprocessing, a class has
+            fewer than ``samples_per_class`` images and ``small_classes`` is "error", or unseen classes cannot be drawn.
 
     Example:
         >>> from simo_lightning.data import LabelledImages
@@ -93,7 +123,7 @@ class PairDataModule(LightningDataModule):
 
     def __init__(
         self,
-        classes_per_batch: int = 10,
+        classes_per_batch: int | None = None,
         samples_per_class: int = 25,
         views: int = 1,
         val_fraction: float = 0.1,
@@ -105,8 +135,15 @@ class PairDataModule(LightningDataModule):
         eval_batch_size: int = 500,
         num_workers: int | None = None,
         coarse: dict[str, list[str]] | None = None,
+        small_classes: SmallClasses = "repeat",
+        class_sampling: ClassSampling = "natural",
+        unseen_classes: int | float | list[str] | str | None = None,
+        unseen_val_share: float = 0.5,
     ) -> None:
         super().__init__()
+        check_sampling(small_classes, class_sampling)
+        if not 0 <= unseen_val_share <= 1:
+            raise ValueError(f"unseen_val_share must lie in [0, 1], got {unseen_val_share}")
         for name, value in {"views": views, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -129,11 +166,21 @@ class PairDataModule(LightningDataModule):
         self.augment = augment
         self.mean = mean
         self.std = std
+        self._given_statistics = {} if mean is None or std is None else {"mean": tuple(mean), "std": tuple(std)}
+        self._agreement: Agreement | None = None
+        self._preprocessing: Preprocessing | None = None
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.coarse = coarse
+        self.small_classes: SmallClasses = small_classes
+        self.class_sampling: ClassSampling = class_sampling
+        self.unseen_classes = unseen_classes
+        self.unseen_val_share = unseen_val_share
+        self._coarse = coarse  # without unseen classes, after setup
+        self._computed: tuple[ImageSource, tuple[list[float], list[float]]] | None = None
         self._prepared: dict[Split, ImageSource | None] = {}  # loaded by prepare_data and not yet used by setup
         self._splits: dict[Split, ImageSource | None] = {}  # with labels that index class_names
+        self._known: dict[Split, ImageSource | None] = {}  # held-out images of seen classes, beside unseen ones
         self._training: ImageSource  # training images with the labels used in training, after setup
         self._bank: ImageSource  # labelled training images with their true labels, after setup
         self._train_loader: ResumableLoader | None = None
@@ -158,15 +205,16 @@ class PairDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, decode and cache on one process, before the others read: the splits that the run needs."""
+        self._agree()
         fit = self.trainer is not None and self.trainer.state.fn in ("fit", "validate")
         for split in self._needed("fit" if fit else None):
-            if split not in self._splits:
+            if _place(split) not in self._splits:
                 self._prepared[split] = self.load(split)
 
     def _needed(self, stage: str | None) -> list[Split]:
         """Splits to load for a stage, in the order in which they are loaded."""
         needed: list[Split] = ["train", "val"]
-        if stage in ("test", "predict", None):
+        if stage in ("test", "predict", None) or self.unseen_classes is not None:
             needed += ["query" if "query" in self.extra_splits else "test"]
             needed += ["gallery"] if "gallery" in self.extra_splits else []
         return needed + (["unknown"] if "unknown" in self.extra_splits else [])
@@ -179,19 +227,90 @@ class PairDataModule(LightningDataModule):
                 f"overfit_batches must be 0, got {overfit}: Lightning then replaces the balanced sampler by a "
                 "sequential one; use limit_train_batches instead"
             )
+        self._agree()
         if "train" not in self._splits:
             self._setup_training()
+        self._complete(stage)
         for split in self._needed(stage):
-            kept: Split = "test" if split == "query" else split
-            if kept not in self._splits:
-                source = self._read(split)
-                self._splits[kept] = source if split == "unknown" else self._with_known_names(split, source)
+            if _place(split) not in self._splits:
+                adapt = self._checked_unknown if split == "unknown" else self._with_known_names
+                self._splits[_place(split)] = adapt(split, self._read(split))
         evaluated = [source for source in self._splits.values() if source is not None]
         silence_inapplicable_warnings(
             training=self._workers(self._training, training=True) == 0,
             evaluation=not any(self._workers(source) for source in evaluated),
             validation=self._splits["val"] is not None,
         )
+
+    def _checked_unknown(self, split: Split, source: ImageSource | None) -> ImageSource | None:
+        common = set() if source is None else set(present_classes(source)) & set(present_classes(self._bank))
+        if common:
+            raise ValueError(f"the {split} split must hold no class of training, got {name_list(common)}")
+        return source
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are read and normalised; before ``setup`` as far as it is known then."""
+        if self._preprocessing is None:
+            self._agree()
+        assert self._preprocessing is not None
+        return self._preprocessing
+
+    def _preprocessing_arguments(self) -> dict[str, Any]:
+        """Fields of the preprocessing that arguments of this data module set; an argument of None sets none."""
+        names = {field.name for field in fields(Preprocessing)} - {"mean", "std", "channels"}
+        given = {name: getattr(self, name, None) for name in names}
+        return {**{name: value for name, value in given.items() if value is not None}, **self._given_statistics}
+
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _agree(self) -> None:
+        """Find the preprocessing that images are read with; images that were read with another one are dropped."""
+        agreement = agree(self._preprocessing_arguments(), self._module(), type(self).__name__)
+        before = [getattr(self._agreement, "preprocessing", None), self._preprocessing]
+        if not any(each is None or read_alike(agreement.preprocessing, each) for each in before):
+            self._splits.clear()
+            self._prepared.clear()
+        self._agreement, self._preprocessing = agreement, agreement.preprocessing
+
+    def _complete(self, stage: str | None) -> None:
+        """Add what follows from the training images, and give the preprocessing to the module of a fit."""
+        train, module = self._splits["train"], self._module()
+        assert train is not None
+        assert self._agreement is not None
+        preprocessing = self._agreement.completed(tuple(train.__getitems__([0])[0].shape[1:]))
+        if preprocessing.mean is None:
+            mean, std = self._statistics(train)
+            preprocessing = replace(preprocessing, mean=tuple(mean), std=tuple(std))
+        assert preprocessing.mean is not None
+        assert preprocessing.std is not None
+        self._preprocessing = preprocessing
+        self.mean, self.std = list(preprocessing.mean), list(preprocessing.std)
+        if stage == "fit" and module is not None:
+            if takes_preprocessing(module):
+                module.preprocessing = preprocessing
+            warn_of_stem(getattr(module, "encoder", None), preprocessing.size)
+
+    def _statistics(self, train: ImageSource) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the training images, computed once."""
+        if self._computed is None or self._computed[0] is not train:
+            self._computed = (train, channel_statistics(train, self.split_seed))
+        return self._computed[1]
+
+    def _settle(self) -> None:
+        """Agree again once the trainer has loaded the checkpoint of its module, just before the first loader."""
+        module = self._module()
+        if not takes_preprocessing(module) or module.preprocessing == self._preprocessing:
+            return
+        assert self.trainer is not None
+        if module.preprocessing is not None:
+            self.setup(self.trainer.state.fn)
+        elif self.trainer.ckpt_path and not self._given_statistics:
+            rank_zero_warn(
+                f"checkpoint {self.trainer.ckpt_path} does not hold the preprocessing of its images, because an older "
+                "version wrote it: size, mean and std are those of this data module"
+            )
 
     def _read(self, split: Split) -> ImageSource | None:
         return self._prepared.pop(split) if split in self._prepared else self.load(split)
@@ -200,24 +319,112 @@ class PairDataModule(LightningDataModule):
         train, val = self._read("train"), self._read("val")
         if train is None:
             raise ValueError(f"{type(self).__name__}.load('train') must return images, got None")
-        self.class_names = list(train.class_names)
-        if val is None and self.val_fraction > 0:
+        self._coarse = self.coarse
+        if self.unseen_classes is not None:
+            train, val = self._hold_out_classes(train, val)
+        elif val is None and self.val_fraction > 0:
             kept, held = stratified_split(train.labels, self.val_fraction, self.split_seed)
             train, val = train.subset(kept), train.subset(held)
-        val = self._with_known_names("val", val)
+        self.class_names = list(train.class_names)
+        self._add_classes(val)
+        self._add_classes(self._splits.get("test"))  # with unseen classes
+        train = self._number_classes(train)
+        self._splits["train"], self._splits["val"] = train, self._with_known_names("val", val)
+        if "test" in self._splits:
+            self._splits["test"] = self._with_known_names("test", self._splits["test"])
+        for split, known in self._known.items():
+            self._known[split] = None if known is None else index_by_name(known, self.class_names)
+
+    def _hold_out_classes(self, train: ImageSource, val: ImageSource | None) -> tuple[ImageSource, ImageSource | None]:
+        """Training and validation images without and with the unseen classes; keeps those of test."""
+        assert self.unseen_classes is not None
+        if {"query", "gallery"} & set(self.extra_splits):
+            raise ValueError("unseen_classes must be null where the data set has a split 'query' or 'gallery' itself")
+        test = self._read("test")
+        names = {name for source in (train, val, test) if source is not None for name in present_classes(source)}
+        drawn = draw_unseen_classes(self.unseen_classes, present_classes(train), names, self.split_seed)
+        held = (drawn, self.unseen_val_share, self.val_fraction, self.split_seed)
+        splits = hold_out_classes(train, val, test, *held)
+        self._splits["test"] = splits.test
+        self._known = {"val": splits.known_val, "test": splits.known_test}
+        if self.coarse is not None:
+            self._coarse = without_classes(self.coarse, splits.unseen)
+        rank_zero_info(
+            f"unseen_classes: training sees {_counted(splits.train)}; validation has {_counted(splits.val)} and test "
+            f"{_counted(splits.test)}, {len(drawn):,} classes held out"
+        )
+        return splits.train, splits.val
+
+    def _number_classes(self, train: ImageSource) -> ImageSource:
+        """Number the classes that are trained before all others; return the images with these labels."""
         self._label_training(train)
-        self.train_class_names = list(self._training.class_names)
-        _check_smallest_class(self._training, self.samples_per_class)
-        if self.mean is None or self.std is None:
-            self.mean, self.std = channel_statistics(train, self.split_seed)
-        self._splits["train"], self._splits["val"] = train, val
+        names, counts = self._training.class_names, self._class_counts()
+        least = self.samples_per_class if self.small_classes == "skip" else 1
+        order = sorted(range(len(names)), key=lambda label: counts[label] < least)  # stable
+        self.train_class_names = [names[label] for label in order if counts[label] >= least]
+        if order != list(range(len(names))):
+            ordered = [names[label] for label in order]
+            if self._coarse is None:
+                self.class_names = ordered + self.class_names[len(ordered) :]
+                train = index_by_name(train, self.class_names)
+            else:
+                self._coarse = {name: self._coarse[name] for name in ordered}
+            self._label_training(train)
+        images = "images" if len(self._bank) == len(train) else "labelled images"
+        self._report_small_classes(dict(zip(names, counts, strict=True)), images)
+        if self.classes_per_batch is None:
+            self.classes_per_batch = min(10, self.num_train_classes)
+        return train
+
+    def _class_counts(self) -> list[int]:
+        """Labelled images of each class of training."""
+        labels = self._training.labels
+        names = self._training.class_names
+        return torch.bincount(labels[labels < len(names)], minlength=len(names)).tolist()
+
+    def _report_small_classes(self, counts: dict[str, int], images: str) -> None:
+        """One line about the classes with fewer than K images; ValueError if ``small_classes`` is "error"."""
+        k = self.samples_per_class
+        small = {name: count for name, count in counts.items() if 0 < count < k}
+        if not small:
+            return
+        smallest = min(small, key=lambda name: small[name])
+        if self.small_classes == "error":
+            raise ValueError(
+                "samples_per_class must not exceed the smallest class of the training split: "
+                f"{smallest!r} has {small[smallest]} {images}, got {k}; small_classes 'repeat' or 'skip' allows it"
+            )
+        classes = sum(count > 0 for count in counts.values())
+        found = (
+            f"small_classes {self.small_classes!r}: {len(small):,} of {classes:,} training classes have fewer than "
+            f"samples_per_class = {k} {images} (smallest: {smallest!r} with {small[smallest]})"
+        )
+        if self.small_classes == "skip":
+            rank_zero_info(f"{found}: training leaves out {name_list(small)}; validation, test and bank keep them")
+            return
+        views = "further augmented views" if self.augment is not None else "copies (augment is null)"
+        repeats = sum(k - count for count in small.values())
+        rank_zero_info(f"{found}: filled with {views} of their images, {repeats:,} for all of these classes once")
+
+    def _add_classes(self, source: ImageSource | None) -> None:
+        """Append the classes of a split that ``class_names`` lacks."""
+        known = set(self.class_names)
+        if source is not None:
+            self.class_names = self.class_names + [name for name in present_classes(source) if name not in known]
 
     def _with_known_names(self, split: str, source: ImageSource | None) -> ImageSource | None:
         """The images of a split with labels that index ``class_names``, to which its further classes are added."""
         if source is None:
             return None
-        known = set(self.class_names)
-        self.class_names = self.class_names + [name for name in present_classes(source) if name not in known]
+        self._add_classes(source)
+        names, seen = present_classes(source), set(present_classes(self._bank))
+        unseen = [name for name in names if name not in seen]
+        if unseen and self.unseen_classes is None:
+            of = "none" if len(unseen) == len(names) else f"only {len(names) - len(unseen):,}"
+            rank_zero_info(
+                f"{split} split: {of} of its {len(names):,} classes has training images, not {name_list(unseen)}: kNN "
+                "against training images and probes do not apply to these; retrieval metrics do"
+            )
         return index_by_name(source, self.class_names)
 
     @property
@@ -244,17 +451,21 @@ class PairDataModule(LightningDataModule):
     def _label_training(self, train: ImageSource) -> None:
         """Set ``_training`` and ``_bank``."""
         self._training = self._bank = train
-        if self.coarse is not None:
-            labels = coarse_index(train.class_names, self.coarse)[train.labels]
-            self._training = Relabelled(train, labels, list(self.coarse))
+        if self._coarse is not None:
+            labels = coarse_index(train.class_names, self._coarse)[train.labels]
+            self._training = Relabelled(train, labels, list(self._coarse))
 
     def _train_sampler(self) -> ClassBalancedSampler:
-        batch = (self.classes_per_batch, self.samples_per_class)
-        return ClassBalancedSampler(self._training.labels, *batch, self.seed, self.rank, self.world_size)
+        return ClassBalancedSampler(self._training.labels, **self._sampling())
+
+    def _sampling(self) -> dict[str, Any]:
+        names = ("classes_per_batch", "samples_per_class", "seed", "rank", "world_size", "small_classes")
+        return {name: getattr(self, name) for name in (*names, "class_sampling")}
 
     def _need(self, split: Split) -> ImageSource:
         if not self._splits:
             raise RuntimeError(f"{type(self).__name__}.setup() must run before a loader is made")
+        self._settle()
         source = self._splits.get(split)
         if source is None:
             hint = "set val_fraction above 0" if split == "val" else "use validation"
@@ -278,7 +489,7 @@ class PairDataModule(LightningDataModule):
         images: ImageSource | AugmentedPictures = self._training
         augment = self._augmentation()
         if augment is not None and not isinstance(augment, BatchAugment):
-            images = AugmentedPictures(self._training, augment, self._image_preprocessing(), self.views)
+            images = AugmentedPictures(self._training, augment, self.preprocessing, self.views)
         arguments = self._loader_arguments(self._workers(self._training, training=True))
         self._train_loader = ResumableLoader(images, self._train_sampler(), processed, **arguments)
         if self._resume is not None and self.trainer is not None and self.trainer.ckpt_path:
@@ -290,18 +501,7 @@ class PairDataModule(LightningDataModule):
         """``augment``, chosen by the size of the images where it is "auto"."""
         if self.augment != "auto":
             return self.augment
-        return PhotoAugment() if max(self._image_preprocessing().size) > SMALL else BatchAugment()
-
-    def _image_preprocessing(self) -> Preprocessing:
-        """Size and channels of the images."""
-        source: Any = self._training
-        while hasattr(source, "source"):
-            source = source.source
-        if hasattr(source, "decoder"):
-            decoder: Preprocessing = source.decoder
-            return decoder
-        channels, height, width = source.__getitems__([0])[0].shape[1:]
-        return Preprocessing((height, width), channels=channels)
+        return PhotoAugment() if max(self.preprocessing.size) > SMALL else BatchAugment()
 
     def _workers(self, source: ImageSource, training: bool = False) -> int:
         """Number of processes that read the images of a source."""
@@ -369,14 +569,57 @@ class PairDataModule(LightningDataModule):
         gallery = self._splits.get("gallery")
         return None if gallery is None else self._evaluation_loader(gallery)
 
-    def unknown_dataloader(self) -> DataLoader | None:
-        """This rank's share of the raw images that belong to no class of training; None if there are none.
+    def known_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+        """This rank's share of the held-out raw images of classes of training, for ``unknown_dataloader``'s question.
+
+        They are the images of the split whose class has training images. Where ``unseen_classes`` are held out and the
+        split has none, they are those of the data set's own split, or else ``val_fraction`` of the training images.
+
+        Args:
+            split: "val" or "test"; None: "test" while the trainer tests, else "val".
 
         Returns:
-            Loader of uint8 batches for ``prepare(batch, augment=False)``.
+            Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
+            unknown ones.
         """
-        unknown = self._splits.get("unknown")
-        return None if unknown is None else self._evaluation_loader(unknown)
+        return self._question_loader(0, split)
+
+    def unknown_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+        """This rank's share of the raw images that belong to no class of training.
+
+        They are the images of the split ``unknown``, with labels of at least ``num_classes``; if the data set has no
+        such split, the images of validation or test whose class has no training image.
+
+        Args:
+            split: "val" or "test"; None: "test" while the trainer tests, else "val".
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
+            known ones to tell them from.
+        """
+        return self._question_loader(1, split)
+
+    def _question_loader(self, place: int, split: Literal["val", "test"] | None) -> DataLoader | None:
+        self._need("train")
+        testing = self.trainer is not None and self.trainer.testing
+        known, unknown = self._known_and_unknown(split or ("test" if testing else "val"))
+        source = (known, unknown)[place]
+        return None if known is None or unknown is None or source is None else self._evaluation_loader(source)
+
+    def _known_and_unknown(self, split: Split) -> tuple[ImageSource | None, ImageSource | None]:
+        """Held-out images of classes of training, and images of no class of training."""
+        source, known, unknown = self._splits.get(split), self._known.get(split), self._splits.get("unknown")
+        if unknown is not None:
+            unknown = Relabelled(unknown, self.num_classes + unknown.labels, list(unknown.class_names))
+        if source is not None:
+            in_bank = torch.zeros(self.num_classes, dtype=torch.bool)
+            in_bank[self._bank.labels] = True
+            is_known = in_bank[source.labels]
+            if known is None and is_known.any():
+                known = source.subset(is_known.nonzero().flatten())
+            if unknown is None and not is_known.all():
+                unknown = source.subset((~is_known).nonzero().flatten())
+        return known, unknown
 
     def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
         rank, world = self.rank if rank is None else rank, self.world_size if world is None else world
@@ -410,20 +653,23 @@ class PairDataModule(LightningDataModule):
             augment: Whether to make V augmented views of each image, unless the loader has made them.
 
         Returns:
-            float32 images ``(N * V, C, H, W)``, normalised by ``mean`` and ``std``, and labels ``(N * V,)``; V is 1 if
-            ``augment`` is False.
+            float32 images ``(N * V, C, H, W)`` of the size of ``preprocessing``, normalised by it, and labels
+            ``(N * V,)``; V is 1 if ``augment`` is False.
 
         Raises:
-            ValueError: If a batch without a seed is to be augmented.
+            RuntimeError: Before ``setup``.
+            ValueError: If a batch without a seed is to be augmented, or the images do not have the model's channels.
         """
         images, labels, *draw = batch
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
         if images.ndim == 5:
             images, labels = images.flatten(0, 1), labels.repeat_interleave(images.shape[1], 0)
-        elif augment:
+            return self.preprocessing(images), labels
+        images = self.preprocessing.fit(images)
+        if augment:
             images, labels = self._augmented(images, labels, *draw)
-        if self.mean is None or self.std is None:
-            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
-        return normalize(images, tuple(self.mean), tuple(self.std)), labels
+        return self.preprocessing.normalize(images), labels
 
     def _augmented(self, images: Tensor, labels: Tensor, draw: int | None = None) -> Batch:
         """V views of each image, augmented as a batch."""
@@ -443,14 +689,10 @@ class PairDataModule(LightningDataModule):
         return augment(images, torch.Generator(images.device).manual_seed(draw)), labels
 
 
-def _check_smallest_class(train: ImageSource, samples_per_class: int) -> None:
-    """Raise ValueError, naming the class, if a class has fewer labelled training images than a batch takes of it."""
-    known = train.labels[train.labels < len(train.class_names)]
-    counts = torch.bincount(known, minlength=len(train.class_names))
-    smallest = int(counts.argmin())
-    if counts[smallest] < samples_per_class:
-        images = "images" if len(known) == len(train.labels) else "labelled images"
-        raise ValueError(
-            f"samples_per_class must not exceed the smallest class of the training split: "
-            f"{train.class_names[smallest]!r} has {counts[smallest]} {images}, got {samples_per_class}"
-        )
+def _place(split: Split) -> Split:
+    """The split as which the images of ``split`` are used: queries are the test split."""
+    return "test" if split == "query" else split
+
+
+def _counted(source: ImageSource | None) -> str:
+    return "none" if source is None else f"{len(present_classes(source)):,} classes ({len(source):,} images)"

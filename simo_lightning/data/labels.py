@@ -98,6 +98,13 @@ def present_classes(source: ImageSource) -> list[str]:
     return [name for name, count in zip(source.class_names, counts, strict=True) if count]
 
 
+def without_classes(coarse: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, list[str]]:
+    """``coarse`` without the classes ``names``, and without the coarse classes that are then empty."""
+    gone = set(names)
+    left = {name: [member for member in members if member not in gone] for name, members in coarse.items()}
+    return {name: members for name, members in left.items() if members or not coarse[name]}
+
+
 def coarse_index(class_names: Sequence[str], coarse: Mapping[str, Sequence[str]]) -> Tensor:
     """Coarse class of each class.
 

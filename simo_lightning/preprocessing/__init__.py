@@ -1,6 +1,21 @@
 """What happens to an image before it is embedded: decoding, resizing and normalisation."""
 
 from simo_lightning.preprocessing.decode import FORMATS, Decoder, PictureSize
-from simo_lightning.preprocessing.preprocessing import Interpolation, Preprocessing, Resize
+from simo_lightning.preprocessing.preprocessing import (
+    Interpolation,
+    Preprocessing,
+    Resize,
+    encoder_input,
+    takes_preprocessing,
+)
 
-__all__ = ["FORMATS", "Decoder", "Interpolation", "PictureSize", "Preprocessing", "Resize"]
+__all__ = [
+    "FORMATS",
+    "Decoder",
+    "Interpolation",
+    "PictureSize",
+    "Preprocessing",
+    "Resize",
+    "encoder_input",
+    "takes_preprocessing",
+]
