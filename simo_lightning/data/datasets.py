@@ -14,6 +14,7 @@ from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
 from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits, list_image_folder
 from simo_lightning.data.manifest import Manifest, coarse_classes, read_coarse, read_manifest
+from simo_lightning.data.pictures import Augment
 from simo_lightning.data.reading import OnBroken, load_image_folder, read_images
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
@@ -93,7 +94,7 @@ class DigitsPairDataModule(PairDataModule):
 
     def __init__(
         self,
-        augment: BatchAugment | None = BatchAugment(crop_padding=1, flip=0.0),  # noqa: B008  # immutable
+        augment: Augment | Literal["auto"] | None = BatchAugment(crop_padding=1, flip=0.0),  # noqa: B008  # immutable
         **kwargs: Any,
     ) -> None:
         super().__init__(augment=augment, **kwargs)
@@ -133,6 +134,8 @@ class ImageFolderPairDataModule(PairDataModule):
             {animal: [cat, dog], vehicle: [ship, truck]}; or manifest, the column "coarse" of the manifest; or folder,
             the folder above each class folder; or a CSV file with the columns label and coarse. Validation, test and
             bank keep the true classes.
+        augment: As for ``PairDataModule``. An augmentation of one picture at a time reads the whole picture from its
+            file, however large ``max_memory_gib`` is; the images in memory are then those of evaluation.
         **kwargs: Arguments of ``PairDataModule``.
 
     Raises:
@@ -150,9 +153,10 @@ class ImageFolderPairDataModule(PairDataModule):
         background: str | None = None,
         max_value: float | None = None,
         coarse: dict[str, list[str]] | str | None = None,
+        augment: Augment | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(coarse=None if isinstance(coarse, str) else coarse, **kwargs)
+        super().__init__(coarse=None if isinstance(coarse, str) else coarse, augment=augment, **kwargs)
         self.data_dir = data_dir
         self.image_size = image_size
         self.manifest = manifest
@@ -196,7 +200,7 @@ class ImageFolderPairDataModule(PairDataModule):
             self.max_memory_gib * 2**30,
             on_broken=self.on_broken,
             cache_name=f"{split}_" if self.manifest is not None else "",
-            note=f"augmented by {type(self.augment).__name__}" if split == "train" and self.augment is not None else "",
+            note=self._augmented_by() if split == "train" else "",
         )
         if split == "train" and self._coarse_from is not None:
             self.coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
@@ -218,6 +222,10 @@ class ImageFolderPairDataModule(PairDataModule):
                 assert self.data_dir is not None
                 self._found = find_splits(self.data_dir, class_level=self.class_level)
         return self._found
+
+    def _augmented_by(self) -> str:
+        augment = self._augmentation()
+        return "" if augment is None else f"augmented by {type(augment).__name__}"
 
     def _list(self, split: Split) -> Listing | None:
         skip, found = self.on_broken == "skip", self._find()

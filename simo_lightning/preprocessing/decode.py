@@ -30,13 +30,13 @@ UPRIGHT = {  # EXIF orientation to the transpose that turns the stored pixels up
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PROFILE_OF = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode to the colours of an ICC profile
 SIDEWAYS = (
     Image.Transpose.TRANSPOSE,
     Image.Transpose.ROTATE_270,
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
+PROFILE_OF = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode to the colours of an ICC profile
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value for inverted grey
 # Smallest width and height that are needed of a picture, or a function of its own width and height that returns them
 PictureSize = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
@@ -194,6 +194,15 @@ class Decoder:
         return canvas
 
 
+def _draft(image: Any, size: PictureSize, sideways: bool) -> None:
+    """Have a JPEG decoded at the smallest of its sizes that is not smaller than the upright ``size``."""
+    step = -1 if sideways else 1
+    if callable(size):
+        size = size(*image.size[::step])
+    if size is not None:
+        image.draft("RGB", size[::step])
+
+
 def _in_srgb(image: Any, profile: bytes | None, changes: list[str]) -> Any:
     """The image in sRGB if an embedded colour profile says that it is not."""
     if profile is None:
@@ -231,15 +240,6 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     after = transform.apply(before)
     difference = np.asarray(after).astype(int) - np.asarray(before.convert("RGB"))
     return None if np.abs(difference).max() <= 2 else transform
-
-
-def _draft(image: Any, size: PictureSize, sideways: bool) -> None:
-    """Have a JPEG decoded at the smallest of its sizes that is not smaller than the upright ``size``."""
-    step = -1 if sideways else 1
-    if callable(size):
-        size = size(*image.size[::step])
-    if size is not None:
-        image.draft("RGB", size[::step])
 
 
 def _depth(image: Any, stored: str) -> str:
