@@ -8,6 +8,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pyarrow": "parquet",
     "umap": "umap",
 }
 
