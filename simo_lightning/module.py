@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.checkpoints import CheckpointMixin, known_preprocessing
-from simo_lightning.distributed import gather_rows
+from simo_lightning.checkpoints import CheckpointMixin, MemoryLimit, known_preprocessing
+from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.lightning_private import attached_trainer
-from simo_lightning.losses import SimOLoss
+from simo_lightning.losses import SimOLoss, configure_loss
+from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing, encoder_input
-from simo_lightning.schedules import with_schedule
+from simo_lightning.schedules import check_finetuning, with_schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -33,11 +34,16 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
     Args:
         encoder: Maps images ``(N, C, H, W)`` to embeddings ``(N, D)``.
         loss: ``(embeddings, labels) -> scalar``; SimOLoss by default, or any other, such as those of
-            pytorch-metric-learning. If it has ``terms(embeddings, labels)``, each term is logged by its name.
+            pytorch-metric-learning. If it has ``terms(embeddings, labels)``, each term is logged by its name. If it has
+            ``configure(num_classes, embedding_dim)``, as :class:`~simo_lightning.losses.ConfigurableLoss` describes, a
+            fit calls it before the optimizer is made.
         optimizer: Maps parameters to an optimizer.
         lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. A scheduler with a method
             ``set_total_steps``, such as OneCycle, gets the length of the run and steps once per batch; others step
             once per epoch.
+        parameter_groups: Rates and weight decay of the backbone, the projector and the loss, such as
+            ``ParameterGroups(backbone_lr_factor=0.1)``. None: the optimizer's own for all, but no weight decay for the
+            parameters of the loss, such as class vectors and proxies.
         channels_last: Keep images and convolutions in the memory layout (N, H, W, C), which is faster on most hardware.
             The result is the same up to rounding.
         micro_batch_size: Images that are embedded at a time in training; None for the whole batch. This is gradient
@@ -61,7 +67,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         >>> from simo_lightning.encoders import ImageEncoder
         >>> from simo_lightning.preprocessing import Preprocessing
         >>> preprocessing = Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-        >>> encoder = ImageEncoder("resnet10", width=0.125)
+        >>> encoder = ImageEncoder("resnet10", width=0.125, stem="small")
         >>> module = SimOModule(encoder, SimOLoss(form="log"), preprocessing=preprocessing)
         >>> module.embed(torch.zeros(2, 3, 40, 60, dtype=torch.uint8)).shape
         torch.Size([2, 16])
@@ -82,6 +88,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         micro_batch_size: int | None = None,
         compile: bool = False,
         preprocessing: Preprocessing | None = None,
+        parameter_groups: ParameterGroups | None = None,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -94,11 +101,46 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.micro_batch_size = micro_batch_size
         self.compile_encoder = compile
         self.preprocessing = preprocessing
+        self.loss_sizes: dict[str, int | None] | None = None  # what the loss was configured with
+        self.parameter_groups = parameter_groups
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder's backbone, by which Lightning's BackboneFinetuning finds it."""
+        backbone: nn.Module = self.encoder.backbone  # type: ignore[assignment]
+        return backbone
 
     def setup(self, stage: str) -> None:
         """Compile the encoder for a fit; the names of its weights stay."""
         if self.compile_encoder and stage == "fit":
             self.encoder.compile()
+
+    def configure_model(self) -> None:
+        """Give the loss the number of classes of training and the dimension of the embeddings."""
+        trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            data, dimension = getattr(trainer, "datamodule", None), getattr(self.encoder, "embedding_dim", None)
+            self._configure_loss(_number_of_classes(data), dimension)
+
+    def _configure_loss(self, num_classes: int | None, embedding_dim: int | None) -> None:
+        configure_loss(self.loss, num_classes, embedding_dim)
+        self.loss_sizes = {"num_classes": num_classes, "embedding_dim": embedding_dim}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the loss was configured with."""
+        super().on_save_checkpoint(checkpoint)
+        if self.loss_sizes is not None:
+            checkpoint["simo_module"]["loss_sizes"] = self.loss_sizes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Configure the loss as it was, unless the data of this fit have configured it."""
+        stored = checkpoint.get("simo_module")
+        sizes = stored.get("loss_sizes") if isinstance(stored, dict) else None
+        if sizes is not None and self.loss_sizes is None:
+            sizes = _checked_sizes(sizes)
+            with MemoryLimit(checkpoint["state_dict"]):
+                self._configure_loss(**sizes)
+        super().on_load_checkpoint(checkpoint)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings ``(N, D)`` of images ``(N, C, H, W)``, as :meth:`embed` but in the dtype of the encoder."""
@@ -127,7 +169,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         """Loss of the global batch, and this process's embeddings and labels for the callbacks."""
         images, labels = batch
         embeddings = self._embed_micro_batches(images)
-        terms = self.loss_terms(gather_rows(embeddings), gather_rows(labels))
+        embeddings_of_all, labels_of_all = gather_rows(embeddings), gather_rows(labels)
+        with self._draws_of_all_ranks(batch_idx):
+            terms = self.loss_terms(embeddings_of_all, labels_of_all)
         first, *others = terms.values()
         loss = sum(others, first)
         if not loss.isfinite():
@@ -137,6 +181,22 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             if len(terms) > 1:
                 self.log_dict({f"train/loss_{name}": term for name, term in terms.items()})
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels}
+
+    @contextmanager
+    def _draws_of_all_ranks(self, batch_idx: int) -> Iterator[None]:
+        """Random numbers that are the same on every rank, for a loss or miner that draws any."""
+        if world_size() == 1:
+            yield
+            return
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        mixed = int(np.random.SeedSequence((seed, self.current_epoch, batch_idx)).generate_state(1)[0])
+        kind = self.device.type
+        devices = [] if kind == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            torch.default_generator.manual_seed(mixed)
+            if devices:
+                torch.get_device_module(self.device).manual_seed(mixed)
+            yield
 
     def _is_reported(self, batch_idx: int) -> bool:
         """Whether a logger, the progress bar or a monitor reads this step's loss, since ``log`` takes 0.4 ms."""
@@ -201,9 +261,40 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
                 torch.get_device_module(self.device).manual_seed(mixed)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer of the encoder's and the loss's parameters, and its schedule."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        """Optimizer of the parameters that require a gradient, in their groups, and its schedule."""
+        check_finetuning(self.trainer, self.lr_scheduler)
+        groups = self.parameter_groups
+        if groups is None and any(parameter.requires_grad for parameter in self.loss.parameters()):
+            groups = ParameterGroups(norm_weight_decay=None)
+        if groups is None:
+            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        else:
+            optimizer = groups.optimizer(self.optimizer, self)
         return with_schedule(optimizer, self.lr_scheduler, self.trainer)
+
+    def on_train_start(self) -> None:
+        """Let everything in the optimizer require a gradient: a resumed BackboneFinetuning leaves the backbone out."""
+        optimizers = self.trainer.optimizers
+        for parameter in (
+            each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]
+        ):
+            parameter.requires_grad_(True)
+
+
+def _number_of_classes(data: Any) -> int | None:
+    """Number of classes that a data module trains on; None if it does not say."""
+    names = getattr(data, "train_class_names", None)
+    number = getattr(data, "num_train_classes", None) if names is None else len(names)
+    return getattr(data, "num_classes", None) if number is None else number
+
+
+def _checked_sizes(sizes: Any) -> dict[str, int | None]:
+    """Numbers from a file. Raises ValueError unless they are two positive integers or None."""
+    names = {"num_classes", "embedding_dim"}
+    sound = isinstance(sizes, dict) and sizes.keys() == names
+    if not sound or not all(each is None or (type(each) is int and each >= 1) for each in sizes.values()):
+        raise ValueError(f"loss_sizes of a checkpoint must hold {' and '.join(sorted(names))}, got {str(sizes)[:100]}")
+    return dict(sizes)
 
 
 def _forward_contexts(module: nn.Module) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 def trained(**arguments: Any) -> ImageEncoder:
     """An encoder whose running statistics are no longer those of the start."""
     torch.manual_seed(0)
-    encoder = ImageEncoder("resnet10", width=0.125, embedding_dim=8, **arguments)
+    encoder = ImageEncoder("resnet10", width=0.125, stem="small", embedding_dim=8, **arguments)
     with torch.no_grad():
         encoder(torch.rand(8, encoder.in_channels or 3, 16, 16))
     return encoder

@@ -17,6 +17,7 @@ from simo_lightning.data.manifest import Manifest, coarse_classes, read_coarse, 
 from simo_lightning.data.reading import OnBroken, load_image_folder, read_images
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
+from simo_lightning.preprocessing import Preprocessing
 
 
 class TensorPairDataModule(PairDataModule):
@@ -114,8 +115,8 @@ class ImageFolderPairDataModule(PairDataModule):
             that of the manifest.
         image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped. Null: that
             of the model, else 224.
-        manifest: CSV file (UTF-8; commas, semicolons or tabs) or Parquet file with the columns path and label, and
-            optionally split and coarse; without split all images are for training. It takes the place of the folders.
+        manifest: CSV or Parquet file with the columns path and label, and optionally split and coarse; see
+            :func:`~simo_lightning.data.read_manifest`.
         class_level: Which folder above an image names its class: 1, a folder in the folder of the split; 2, one level
             further down; -1, the folder that holds the image; -2, the one above it. Folders of one name are one class.
             Null: 1, and an error if it may be another one.
@@ -164,7 +165,8 @@ class ImageFolderPairDataModule(PairDataModule):
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        self.preprocessing  # noqa: B018  # raises if image_size, background or max_value is out of range
+        # raises if image_size, background or max_value is out of range
+        Preprocessing(**{**self._preprocessing_arguments(), "mean": None, "std": None})
         if self.data_dir is None and self.manifest is None:
             raise ValueError("data_dir or manifest must be given, got neither")
         if not self.max_memory_gib >= 0:
