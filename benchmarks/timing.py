@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks.timing NAME --out FOLDER, time and memory of the loss and of the ``simo`` command.
+"""The command: python -m benchmarks.timing NAME --out FOLDER, time and memory of the loss, the data and ``simo``.
 
 Times are medians of torch.utils.benchmark or of many steps. Every case runs in a process of its own, so that its peak
 memory is its own.
@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import timing_fit
+from benchmarks import timing_decode, timing_fit
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -126,6 +126,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "levels": lambda given: loss_benchmark("levels", given.quick),
     "profile": lambda given: in_process(profile_case, rows=600 if given.quick else 16384),
     "micro_batches": micro_batches,
+    "decode": timing_decode.decode,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -134,11 +135,17 @@ def main() -> None:
     """Measure, write the CSV and print its table."""
     own = argparse.ArgumentParser("python -m benchmarks.timing", description=__doc__, allow_abbrev=False)
     own.add_argument("names", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    own.add_argument("--data.data_dir", dest="data_dir", help="CIFAR-10, for all that times simo fit")
+    own.add_argument(
+        "--data.data_dir",
+        dest="data_dir",
+        help="CIFAR-10, for all that times simo fit; photographs in class folders, for decode",
+    )
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of NAME.csv, which is replaced")
     own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
     given = own.parse_args()
-    if not (given.quick or given.data_dir or {*given.names} <= {"loss", "levels", "profile", "micro_batches"}):
+    if not (
+        given.quick or given.data_dir or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode"}
+    ):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:
         machine, path = about(), given.out / f"{name}.csv"

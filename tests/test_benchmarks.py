@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from benchmarks import experiments as table_of
-from benchmarks import run, tables, timing, timing_fit
+from benchmarks import run, tables, timing, timing_decode, timing_fit
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
 from benchmarks.machine import in_process, memory_mib
@@ -439,6 +439,13 @@ def test_gather_and_loss_run_in_real_processes() -> None:
     rows = timing_fit.gather(2, steps=1)
     assert [(row["processes"], row["rows"], row["dim"]) for row in rows] == [(2, 240, 16), (2, 240, 128)]
     assert all(row["step_ms"] > 0 for row in rows)
+
+
+def test_decoding_is_timed_in_pairs_of_epochs(tmp_path: Path) -> None:
+    timing_decode.make_photographs(tmp_path, 16, 48, 32)
+    row = timing_decode.decode_case(str(tmp_path), 32, "trivial", workers=1, batch=8, rounds=1)
+    assert (row["images"], row["policy"], row["rounds"]) == (16, "trivial", 1)
+    assert row["ratio"] == pytest.approx(row["simo_lightning, images/s"] / row["torchvision, images/s"])
 
 
 def test_a_command_that_fails_is_not_timed() -> None:

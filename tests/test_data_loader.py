@@ -6,7 +6,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import SequentialSampler
 
-from simo_lightning.data import ClassBalancedSampler, LabelledImages, ResumableLoader, TensorPairDataModule
+from simo_lightning.data import (
+    BatchAugment,
+    ClassBalancedSampler,
+    LabelledImages,
+    ResumableLoader,
+    TensorPairDataModule,
+)
 
 IMAGES = 48
 pytestmark = [  # Lightning's advice, not faults of these runs
@@ -161,7 +167,7 @@ def run(folder, workers, callbacks, checkpoint=None, **arguments):
     return model
 
 
-class Shift:
+class Shift(BatchAugment):
     """Adds to every image a number that the generator draws, so that the draws are seen in the batch."""
 
     def __call__(self, images, generator):

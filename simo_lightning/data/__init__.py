@@ -1,4 +1,4 @@
-"""Images in memory as uint8, balanced batches, batched augmentation on the device."""
+"""Images in memory or in files, balanced batches, augmentation in batches on the device or one by one in workers."""
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
@@ -18,24 +18,34 @@ from simo_lightning.data.datasets import (
 )
 from simo_lightning.data.folder import FolderImages, find_splits
 from simo_lightning.data.labels import Relabelled
-from simo_lightning.data.loader import ResumableLoader, TrainingBatch
+from simo_lightning.data.loader import DrawnBatches, DrawnIndices, ResumableLoader, TrainingBatch
+from simo_lightning.data.manifest import Manifest, read_manifest
+from simo_lightning.data.photo_augment import Crop, PhotoAugment
+from simo_lightning.data.pictures import AugmentedPictures
 from simo_lightning.data.reading import load_image_folder
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
 from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
-from simo_lightning.data.sources import ImageSource, LabelledImages
+from simo_lightning.data.sources import DecodedFiles, ImageSource, LabelledImages, whole_picture
 
 __all__ = [
+    "AugmentedPictures",
     "BatchAugment",
     "CIFAR10PairDataModule",
     "CIFAR100PairDataModule",
     "ClassBalancedSampler",
+    "Crop",
+    "DecodedFiles",
     "DigitsPairDataModule",
+    "DrawnBatches",
+    "DrawnIndices",
     "EvaluationSampler",
     "FolderImages",
     "ImageFolderPairDataModule",
     "ImageSource",
     "LabelledImages",
+    "Manifest",
     "PairDataModule",
+    "PhotoAugment",
     "Relabelled",
     "ResumableLoader",
     "SemiBalancedSampler",
@@ -52,4 +62,6 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "pair_indices",
+    "read_manifest",
+    "whole_picture",
 ]

@@ -16,10 +16,13 @@ from simo_lightning.data.labels import Relabelled, coarse_index, index_by_name, 
 from simo_lightning.data.loader import (
     ResumableLoader,
     TrainingBatch,
+    default_workers,
     keep_batch,
     leave_signals_to_the_trainer,
     silence_inapplicable_warnings,
 )
+from simo_lightning.data.photo_augment import PhotoAugment
+from simo_lightning.data.pictures import Augment, AugmentedPictures, check_augment
 from simo_lightning.data.preprocessing import Agreement, agree, read_alike, warn_of_stem
 from simo_lightning.data.sampler import (
     ClassBalancedSampler,
@@ -33,6 +36,7 @@ from simo_lightning.data.sources import (
     ImageSource,
     Split,
     channel_statistics,
+    in_memory,
     name_list,
     stratified_split,
     stratified_subset,
@@ -42,6 +46,7 @@ from simo_lightning.lightning_private import batches_processed
 from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
 
 Batch = tuple[Tensor, Tensor]
+SMALL = 64  # pixels; larger images are photographs, which "auto" augments one by one
 
 
 class PairDataModule(LightningDataModule):
@@ -60,12 +65,17 @@ class PairDataModule(LightningDataModule):
         split_seed: Seed of that split and of the bank's subset, separate from ``seed`` so that runs with several seeds
             use the same split.
         seed: Seed of batches and augmentation; the same config and seeds give the same weights.
-        augment: Augmentation of the training batches; null: none.
+        augment: Augmentation of the training images. ``BatchAugment``: whole batches on their device, for small images
+            in memory. ``PhotoAugment`` or any callable on one picture, such as those of torchvision.transforms.v2: each
+            picture on its own, whole and before it is resized, in the workers. auto: ``PhotoAugment()`` if images are
+            larger than 64 pixels, else ``BatchAugment()``. null: none.
         mean: Mean of each channel, on the scale 0..1; null: that of the model, or computed from the training images.
         std: Standard deviation of each channel on the same scale; with ``mean``.
         eval_batch_size: Images in an evaluation batch of each rank; a nearby size is used if the ranks would otherwise
             have different numbers of batches.
-        num_workers: Processes that read batches; 0 is best for images in memory.
+        num_workers: Processes that read batches, for each loader. null: none for images in memory; one for each core,
+            at most 16 and divided among the processes of a node, where images are read from disk or augmented one by
+            one.
         coarse: Coarse classes to train on, each with the classes that it joins, such as
             {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
         small_classes: What to do with a class of fewer than K training images. "repeat": further augmented views of its
@@ -119,11 +129,11 @@ class PairDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         split_seed: int = 0,
         seed: int = 0,
-        augment: BatchAugment | None = BatchAugment(),  # noqa: B008  # immutable
+        augment: Augment | Literal["auto"] | None = BatchAugment(),  # noqa: B008  # immutable
         mean: list[float] | None = None,
         std: list[float] | None = None,
         eval_batch_size: int = 500,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         coarse: dict[str, list[str]] | None = None,
         small_classes: SmallClasses = "repeat",
         class_sampling: ClassSampling = "natural",
@@ -137,7 +147,8 @@ class PairDataModule(LightningDataModule):
         for name, value in {"views": views, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, value in {"num_workers": num_workers, "seed": seed, "split_seed": split_seed}.items():
+        check_augment(augment)
+        for name, value in {"num_workers": num_workers or 0, "seed": seed, "split_seed": split_seed}.items():
             if value < 0:
                 raise ValueError(f"{name} must be non-negative, got {value}")
         if not 0 <= val_fraction < 1:
@@ -224,7 +235,12 @@ class PairDataModule(LightningDataModule):
             if _place(split) not in self._splits:
                 adapt = self._checked_unknown if split == "unknown" else self._with_known_names
                 self._splits[_place(split)] = adapt(split, self._read(split))
-        silence_inapplicable_warnings(self._splits["train"], self._splits["val"], self.num_workers)
+        evaluated = [source for source in self._splits.values() if source is not None]
+        silence_inapplicable_warnings(
+            training=self._workers(self._training, training=True) == 0,
+            evaluation=not any(self._workers(source) for source in evaluated),
+            validation=self._splits["val"] is not None,
+        )
 
     def _checked_unknown(self, split: Split, source: ImageSource | None) -> ImageSource | None:
         common = set() if source is None else set(present_classes(source)) & set(present_classes(self._bank))
@@ -470,12 +486,29 @@ class PairDataModule(LightningDataModule):
         """Batches of P x K raw images of this rank; a checkpoint holds the position in the epoch."""
         self._need("train")
         processed = None if self.trainer is None else self._batches_processed
-        arguments = self._loader_arguments()
-        self._train_loader = ResumableLoader(self._training, self._train_sampler(), processed, **arguments)
+        images: ImageSource | AugmentedPictures = self._training
+        augment = self._augmentation()
+        if augment is not None and not isinstance(augment, BatchAugment):
+            images = AugmentedPictures(self._training, augment, self.preprocessing, self.views)
+        arguments = self._loader_arguments(self._workers(self._training, training=True))
+        self._train_loader = ResumableLoader(images, self._train_sampler(), processed, **arguments)
         if self._resume is not None and self.trainer is not None and self.trainer.ckpt_path:
             self._train_loader.load_state_dict(self._resume)
         self._resume = None
         return self._train_loader
+
+    def _augmentation(self) -> Augment | None:
+        """``augment``, chosen by the size of the images where it is "auto"."""
+        if self.augment != "auto":
+            return self.augment
+        return PhotoAugment() if max(self.preprocessing.size) > SMALL else BatchAugment()
+
+    def _workers(self, source: ImageSource, training: bool = False) -> int:
+        """Number of processes that read the images of a source."""
+        if self.num_workers is not None:
+            return self.num_workers
+        one_by_one = training and not isinstance(self._augmentation(), BatchAugment | None)
+        return default_workers(self.trainer) if one_by_one or not in_memory(source) else 0
 
     def state_dict(self) -> dict[str, Any]:
         """The training loader's position.
@@ -595,13 +628,13 @@ class PairDataModule(LightningDataModule):
             batch_size=evaluation_batch_size(len(source), world, self.eval_batch_size),
             sampler=EvaluationSampler(len(source), rank, world),
             collate_fn=keep_batch,
-            **self._loader_arguments(),
+            **self._loader_arguments(self._workers(source)),
         )
 
-    def _loader_arguments(self) -> dict[str, Any]:
+    def _loader_arguments(self, workers: int) -> dict[str, Any]:
         return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
             "worker_init_fn": leave_signals_to_the_trainer,
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         }
@@ -615,8 +648,9 @@ class PairDataModule(LightningDataModule):
 
         Args:
             batch: uint8 images ``(N, C, H, W)`` and labels ``(N,)`` on any device; a training batch also has the seed
-                of its augmentation, which determines it.
-            augment: Whether to make V augmented views of each image.
+                of its augmentation, which determines it. Images ``(N, V, C, H, W)`` are V views that the loader has
+                augmented.
+            augment: Whether to make V augmented views of each image, unless the loader has made them.
 
         Returns:
             float32 images ``(N * V, C, H, W)`` of the size of ``preprocessing``, normalised by it, and labels
@@ -629,16 +663,30 @@ class PairDataModule(LightningDataModule):
         images, labels, *draw = batch
         if not self._splits:
             raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
+        if images.ndim == 5:
+            images, labels = images.flatten(0, 1), labels.repeat_interleave(images.shape[1], 0)
+            return self.preprocessing(images), labels
         images = self.preprocessing.fit(images)
         if augment:
-            images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
-            if self.augment is not None:
-                if not draw:
-                    raise ValueError(
-                        "batch must be (images, labels, draw) to be augmented, got no draw (seed of the augmentation)"
-                    )
-                images = self.augment(images, torch.Generator(images.device).manual_seed(draw[0]))
+            images, labels = self._augmented(images, labels, *draw)
         return self.preprocessing.normalize(images), labels
+
+    def _augmented(self, images: Tensor, labels: Tensor, draw: int | None = None) -> Batch:
+        """V views of each image, augmented as a batch."""
+        images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
+        augment = self._augmentation()
+        if augment is None:
+            return images, labels
+        if draw is None:
+            raise ValueError(
+                "batch must be (images, labels, draw) to be augmented, got no draw (seed of the augmentation)"
+            )
+        if not isinstance(augment, BatchAugment):
+            raise ValueError(
+                f"images must come from train_dataloader(), where {type(augment).__name__} augments each picture, "
+                f"got a batch of shape {tuple(images.shape)}"
+            )
+        return augment(images, torch.Generator(images.device).manual_seed(draw)), labels
 
 
 def _place(split: Split) -> Split:

@@ -14,10 +14,13 @@ from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
 from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits, list_image_folder
 from simo_lightning.data.manifest import Manifest, coarse_classes, read_coarse, read_manifest
+from simo_lightning.data.pictures import Augment
 from simo_lightning.data.reading import OnBroken, load_image_folder, read_images
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 from simo_lightning.preprocessing import Preprocessing
+
+EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
 
 
 class TensorPairDataModule(PairDataModule):
@@ -91,7 +94,7 @@ class DigitsPairDataModule(PairDataModule):
 
     def __init__(
         self,
-        augment: BatchAugment | None = BatchAugment(crop_padding=1, flip=0.0),  # noqa: B008  # immutable
+        augment: Augment | Literal["auto"] | None = BatchAugment(crop_padding=1, flip=0.0),  # noqa: B008  # immutable
         **kwargs: Any,
     ) -> None:
         super().__init__(augment=augment, **kwargs)
@@ -131,6 +134,8 @@ class ImageFolderPairDataModule(PairDataModule):
             {animal: [cat, dog], vehicle: [ship, truck]}; or manifest, the column "coarse" of the manifest; or folder,
             the folder above each class folder; or a CSV file with the columns label and coarse. Validation, test and
             bank keep the true classes.
+        augment: As for ``PairDataModule``. An augmentation of one picture at a time reads the whole picture from its
+            file, however large ``max_memory_gib`` is; the images in memory are then those of evaluation.
         **kwargs: Arguments of ``PairDataModule``.
 
     Raises:
@@ -148,9 +153,10 @@ class ImageFolderPairDataModule(PairDataModule):
         background: str | None = None,
         max_value: float | None = None,
         coarse: dict[str, list[str]] | str | None = None,
+        augment: Augment | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(coarse=None if isinstance(coarse, str) else coarse, **kwargs)
+        super().__init__(coarse=None if isinstance(coarse, str) else coarse, augment=augment, **kwargs)
         self.data_dir = data_dir
         self.image_size = image_size
         self.manifest = manifest
@@ -160,12 +166,11 @@ class ImageFolderPairDataModule(PairDataModule):
         self.background = background
         self.max_value = max_value
         self._coarse_from = coarse if isinstance(coarse, str) else None
-        self._folders: dict[Split, Path] = {}
-        self._manifest: Manifest | None = None
+        self._found: Manifest | dict[Split, Path] | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        # raises if image_size, background or max_value is out of range
+        # raises early if one of them is out of range
         Preprocessing(**{**self._preprocessing_arguments(), "mean": None, "std": None})
         if self.data_dir is None and self.manifest is None:
             raise ValueError("data_dir or manifest must be given, got neither")
@@ -195,28 +200,46 @@ class ImageFolderPairDataModule(PairDataModule):
             self.max_memory_gib * 2**30,
             on_broken=self.on_broken,
             cache_name=f"{split}_" if self.manifest is not None else "",
-            note=f"augmented by {type(self.augment).__name__}" if split == "train" and self.augment is not None else "",
+            note=self._augmented_by() if split == "train" else "",
         )
         if split == "train" and self._coarse_from is not None:
             self.coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
         return source
 
+    @property
+    def extra_splits(self) -> tuple[Split, ...]:  # type: ignore[override]
+        """Which of the splits "query", "gallery" and "unknown" there are."""
+        found = self._find()
+        given = found.splits if isinstance(found, Manifest) else found
+        return tuple(split for split in EXTRA_SPLITS if split in given)
+
+    def _find(self) -> Manifest | dict[Split, Path]:
+        """The manifest, or the folder of each split; looked up once."""
+        if self._found is None:
+            if self.manifest is not None:
+                self._found = read_manifest(self.manifest, self.data_dir)
+            else:
+                assert self.data_dir is not None
+                self._found = find_splits(self.data_dir, class_level=self.class_level)
+        return self._found
+
+    def _augmented_by(self) -> str:
+        augment = self._augmentation()
+        return "" if augment is None else f"augmented by {type(augment).__name__}"
+
     def _list(self, split: Split) -> Listing | None:
-        skip = self.on_broken == "skip"
-        if self.manifest is not None:
-            self._manifest = self._manifest or read_manifest(self.manifest, self.data_dir)
-            return self._manifest.listing(split, self.preprocessing, skip)
-        assert self.data_dir is not None
-        self._folders = self._folders or find_splits(self.data_dir, class_level=self.class_level)
-        if split not in self._folders:
+        skip, found = self.on_broken == "skip", self._find()
+        if isinstance(found, Manifest):
+            return found.listing(split, self.preprocessing, skip)
+        if split not in found:
             return None
         one_class = "unknown" if split == "unknown" else None
-        return list_image_folder(self._folders[split], self.preprocessing, self.class_level, skip, one_class)
+        return list_image_folder(found[split], self.preprocessing, self.class_level, skip, one_class)
 
     def _coarse_classes(self, origin: str, listing: Listing, class_names: list[str]) -> dict[str, list[str]]:
-        if origin == "manifest":
-            assert self._manifest is not None
-            coarse = self._manifest.coarse()
+        found = self._find()
+        if origin == "manifest" and isinstance(found, Manifest):
+            coarse = found.coarse()
         elif origin == "folder":
             coarse = coarse_folders(listing.images, self.class_level or 1)
         else:

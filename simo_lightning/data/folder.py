@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simo_lightning.data.cache import CACHE
 from simo_lightning.data.sources import Split, name_list
-from simo_lightning.preprocessing import FORMATS, Decoder, Preprocessing
+from simo_lightning.preprocessing import FORMATS, Decoder, PictureSize, Preprocessing
 
 IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
@@ -78,13 +78,14 @@ class FolderImages:
         """File of one image."""
         return self.root / str(self.names[index])
 
-    def picture(self, index: int, size: tuple[int, int] | None = None) -> Image.Image:
+    def picture(self, index: int, size: PictureSize = None) -> Image.Image:
         """One whole picture, upright and in mode RGB, for a transform that crops and resizes it itself.
 
         Args:
             index: Position of the image, ``0..len(self) - 1``.
             size: Smallest width and height that are needed: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size as
-                long as it is not smaller than that, which saves most of the time. None: at its full size.
+                long as it is not smaller than that, which saves most of the time. Or a function of the width and height
+                of the picture that returns them; see ``preprocessing.Decoder``. None: at its full size.
 
         Returns:
             The picture, not resized, transparency composited on the background of ``decoder``.

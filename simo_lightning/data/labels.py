@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from simo_lightning.data.sources import ImageSource, LabelledImages, name_list
+from simo_lightning.data.sources import ImageSource, LabelledImages, name_list, whole_picture
+from simo_lightning.preprocessing import PictureSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,10 @@ class Relabelled:
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self.source.__getitems__(indices)[0], self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def picture(self, index: int, size: PictureSize = None) -> Image.Image:
+        """One whole picture; see :func:`~simo_lightning.data.sources.whole_picture`."""
+        return whole_picture(self.source, index, size)
 
     def subset(self, indices: Tensor) -> Relabelled:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""

@@ -5,24 +5,27 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
+from simo_lightning.data.pictures import AugmentedPictures
 from simo_lightning.data.sampler import ClassBalancedSampler
-from simo_lightning.data.sources import ImageSource, LabelledImages
+from simo_lightning.data.sources import ImageSource
 
 
 class TrainingBatch(NamedTuple):
     """A batch of a training loader.
 
     Attributes:
-        images: uint8 ``(N, C, H, W)``.
+        images: uint8 ``(N, C, H, W)``; or ``(N, V, C, H, W)``, V views of each image that the loader has augmented.
         labels: int64 ``(N,)``.
         draw: Seed of the batch's augmentation.
     """
@@ -30,6 +33,55 @@ class TrainingBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     draw: int
+
+
+class DrawnIndices(list[int]):
+    """Indices of a batch, and the seed of its augmentation.
+
+    Args:
+        indices: Positions of the images in the data set.
+        draw: Seed of the batch's augmentation.
+    """
+
+    def __init__(self, indices: Iterable[int], draw: int) -> None:
+        super().__init__(indices)
+        self.draw = draw
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DrawnIndices, (list(self), self.draw)
+
+
+class DrawnBatches(BatchSampler):
+    """Batches of a ``ClassBalancedSampler``, each with the seed of its augmentation.
+
+    The seed is a function of the sampler's seed, the epoch and the index of the batch among those of all ranks. It
+    travels with the indices, so that a worker that augments the images knows it.
+
+    Args:
+        sampler: Defines order, batch size and epoch.
+    """
+
+    sampler: ClassBalancedSampler
+
+    def __init__(self, sampler: ClassBalancedSampler) -> None:
+        super().__init__(sampler, sampler.batch_size, drop_last=True)
+
+    def __iter__(self) -> Iterator[DrawnIndices]:
+        epoch, first = self.sampler.epoch, self.sampler.start_batch
+        for number, indices in enumerate(super().__iter__(), first):
+            yield DrawnIndices(indices, self.draw(epoch, number))
+
+    def draw(self, epoch: int, number: int) -> int:
+        """Seed of a batch of this rank.
+
+        Args:
+            epoch: Epoch.
+            number: Index of the batch in it, among those of this rank.
+
+        Returns:
+            Seed below 2^63.
+        """
+        return mixed_seed(self.sampler.seed, epoch, number * self.sampler.num_replicas + self.sampler.rank)
 
 
 def keep_batch(batch: Any) -> Any:
@@ -61,19 +113,19 @@ def _wait_for_the_end(sender: int | None) -> None:
 class ResumableLoader(DataLoader):
     """Batches of a ``ClassBalancedSampler``; a run resumed within an epoch continues with the next batch.
 
-    Each batch carries the seed of its augmentation, a function of the sampler's seed, the epoch and the index of the
-    batch among those of all ranks.
+    Each batch carries the seed of its augmentation (:class:`DrawnBatches`), which a data set such as
+    ``AugmentedPictures`` finds in the indices, too.
 
     ``__iter__`` is a generator, so neither sampler nor workers start before the first batch is requested: Lightning
     calls ``iter`` before ``set_epoch`` when it resumes, and other loaders then return the order of epoch 0
     (Lightning #21938; torchdata's ``StatefulDataLoader`` too, see docs/data.md).
 
     Args:
-        dataset: Returns whole batches through ``__getitems__``.
+        dataset: Returns whole batches through ``__getitems__``, an ``ImageSource`` or ``AugmentedPictures``.
         sampler: Defines order, batch size and epoch.
         processed: Returns the number of batches of this epoch that the optimizer has processed. If given, a batch that
             was returned but not processed when the state was saved (from a signal handler) is repeated after a resume.
-        **kwargs: Arguments of ``DataLoader``, such as ``num_workers``.
+        **kwargs: Arguments of ``DataLoader``, such as ``num_workers``; not those that the sampler determines.
 
     Attributes:
         epoch: Epoch of the last batch returned.
@@ -84,23 +136,36 @@ class ResumableLoader(DataLoader):
         ValueError: If the sampler is not a ``ClassBalancedSampler``.
     """
 
-    sampler: ClassBalancedSampler
+    batch_sampler: DrawnBatches
 
     def __init__(
         self,
-        dataset: ImageSource,
+        dataset: ImageSource | AugmentedPictures,
         sampler: ClassBalancedSampler,
         processed: Callable[[], int] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(sampler, ClassBalancedSampler):
             raise ValueError(f"sampler must be a ClassBalancedSampler, got {type(sampler).__name__}")
-        fixed = {"batch_size": sampler.batch_size, "drop_last": True, "shuffle": False, "collate_fn": keep_batch}
-        super().__init__(dataset, sampler=sampler, **{**kwargs, **fixed})  # type: ignore[arg-type]
+        super().__init__(
+            dataset,  # type: ignore[arg-type]
+            batch_sampler=DrawnBatches(sampler),
+            collate_fn=keep_batch,
+            **kwargs,
+        )
         self.processed = processed
         self.epoch = 0
         self.batches_yielded = 0
         self._resume: tuple[int, int] | None = None  # epoch and batches to skip in it
+
+    @property  # type: ignore[override]
+    def sampler(self) -> ClassBalancedSampler:
+        """The sampler of the batches. Lightning sets its epoch, and does not wrap a DistributedSampler."""
+        return self.batch_sampler.sampler
+
+    @sampler.setter
+    def sampler(self, value: Any) -> None:
+        """Ignore the sequential sampler that ``DataLoader`` makes beside a batch sampler."""
 
     def __iter__(self) -> Iterator[TrainingBatch]:  # type: ignore[override]
         sampler = self.sampler
@@ -111,9 +176,9 @@ class ResumableLoader(DataLoader):
         try:
             for images, labels in super().__iter__():
                 sampler.start_batch = 0  # a loader without workers reads the sampler with its first batch
-                position = self.batches_yielded * sampler.num_replicas + sampler.rank
+                draw = self.batch_sampler.draw(self.epoch, self.batches_yielded)
                 self.batches_yielded += 1
-                yield TrainingBatch(images, labels, mixed_seed(sampler.seed, self.epoch, position))
+                yield TrainingBatch(images, labels, draw)
         finally:
             sampler.start_batch = 0
 
@@ -158,9 +223,32 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def silence_inapplicable_warnings(train: ImageSource | None, val: ImageSource | None, num_workers: int) -> None:
-    """Silence Lightning's warnings about loaders where they do not apply."""
-    if num_workers == 0 and isinstance(train, LabelledImages):  # for images in memory workers only add time
-        warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers.*")
-    if val is None:  # Lightning takes an empty list as no validation
+def default_workers(trainer: Trainer | None = None, most: int = 16) -> int:
+    """Processes for a loader that decodes images: the cores that this process may use, over its neighbours on the node.
+
+    Args:
+        trainer: Knows the number of processes on the node; None: one.
+        most: Largest number.
+
+    Returns:
+        0 where a process cannot be forked safely: on other systems than Linux, and within a loader's worker.
+    """
+    if sys.platform != "linux" or mp.current_process().daemon:
+        return 0
+    neighbours = 1 if trainer is None else max(1, trainer.num_devices)
+    return max(1, min(most, len(os.sched_getaffinity(0)) // neighbours))
+
+
+def silence_inapplicable_warnings(training: bool, evaluation: bool, validation: bool) -> None:
+    """Silence Lightning's warnings about loaders where they do not apply.
+
+    Args:
+        training: Whether the training loader rightly has no workers, which only add time for images in memory.
+        evaluation: The same of the other loaders.
+        validation: Whether there is a validation split.
+    """
+    quiet = ["train"] * training + ["val", "test", "predict"] * evaluation
+    if quiet:
+        warnings.filterwarnings("ignore", rf".*'({'|'.join(quiet)})_dataloader' does not have many workers.*")
+    if not validation:  # Lightning takes an empty list as no validation
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero.*")

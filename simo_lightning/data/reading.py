@@ -22,7 +22,7 @@ from PIL import Image
 
 from simo_lightning.data.cache import Cached, fingerprint, read_cache, write_cache
 from simo_lightning.data.folder import FolderImages, Listing, list_files, list_image_folder, named_as_broken
-from simo_lightning.data.sources import LabelledImages, Split, name_list
+from simo_lightning.data.sources import DecodedFiles, LabelledImages, Split, name_list
 from simo_lightning.preprocessing import FORMATS, Preprocessing
 
 OnBroken = Literal["error", "skip"]
@@ -119,7 +119,7 @@ def read_images(
     _report(split, listing, listed, cached, in_memory, note)
     if cached is None or not in_memory:
         return listed
-    return LabelledImages(cached.images, listed.labels, listed.class_names)
+    return DecodedFiles(cached.images, listed.labels, listed.class_names, listed)
 
 
 def _check_classes(listed: FolderImages, split: Split, listing: Listing) -> None:

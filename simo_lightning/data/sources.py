@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from simo_lightning.preprocessing import PictureSize
 
 Source = TypeVar("Source", bound="ImageSource")
+Files = TypeVar("Files", bound="PictureFiles")
 Split = Literal["train", "val", "test", "query", "gallery", "unknown"]
 
 
@@ -18,6 +23,9 @@ class ImageSource(Protocol):
 
     ``labels`` is int64 ``(N,)``, an index into ``class_names``. ``__getitems__(indices)`` returns a whole batch, uint8
     ``(B, C, H, W)`` in 0..255 and its labels ``(B,)``, and ``subset(indices)`` returns a source of only those images.
+
+    A source of files may also have ``picture(index, size)``, which returns one whole picture before it is resized; see
+    :func:`whole_picture`.
     """
 
     @property
@@ -95,6 +103,70 @@ class LabelledImages:
         return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
 
 
+class PictureFiles(Protocol):
+    """Image files that can be read one by one, such as ``FolderImages``."""
+
+    def picture(self, index: int, size: PictureSize = None) -> Image.Image: ...  # noqa: D102
+    def subset(self: Files, indices: Tensor) -> Files: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedFiles(LabelledImages):
+    """Images in memory at the size of the model, and the files that they come from.
+
+    Evaluation and batched augmentation use the images in memory. An augmentation of one picture at a time reads its
+    file again, because it crops the whole picture.
+
+    Args:
+        images: uint8 ``(N, C, H, W)`` in 0..255.
+        labels: Class index of each image, int64 ``(N,)``.
+        class_names: One name per class.
+        files: The files of the same images in the same order.
+    """
+
+    files: PictureFiles
+
+    def picture(self, index: int, size: PictureSize = None) -> Image.Image:
+        """One whole picture, read from its file; see ``FolderImages.picture``."""
+        return self.files.picture(index, size)
+
+    def subset(self, indices: Tensor) -> DecodedFiles:
+        """The images at ``indices`` (int64 ``(M,)``), in that order, copied."""
+        images, labels = self.images[indices], self.labels[indices]
+        return replace(self, images=images, labels=labels, files=self.files.subset(indices))
+
+
+def in_memory(source: ImageSource) -> bool:
+    """Whether the images of a source, or of the sources that it joins or relabels, are held in memory."""
+    below = [*getattr(source, "sources", []), *([source.source] if hasattr(source, "source") else [])]
+    return all(in_memory(each) for each in below) if below else isinstance(source, LabelledImages)
+
+
+def whole_picture(source: ImageSource, index: int, size: PictureSize = None) -> Image.Image:
+    """One picture of a source before it is resized, or its image where the source has only images of one size.
+
+    Args:
+        source: Any source; the method ``picture(index, size)`` is used if it has one.
+        index: Position of the image, ``0..len(source) - 1``.
+        size: Smallest width and height that are needed of the picture, or a function of its width and height, called
+            once, that returns them; a source may then decode it at a smaller size. None: the whole picture.
+
+    Returns:
+        The picture, upright, in mode RGB, or in mode L for an image of one channel.
+
+    Example:
+        >>> data = LabelledImages(torch.zeros(1, 1, 4, 8, dtype=torch.uint8), torch.tensor([0]), ["cat"])
+        >>> picture = whole_picture(data, 0)
+        >>> picture.mode, picture.size
+        ('L', (8, 4))
+    """
+    read = getattr(source, "picture", None)
+    picture: Image.Image = F.to_pil_image(source.__getitems__([index])[0][0]) if read is None else read(index, size)
+    if read is None and callable(size):
+        size(*picture.size)
+    return picture
+
+
 @dataclass(frozen=True, eq=False)
 class JoinedImages:
     """The images of several sources, one source after the other, or a choice of them; images are not copied.
@@ -150,6 +222,15 @@ class JoinedImages:
             images[mine] = part
         return images, self.labels[chosen]
 
+    def picture(self, index: int, size: PictureSize = None) -> Image.Image:
+        """One whole picture; see :func:`whole_picture`."""
+        place = index if self.index is None else int(self.index[index])
+        for source in self.sources:
+            if place < len(source):
+                break
+            place -= len(source)
+        return whole_picture(source, place, size)
+
     def subset(self, indices: Tensor) -> JoinedImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""
         return JoinedImages(self.sources, self.class_names, indices if self.index is None else self.index[indices])
@@ -159,7 +240,7 @@ def join_images(sources: Sequence[ImageSource], class_names: list[str]) -> Image
     """The images of several sources with the same class indices: in memory if all of them are, else where they are."""
     if len(sources) == 1:
         return sources[0]
-    memory = [source for source in sources if isinstance(source, LabelledImages)]
+    memory = [source for source in sources if type(source) is LabelledImages]  # DecodedFiles would lose their files
     if len(memory) == len(sources) and len({source.images.shape[1:] for source in memory}) == 1:
         images = torch.cat([source.images for source in memory])
         return LabelledImages(images, torch.cat([source.labels for source in memory]), class_names)

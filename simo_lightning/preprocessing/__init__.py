@@ -1,6 +1,6 @@
 """What happens to an image before it is embedded: decoding, resizing and normalisation."""
 
-from simo_lightning.preprocessing.decode import FORMATS, Decoder
+from simo_lightning.preprocessing.decode import FORMATS, Decoder, PictureSize
 from simo_lightning.preprocessing.preprocessing import (
     Interpolation,
     Preprocessing,
@@ -9,4 +9,13 @@ from simo_lightning.preprocessing.preprocessing import (
     takes_preprocessing,
 )
 
-__all__ = ["FORMATS", "Decoder", "Interpolation", "Preprocessing", "Resize", "encoder_input", "takes_preprocessing"]
+__all__ = [
+    "FORMATS",
+    "Decoder",
+    "Interpolation",
+    "PictureSize",
+    "Preprocessing",
+    "Resize",
+    "encoder_input",
+    "takes_preprocessing",
+]

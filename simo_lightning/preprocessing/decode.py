@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -29,8 +30,16 @@ UPRIGHT = {  # EXIF orientation to the transpose that turns the stored pixels up
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 PROFILE_OF = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode to the colours of an ICC profile
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value for inverted grey
+# Smallest width and height that are needed of a picture, or a function of its own width and height that returns them
+PictureSize = tuple[int, int] | Callable[[int, int], tuple[int, int]] | None
 
 
 @dataclass(frozen=True)
@@ -69,13 +78,14 @@ class Decoder:
         except ValueError as error:
             raise ValueError(f"background must be a colour's name or #rrggbb, got {self.background!r}") from error
 
-    def __call__(self, path: str | Path, size: tuple[int, int] | None = None) -> tuple[Image.Image, list[str]]:
+    def __call__(self, path: str | Path, size: PictureSize = None) -> tuple[Image.Image, list[str]]:
         """Read one file.
 
         Args:
             path: The file.
             size: Smallest width and height that are needed; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-                as long as it is not smaller than that. None: at its full size.
+                as long as it is not smaller than that. A function is called once with the width and height of the
+                upright picture, which are known before it is decoded, and returns them. None: at its full size.
 
         Returns:
             The picture in mode RGB, and one phrase for each conversion made.
@@ -95,7 +105,7 @@ class Decoder:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise ValueError(f"{str(path)!r} does not decode as an image: {error}") from error
 
-    def _rgb(self, image: Any, size: tuple[int, int] | None, changes: list[str]) -> Image.Image:
+    def _rgb(self, image: Any, size: PictureSize, changes: list[str]) -> Image.Image:
         """The whole picture, upright, in RGB; a large JPEG at 1/2, 1/4 or 1/8 of its size."""
         if getattr(image, "is_animated", False):
             changes.append("first picture of several")
@@ -108,8 +118,7 @@ class Decoder:
         except Exception:  # the EXIF parser raises many exception types on damaged data
             changes.append("damaged EXIF, taken as upright")
         upright_when_loaded = image.format == "TIFF"
-        if size is not None:
-            image.draft("RGB", size)
+        _draft(image, size, turn in SIDEWAYS and not upright_when_loaded)
         image.load()
         if turn is not None:
             changes.append("turned upright by EXIF")
@@ -183,6 +192,15 @@ class Decoder:
         canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(self.background)[:3])
         canvas.alpha_composite(layer)
         return canvas
+
+
+def _draft(image: Any, size: PictureSize, sideways: bool) -> None:
+    """Have a JPEG decoded at the smallest of its sizes that is not smaller than the upright ``size``."""
+    step = -1 if sideways else 1
+    if callable(size):
+        size = size(*image.size[::step])
+    if size is not None:
+        image.draft("RGB", size[::step])
 
 
 def _in_srgb(image: Any, profile: bytes | None, changes: list[str]) -> Any:
