@@ -118,8 +118,8 @@ class ImageFolderPairDataModule(PairDataModule):
             that of the manifest.
         image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped. Null: that
             of the model, else 224.
-        manifest: CSV file (UTF-8; commas, semicolons or tabs) or Parquet file with the columns path and label, and
-            optionally split and coarse; without split all images are for training. It takes the place of the folders.
+        manifest: CSV or Parquet file with the columns path and label, and optionally split and coarse; see
+            :func:`~simo_lightning.data.read_manifest`.
         class_level: Which folder above an image names its class: 1, a folder in the folder of the split; 2, one level
             further down; -1, the folder that holds the image; -2, the one above it. Folders of one name are one class.
             Null: 1, and an error if it may be another one.
