@@ -288,11 +288,18 @@ def test_queries_gallery_and_unknown_images(caplog: pytest.LogCaptureFixture) ->
     assert {code[:2] for code in seen_in(data, data.gallery_dataloader())} == {(4, 2), (4, 9)}
     assert data.unseen_class_names == ["class 9"]
     assert "query split: only 1 of its 2 classes has training images, not 'class 9'" in caplog.text
-    assert seen_in(data, data.known_dataloader("test")) == {(3, 2, 0), (3, 2, 1)}
+    assert data.known_dataloader("test") is None  # these are in the test split
     with pytest.raises(ValueError, match="unseen_classes must be null where the data set has a split 'query'"):
         ready(Coded(splits, unseen_classes=1))
     with pytest.raises(ValueError, match="the unknown split must hold no class of training, got 'class 2'"):
         ready(Coded(splits | {"unknown": {2: 1}}))
+
+
+def test_a_split_of_both_known_and_unknown_classes() -> None:
+    data = ready(Coded({"train": dict.fromkeys(range(5), 4), "test": dict.fromkeys(range(3, 8), 2)}))
+    assert {code[1] for code in seen_in(data, data.unknown_dataloader("test"))} == {5, 6, 7}
+    assert data.known_dataloader("test") is None  # these are in the test split
+    assert data.unknown_dataloader("val") is None
 
 
 def test_without_further_splits_there_are_no_such_loaders() -> None:

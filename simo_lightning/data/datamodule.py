@@ -34,6 +34,7 @@ from simo_lightning.data.sampler import (
 )
 from simo_lightning.data.sources import (
     ImageSource,
+    JoinedImages,
     Split,
     channel_statistics,
     in_memory,
@@ -561,28 +562,16 @@ class PairDataModule(LightningDataModule):
         return self._evaluation_loader(bank, rank, world_size)
 
     def gallery_dataloader(self) -> DataLoader | None:
-        """This rank's share of the gallery, the raw images that those of the test split are to find; None without one.
+        """This rank's share of the gallery, the raw images among which those of the test split find their class.
 
         Returns:
-            Loader of uint8 batches for ``prepare(batch, augment=False)``.
+            Loader of uint8 batches for ``prepare(batch, augment=False)``; None if the data set has no split
+            ``gallery``, and during a fit or a validation.
         """
-        gallery = self._splits.get("gallery")
+        trainer, gallery = self.trainer, self._splits.get("gallery")
+        if trainer is not None and (trainer.training or trainer.validating or trainer.sanity_checking):
+            return None
         return None if gallery is None else self._evaluation_loader(gallery)
-
-    def known_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
-        """This rank's share of the held-out raw images of classes of training, for ``unknown_dataloader``'s question.
-
-        They are the images of the split whose class has training images. Where ``unseen_classes`` are held out and the
-        split has none, they are those of the data set's own split, or else ``val_fraction`` of the training images.
-
-        Args:
-            split: "val" or "test"; None: "test" while the trainer tests, else "val".
-
-        Returns:
-            Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
-            unknown ones.
-        """
-        return self._question_loader(0, split)
 
     def unknown_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
         """This rank's share of the raw images that belong to no class of training.
@@ -595,19 +584,34 @@ class PairDataModule(LightningDataModule):
 
         Returns:
             Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
-            known ones to tell them from.
+            held-out images of known classes to tell them from.
         """
-        return self._question_loader(1, split)
+        known, unknown = self._known_and_unknown(split or self._evaluated())
+        return None if known is None or unknown is None else self._evaluation_loader(unknown)
 
-    def _question_loader(self, place: int, split: Literal["val", "test"] | None) -> DataLoader | None:
+    def known_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+        """This rank's share of the held-out raw images of classes of training, where validation or test has none.
+
+        That is so with ``unseen_classes``. They are then the data set's validation (test) images of the other classes,
+        or else the ``val_fraction`` of the training images that is held out for this.
+
+        Args:
+            split: "val" or "test"; None: "test" while the trainer tests, else "val".
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``; None where the images of the split whose
+            class has training images serve, or there are none.
+        """
         self._need("train")
-        testing = self.trainer is not None and self.trainer.testing
-        known, unknown = self._known_and_unknown(split or ("test" if testing else "val"))
-        source = (known, unknown)[place]
-        return None if known is None or unknown is None or source is None else self._evaluation_loader(source)
+        known = self._known.get(split or self._evaluated())
+        return None if known is None else self._evaluation_loader(known)
+
+    def _evaluated(self) -> Literal["val", "test"]:
+        return "test" if self.trainer is not None and self.trainer.testing else "val"
 
     def _known_and_unknown(self, split: Split) -> tuple[ImageSource | None, ImageSource | None]:
         """Held-out images of classes of training, and images of no class of training."""
+        self._need("train")
         source, known, unknown = self._splits.get(split), self._known.get(split), self._splits.get("unknown")
         if unknown is not None:
             unknown = Relabelled(unknown, self.num_classes + unknown.labels, list(unknown.class_names))
@@ -615,10 +619,8 @@ class PairDataModule(LightningDataModule):
             in_bank = torch.zeros(self.num_classes, dtype=torch.bool)
             in_bank[self._bank.labels] = True
             is_known = in_bank[source.labels]
-            if known is None and is_known.any():
-                known = source.subset(is_known.nonzero().flatten())
-            if unknown is None and not is_known.all():
-                unknown = source.subset((~is_known).nonzero().flatten())
+            known = _chosen(source, is_known) if known is None else known
+            unknown = _chosen(source, ~is_known) if unknown is None else unknown
         return known, unknown
 
     def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
@@ -692,6 +694,13 @@ class PairDataModule(LightningDataModule):
 def _place(split: Split) -> Split:
     """The split as which the images of ``split`` are used: queries are the test split."""
     return "test" if split == "query" else split
+
+
+def _chosen(source: ImageSource, mask: Tensor) -> ImageSource | None:
+    """The images where ``mask`` is True, not copied; None if there are none."""
+    if mask.all():
+        return source
+    return JoinedImages([source], list(source.class_names), mask.nonzero().flatten()) if mask.any() else None
 
 
 def _counted(source: ImageSource | None) -> str:
