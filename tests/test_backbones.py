@@ -179,7 +179,7 @@ def test_image_size_replaces_that_of_the_weights(resnet18: Any, tmp_path: Path) 
 
 def test_weights_of_an_own_checkpoint_keep_its_stem(tmp_path: Path) -> None:
     module = SimOModule(ImageEncoder("resnet10", width=0.125, image_size=8, in_channels=1))
-    fit(module, tmp_path, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    fit(module, tmp_path, max_steps=1, limit_val_batches=0).save_checkpoint(tmp_path / "a.ckpt")
     encoder = ImageEncoder("resnet10", str(tmp_path / "a.ckpt"), width=0.125, in_channels=1)
     assert encoder.stem == "small"
     expected = features(module.encoder, images(channels=1, size=8))
@@ -243,7 +243,7 @@ def test_a_checkpoint_needs_neither_the_file_nor_the_network(name: str, tmp_path
     size = 8 if name == "resnet18" else 32
     module = SimOModule(ImageEncoder(name, str(path), image_size=size, in_channels=1))
     if name == "resnet18":
-        fit(module, tmp_path, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+        fit(module, tmp_path, max_steps=1, limit_val_batches=0).save_checkpoint(tmp_path / "a.ckpt")
     else:
         save(module, tmp_path / "a.ckpt")
     path.unlink()
@@ -387,6 +387,38 @@ def test_stem_follows_the_image_size(size: int | None, stem: str) -> None:
     assert encoder.stem == stem
     assert encoder.preprocessing == (None if size is None else Preprocessing(size))
     assert describe(encoder)["init_args"]["stem"] == stem  # a later default cannot change a stored model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["timm/test_vit", "resnet10"])
+def test_lora_trains_adapters_alone_and_its_checkpoint_is_complete(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"image_size": 16} if name == "timm/test_vit" else {"width": 0.125}
+    plain = trained(ImageEncoder(name, in_channels=1, **options).backbone).state_dict()
+    path = write(plain, tmp_path / "a.safetensors")
+    module = SimOModule(ImageEncoder(name, str(path), in_channels=1, lora={"r": 4, "lora_alpha": 8}, **options))
+    batch = images(channels=1, size=16)
+    before = features(module.encoder, batch)  # type: ignore[arg-type]
+    untouched = features(ImageEncoder(name, str(path), in_channels=1, **options), batch)
+    torch.testing.assert_close(before, untouched, rtol=0, atol=0)  # the adapters start at 0
+    learns = {name for name, parameter in module.encoder.backbone.named_parameters() if parameter.requires_grad}
+    assert learns
+    assert all(".lora_" in name for name in learns)
+    optimizer = torch.optim.SGD([each for each in module.parameters() if each.requires_grad], lr=1.0)
+    module.encoder(batch).square().sum().backward()
+    optimizer.step()
+    after = features(module.encoder, batch)  # type: ignore[arg-type]
+    assert not torch.equal(before, after)
+    save(module, tmp_path / "a.ckpt")
+    path.unlink()
+    loaded = SimOModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(features(loaded.encoder, batch), after)  # type: ignore[arg-type]
+
+
+def test_lora_takes_no_argument_that_reads_or_imports() -> None:
+    with pytest.raises(ValueError, match=r"lora takes r, lora_alpha, .* got megatron_core"):
+        ImageEncoder("resnet10", width=0.125, lora={"r": 2, "megatron_core": "os"})
+    with pytest.raises(ValueError, match="lora does not fit the backbone: "):
+        ImageEncoder("resnet10", width=0.125, lora={"r": 2, "target_modules": ["nothing"]})
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from simo_lightning.callbacks import FreezeBackbone
 from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.schedules import check_finetuning
 from tests.checkpoint_parts import Flat, fit, trainer
-from tests.rank_processes import start_ranks
 
 EPOCHS, THAW = 4, 2
 
@@ -85,23 +84,6 @@ def test_running_statistics_of_a_frozen_backbone_stay(tmp_path: Path) -> None:
         if name.endswith("running_mean"):
             assert not torch.equal(thawed[name], last[name]), name
     assert second.keys() == first.keys()
-
-
-def ranks(folder: Path) -> None:
-    """Under DDP: frozen first, then the same weights on both ranks."""
-    seed_everything(0)
-    trained, snapshots = module(), Snapshots()
-    options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "limit_train_batches": 2, "limit_val_batches": 0}
-    run = fit(trained, folder, max_epochs=EPOCHS, callbacks=[FreezeBackbone(THAW), snapshots], **options)
-    first, thawed, last = snapshots.seen[0], snapshots.seen[THAW], snapshots.seen[-1]
-    assert all(torch.equal(first[name], thawed[name]) for name in first)
-    assert not torch.equal(thawed["conv1.weight"], last["conv1.weight"])
-    gathered = run.strategy.all_gather(last["conv1.weight"])
-    assert torch.equal(gathered[0], gathered[1])  # type: ignore[index]
-
-
-def test_two_processes_freeze_and_agree(tmp_path: Path) -> None:
-    assert start_ranks(2, ranks, tmp_path) == [0, 0]
 
 
 def test_what_cannot_be_frozen_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from simo_lightning import ImageEncoder, SimOModule
+from simo_lightning.callbacks import FreezeBackbone
 from simo_lightning.data import ClassBalancedSampler, LabelledImages, TensorPairDataModule
+from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.testing.trainers import small_trainer
 from tests.rank_processes import saved, start_ranks
 
@@ -48,14 +50,15 @@ class Sharded(SimOModule):
 
 
 def train(
-    folder: Path, data: Pairs, size: int | None = None, rate: float = 0.02, **arguments: Any
+    folder: Path, data: Pairs, size: int | None = None, rate: float = 0.02, frozen: bool = False, **arguments: Any
 ) -> dict[str, Tensor]:
-    """Weights after two epochs."""
+    """Weights after two epochs; with ``frozen`` the backbone is trained in the second alone, at its own rate."""
     torch.manual_seed(0)
     encoder = ImageEncoder("resnet10", width=0.125, stem="small", norm="group", embedding_dim=6)
     optimizer = partial(torch.optim.SGD, lr=rate, momentum=0.9)
-    trainer = small_trainer(folder, max_epochs=2, **arguments)
-    module = Sharded(encoder, optimizer=optimizer, micro_batch_size=size)
+    trainer = small_trainer(folder, max_epochs=2, callbacks=[FreezeBackbone(1)] if frozen else None, **arguments)
+    groups = ParameterGroups(backbone_lr_factor=0.5, layer_decay=0.8) if frozen else None
+    module = Sharded(encoder, optimizer=optimizer, micro_batch_size=size, parameter_groups=groups)
     if isinstance(arguments.get("strategy"), ModelParallelStrategy):
         module = module.double()  # it knows no precision="64-true"
     trainer.fit(module, data)
@@ -74,15 +77,20 @@ def run(folder: Path) -> None:
     }
     sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     weights["FSDP2"] = train(folder, Pairs(), devices=2, strategy=sharding)
+    weights["DDP, frozen"] = train(folder, Pairs(), frozen=True, devices=2, strategy="ddp", precision="64-true")
+    sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    weights["FSDP2, frozen"] = train(folder, Pairs(), frozen=True, devices=2, strategy=sharding)
     rank = torch.distributed.get_rank()
     torch.save(weights, folder / f"ranks.{rank}.pt")
 
 
 def test_two_processes_train_to_the_weights_of_one_with_their_batches_joined(tmp_path: Path) -> None:
     assert start_ranks(2, run, tmp_path) == [0, 0]
-    wanted = train(tmp_path, Joined(), precision="64-true", reload_dataloaders_every_n_epochs=1)
+    joined = {"precision": "64-true", "reload_dataloaders_every_n_epochs": 1}
+    expected = {frozen: train(tmp_path, Joined(), frozen=frozen, **joined) for frozen in (False, True)}
     for runs in saved(tmp_path, "ranks", 2):
         for kind, weights in runs.items():
+            wanted = expected["frozen" in kind]
             assert {weight.dtype for weight in weights.values()} == {torch.float64}
             largest = max(float((weights[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
             print(f"largest relative error of a weight after 8 steps, {kind}: {largest:.1e}")  # pytest -rP shows it

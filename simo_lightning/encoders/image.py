@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from simo_lightning.class_paths import InitArgumentsMixin, describe
 from simo_lightning.encoders.backbones import Request, named_backbone, refuse
+from simo_lightning.encoders.lora import add_lora
 from simo_lightning.encoders.resnet import Norm, Stem, norm_layer
 from simo_lightning.preprocessing import Preprocessing
 
@@ -44,6 +45,10 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
         feature_dim: F of a backbone given as a module; None for its attribute ``feature_dim``.
         preprocessing: How images become the input. None: that of the weights (for a file that of the backbone's default
             weights), with ``image_size`` if it is given; without weights only the size is known, if it is given.
+        lora: Freezes the backbone and adds low-rank adapters to it, by peft (the extra ``lora``): ``r``,
+            ``lora_alpha``, ``lora_dropout``, ``target_modules``, ``exclude_modules`` and ``use_rslora`` of
+            ``peft.LoraConfig``, such as ``{"r": 8}``. Without ``target_modules`` every linear layer gets one, or every
+            convolution of a backbone without linear layers. Running statistics of BatchNorm are updated as ever.
 
     Attributes:
         backbone: The module without its classifier.
@@ -87,6 +92,7 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
         in_channels: int = 3,
         feature_dim: int | None = None,
         preprocessing: Preprocessing | None = None,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_choice("norm", norm, (None, "batch", "layer", "group"))
@@ -111,6 +117,8 @@ class ImageEncoder(InitArgumentsMixin, nn.Module):
                 raise ValueError(f"in_channels must be 1 or 3 with weights, got {in_channels}")
             made = named_backbone(Request(backbone, weights, image_size, norm, stem, width, in_channels))
             self.backbone, self.feature_dim, self.min_size, known, self.stem = made
+        if lora is not None:
+            add_lora(self.backbone, lora)
         self.preprocessing = _preprocessing(preprocessing, known, image_size, in_channels)
         self.embedding_dim = self.feature_dim if embedding_dim is None else embedding_dim
         self.projector = _projector(projector, self.feature_dim, self.embedding_dim, hidden_dim, norm)
