@@ -99,18 +99,31 @@ def knn_accuracy(
 def _check_knn(queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int, chunk_size: int) -> None:
     check_embeddings(queries, name="queries")
     check_embeddings(bank, bank_labels, "bank", "bank_labels")
-    if queries.shape[1] != bank.shape[1]:
-        raise ValueError(
-            f"queries and bank must have shapes (M, D) and (N, D), got {tuple(queries.shape)} and {tuple(bank.shape)}"
-        )
+    check_pair(queries, bank, "queries", "bank")
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be in 1..{len(bank)}, the size of the bank, got k={k}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    for name, embeddings in (("queries", queries), ("bank", bank)):
-        invalid = int((~embeddings.isfinite()).any(dim=1).sum())
-        if invalid:
-            raise ValueError(f"{name} must be finite, got nan or inf in {invalid} of {len(embeddings)} embeddings")
+    check_finite(queries, "queries")
+    check_finite(bank, "bank")
+
+
+def check_pair(queries: Tensor, bank: Tensor, name: str, bank_name: str) -> None:
+    """Raise unless queries ``(M, D)`` and a bank ``(N, D)`` have the same D and device."""
+    if queries.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"{name} and {bank_name} must have shapes (M, D) and (N, D), "
+            f"got {tuple(queries.shape)} and {tuple(bank.shape)}"
+        )
+    if queries.device != bank.device:
+        raise ValueError(f"{bank_name} must be on {queries.device}, where {name} are, got {bank.device}")
+
+
+def check_finite(embeddings: Tensor, name: str) -> None:
+    """Raise if an embedding ``(N, D)`` has nan or inf."""
+    invalid = int((~embeddings.isfinite()).any(dim=1).sum())
+    if invalid:
+        raise ValueError(f"{name} must be finite, got nan or inf in {invalid} of {len(embeddings)} embeddings")
 
 
 def unit_vectors(embeddings: Tensor) -> Tensor:
