@@ -27,7 +27,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
     All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps
-    return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate.
+    return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate. Any trainer logs kNN and geometry
+    after validation and test, with the callbacks of :func:`~simo_lightning.callbacks.default_callbacks`, unless
+    ``default_callbacks`` is False.
 
     Args:
         encoder: Maps images ``(N, C, H, W)`` to embeddings ``(N, D)``.
@@ -48,6 +50,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             same masks in both passes.
         compile: Compile the encoder with ``torch.compile`` when a fit starts. Needs a C++ compiler, on a GPU Triton.
 
+    Attributes:
+        default_callbacks: Whether to add callbacks to the trainer that are missing there.
+
     Raises:
         ValueError: If ``micro_batch_size`` is less than 1.
 
@@ -62,6 +67,8 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         passes; here ``torch.utils.checkpoint`` repeats the forward pass inside autograd, so DDP, gradient scaling and
         accumulation see one backward pass.
     """
+
+    default_callbacks: bool = True
 
     def __init__(
         self,
@@ -182,6 +189,12 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             torch.default_generator.manual_seed(mixed)
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).manual_seed(mixed)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Callbacks that log kNN and geometry, without those that the trainer has."""
+        from simo_lightning.callbacks import default_callbacks  # takes as long to import as all the rest
+
+        return default_callbacks(self.trainer) if self.default_callbacks else []
 
     def configure_optimizers(self) -> Any:
         """Optimizer of the encoder's and the loss's parameters, and its schedule."""

@@ -1,6 +1,6 @@
 """Evaluate the encoder by nearest neighbours among the training images during training."""
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from simo_lightning.callbacks.embed import embed_loader
+from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.distributed import sum_over_ranks
 from simo_lightning.functional.geometry import nearest_class_mean_predict
@@ -21,10 +21,10 @@ class OnlineKNN(EvaluationCallback):
     """Log the accuracy of a k-nearest-neighbour classifier as ``val/knn`` and ``test/knn``.
 
     The queries are the embeddings that validation and test steps return as ``outputs["embeddings"]`` with
-    ``outputs["labels"]``. The bank is training images without augmentation, from the data module's
-    ``bank_dataloader(limit=bank_size)`` and ``prepare(batch, augment=False)``, embedded by ``pl_module.embed(images)``
-    in the trainer's precision. Every process embeds its share of the bank and classifies its own queries. A module
-    whose steps return no embeddings is not evaluated.
+    ``outputs["labels"]``. The bank is training images without augmentation: of the data module's
+    ``bank_dataloader(limit=bank_size)``, or of any data loader. They are embedded in the trainer's precision, as
+    :func:`~simo_lightning.callbacks.embed.embed_loader` does. Every process embeds its share of the bank and classifies
+    its own queries.
 
     From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
     class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
@@ -34,50 +34,69 @@ class OnlineKNN(EvaluationCallback):
         bank_size: Number of training images to compare with; None: all.
         every_n_epochs: Epochs of training from one evaluation to the next; in between, checkpoints see the last
             values. ``trainer.validate`` and ``trainer.test`` always evaluate.
+        bank: Loader of the images to compare with, whose labels are those of the queries; None: the data module's
+            ``bank_dataloader``. Its batches reach the module as those of validation do.
+        embed: Maps the module and a batch of the bank to embeddings ``(N, D)`` and labels ``(N,)``; None: for batches
+            ``(images, labels)``, by the module's ``embed`` or else its ``forward``.
 
     Raises:
-        ValueError: If a number is below 1; and at the start of a fit, if k exceeds the images of the bank.
-        TypeError: With the first embeddings, if the data module has no ``bank_dataloader`` and ``prepare``, or the
-            module no ``embed``.
+        ValueError: If a number is below 1, or `bank_size` is given with `bank`; and at the start of a run, if there is
+            no bank or k exceeds its images.
     """
 
     progress_bar = frozenset({"knn"})
 
-    def __init__(self, k: int = 20, bank_size: int | None = None, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self,
+        k: int = 20,
+        bank_size: int | None = None,
+        every_n_epochs: int = 1,
+        bank: DataLoader | None = None,
+        embed: EmbedBatch | None = None,
+    ) -> None:
         super().__init__(every_n_epochs)
         for name, value in (("k", k), ("bank_size", bank_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if bank_size is not None and k > bank_size:
             raise ValueError(f"k must be at most bank_size={bank_size}, got k={k}")
+        if bank_size is not None and bank is not None:
+            raise ValueError(f"bank_size must be None with a bank, which is used as it is, got {bank_size}")
         self.k = k
         self.bank_size = bank_size
+        self.bank = bank
+        self.embed = embed
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     @override
+    def missing(self, trainer: Trainer) -> list[str]:
+        has_bank = self.bank is not None or callable(getattr(_datamodule(trainer), "bank_dataloader", None))
+        return (
+            []
+            if has_bank
+            else ["a bank to compare with: OnlineKNN(bank=loader), or a data module with bank_dataloader"]
+        )
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        make_loader = getattr(getattr(trainer, "datamodule", None), "bank_dataloader", None)
-        if not trainer.enable_validation or make_loader is None or not callable(getattr(pl_module, "embed", None)):
+        super().on_fit_start(trainer, pl_module)
+        if not self.required or not trainer.enable_validation:
             return
-        loader = make_loader(limit=self.bank_size)
+        loader = self._bank_loader(trainer)
         if isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized):  # else the size is not known yet
             share = torch.tensor(len(loader.sampler), device=trainer.strategy.root_device)
-            self._check_k(int(sum_over_ranks(share)))
+            self._check_k(int(sum_over_ranks(share)) if self.bank is None else len(loader.sampler))
+
+    def _bank_loader(self, trainer: Trainer) -> Iterable[Any]:
+        """This process's share of the bank."""
+        if self.bank is not None:
+            return own_batches(trainer, self.bank)
+        loader: Iterable[Any] = _datamodule(trainer).bank_dataloader(limit=self.bank_size)
+        return loader
 
     def _check_k(self, bank_size: int) -> None:
         if self.k > bank_size:
             raise ValueError(f"k must be at most the {bank_size} images of the bank, got k={self.k}")
-
-    @override
-    def check(self, trainer: Trainer) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
-        for part, owner, method in (
-            ("data module", datamodule, "bank_dataloader"),
-            ("data module", datamodule, "prepare"),
-            ("module", trainer.lightning_module, "embed"),
-        ):
-            if not callable(getattr(owner, method, None)):
-                raise TypeError(f"OnlineKNN requires a {part} with the method {method}, got {type(owner).__name__}")
 
     @override
     def reset(self, trainer: Trainer) -> None:
@@ -92,8 +111,10 @@ class OnlineKNN(EvaluationCallback):
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if not self._queries:
             return {}
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        bank, bank_labels = embed_loader(trainer, pl_module, datamodule.bank_dataloader(limit=self.bank_size))
+        bank, bank_labels = embed_loader(trainer, pl_module, self._bank_loader(trainer), self.embed)
+        if not self.required and self.k > len(bank):
+            self._tell_once(f"OnlineKNN is left out: k={self.k} exceeds the {len(bank)} images of the bank")
+            return {}
         self._check_k(len(bank))
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
@@ -104,6 +125,10 @@ class OnlineKNN(EvaluationCallback):
         correct = [(predicted == labels).sum() for predicted in predictions.values()]
         *correct, count = sum_over_ranks(torch.stack([*correct, torch.tensor(len(labels), device=labels.device)]))
         return {name: number.float() / count for name, number in zip(predictions, correct, strict=True)}
+
+
+def _datamodule(trainer: Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
 
 
 def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
