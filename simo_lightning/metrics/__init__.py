@@ -11,6 +11,7 @@ from simo_lightning.metrics.heads import NC3, NearestClassMeanAccuracy
 from simo_lightning.metrics.moments import ClassMomentsMetric
 from simo_lightning.metrics.retrieval import MAPAtR, RecallAtK, RPrecision
 from simo_lightning.metrics.uniformity import Uniformity
+from simo_lightning.metrics.unknown import FPRAtRecall
 
 globals().update(CLASSES)
 
@@ -55,6 +56,15 @@ if TYPE_CHECKING:  # the same classes for type checkers and editors, written by 
     # end: written
 
 
-__all__ = ["NC3", "ClassMomentsMetric", "MAPAtR", "NearestClassMeanAccuracy", "RPrecision", "RecallAtK", "Uniformity"]
+__all__ = [
+    "NC3",
+    "ClassMomentsMetric",
+    "FPRAtRecall",
+    "MAPAtR",
+    "NearestClassMeanAccuracy",
+    "RPrecision",
+    "RecallAtK",
+    "Uniformity",
+]
 __all__ += ["geometry_metrics", "metric_class"]
 __all__ += sorted(CLASSES)
