@@ -2,9 +2,11 @@
 
 ``load_from_checkpoint(path)`` needs nothing else where the module's arguments can be described as in a config: numbers,
 strings, optimizers, schedulers, and modules that remember their arguments
-(:class:`~simo_lightning.class_paths.InitArgumentsMixin`) or were made by the command line.
+(:class:`~simo_lightning.class_paths.InitArgumentsMixin`) or were made by the command line. The ``preprocessing`` of a
+module is among them, whether it was passed or computed from the training images.
 """
 
+import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,8 +38,10 @@ from simo_lightning.class_paths import (
     refuse_paths,
 )
 from simo_lightning.lightning_private import given_arguments
+from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
 
 _KEY = "simo_module"
+_SHARDED = "meta.pt"  # in the folder of a sharded checkpoint: all but weights and optimizer states
 _EXTRA_BYTES = 2**28  # that building a module may take beyond its weights, such as for a classifier that is removed
 
 File = str | Path | IO[bytes]
@@ -47,7 +51,9 @@ class CheckpointMixin(InitArgumentsMixin):
     """Stores the class path and the arguments of a LightningModule in its checkpoints. Goes before LightningModule.
 
     A subclass with arguments of its own needs nothing more. An argument that is neither plain data nor has a
-    description is not stored, and must be passed again to :meth:`load_from_checkpoint`.
+    description is not stored, and must be passed again to :meth:`load_from_checkpoint`. If the module has an attribute
+    ``preprocessing``, its value when the checkpoint is written is stored among the arguments, and set again where the
+    checkpoint is loaded or resumed from.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
@@ -63,7 +69,10 @@ class CheckpointMixin(InitArgumentsMixin):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the class path and arguments to the `checkpoint`, and convert its other entries to plain data."""
-        arguments = self.__dict__.get("_init_arguments", {})
+        arguments = dict(self.__dict__.get("_init_arguments", {}))
+        preprocessing = known_preprocessing(self)  # type: ignore[arg-type]
+        if preprocessing is not None:
+            arguments["preprocessing"] = describe(preprocessing)
         for key in ("hyper_parameters", "datamodule_hyper_parameters"):  # of save_hyperparameters(), with any object
             if key in checkpoint:
                 checkpoint[key] = _plain_arguments(checkpoint[key])
@@ -72,7 +81,11 @@ class CheckpointMixin(InitArgumentsMixin):
         checkpoint[_KEY] = {"class_path": class_path(type(self)), "init_args": arguments}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError if the weights of a `checkpoint` do not fit, or a fit cannot be resumed from it."""
+        """Take the preprocessing of a `checkpoint`.
+
+        Raises ValueError if its weights do not fit, a fit cannot be resumed from it, or another preprocessing was
+        passed to this module.
+        """
         trainer: Any = getattr(self, "_trainer", None)
         if trainer is None:  # load_from_checkpoint, which knows the path
             return
@@ -83,6 +96,8 @@ class CheckpointMixin(InitArgumentsMixin):
                 f"checkpoint {path} holds weights alone (save_weights_only), so a fit cannot be resumed from it: "
                 f"start a new one from its weights, {type(self).__name__}.load_from_checkpoint(path)"
             )
+        if takes_preprocessing(self):
+            _take_preprocessing(self, _preprocessing(_init_args(checkpoint), path), path)
 
     @classmethod
     def load_from_checkpoint(
@@ -119,21 +134,28 @@ class CheckpointMixin(InitArgumentsMixin):
         stored = {**_stored(checkpoint, checkpoint_path)["init_args"], **_from_hparams_file(cls, hparams_file)}
         weights = checkpoint["state_dict"]
         stored = {name: value for name, value in stored.items() if name not in kwargs}
-        with _MemoryLimit(weights):
+        preprocessing = _preprocessing(stored, checkpoint_path)
+        stored.pop("preprocessing", None)
+        with MemoryLimit(weights):
             refuse_paths(cls, stored)
             arguments = {name: _argument(name, value, trusted, checkpoint_path) for name, value in stored.items()}
             with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
                 module: Any = cls(**arguments, **kwargs)
+        if preprocessing is not None:  # set afterwards, as a subclass may have no such argument
+            module.preprocessing = preprocessing
         if is_overridden("configure_model", module):
             module.configure_model()
-        module.on_load_checkpoint(checkpoint)
+        with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
+            module.on_load_checkpoint(checkpoint)
         strict = module.strict_loading if strict is None else strict
         check_weights(module, weights, checkpoint_path, strict)
         module.load_state_dict(weights, strict=strict)
         return module.to(_device(weights))
 
 
-def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: File, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None
+) -> dict[str, Any]:
     """Read a checkpoint file.
 
     Args:
@@ -141,6 +163,7 @@ def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | N
         map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU.
         weights_only: None or True: the file may hold tensors, numbers, strings, lists and dictionaries, and runs no
             code. False: it may hold any object, and **runs the code it holds**.
+        mmap: As in ``torch.load``: True maps the file into memory, so that only what is used is read.
 
     Returns:
         The checkpoint.
@@ -156,7 +179,7 @@ def read_checkpoint(path: File, map_location: Any = None, weights_only: bool | N
     safe = weights_only is None or weights_only
     try:
         size = _check_archive(path) if safe else 0
-        checkpoint = torch.load(path, map_location=map_location, weights_only=safe)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=safe, mmap=mmap)
         if safe:
             _check_sizes(checkpoint, size)
     except Exception as error:  # a damaged file fails anywhere
@@ -201,14 +224,25 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
         trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`.
 
     Returns:
-        The module's ``encoder``.
+        The module's ``encoder``. Its attribute ``preprocessing`` is that of the module, if the checkpoint has one:
+        ``encoder(encoder.preprocessing(images))`` are the embeddings of uint8 images of any size.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As :meth:`CheckpointMixin.load_from_checkpoint`, or if the module has no encoder.
     """
     checkpoint = read_checkpoint(path, map_location)
-    description = _stored(checkpoint, path)["init_args"].get("encoder")
+    arguments = _stored(checkpoint, path)["init_args"]
+    preprocessing = _preprocessing(arguments, path)
+    encoder = _encoder(checkpoint, arguments.get("encoder"), path, map_location, trusted)
+    if preprocessing is not None:
+        setattr(encoder, "preprocessing", preprocessing)  # noqa: B010  # nn.Module declares only tensors and modules
+    return encoder
+
+
+def _encoder(
+    checkpoint: dict[str, Any], description: Any, path: File, map_location: Any, trusted: Iterable[Trusted] | Trusted
+) -> nn.Module:
     if description is None:  # built inside the module
         encoder = getattr(load_module(path, map_location, trusted), "encoder", None)
         if not isinstance(encoder, nn.Module):
@@ -216,13 +250,103 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
         return encoder
     prefix, weights = "encoder.", checkpoint["state_dict"]
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    with _MemoryLimit(weights):
+    with MemoryLimit(weights):
         encoder = _argument("encoder", description, trusted, path)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"the encoder of checkpoint {path} must be an nn.Module, got {type(encoder).__name__}")
     check_weights(encoder, weights, path)
     encoder.load_state_dict(weights)
     return encoder.to(_device(weights))
+
+
+def load_preprocessing(path: str | Path) -> Preprocessing | None:
+    """The preprocessing of a checkpoint alone; its weights are not read.
+
+    Args:
+        path: File, or the folder of a sharded checkpoint.
+
+    Returns:
+        The preprocessing; None if the checkpoint has none, since an older version or another package wrote it, or holds
+        more than plain data.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or its preprocessing is not valid.
+    """
+    sharded = Path(path, _SHARDED)
+    try:
+        if sharded.is_file():
+            checkpoint = torch.load(sharded, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = read_checkpoint(path, "cpu", mmap=True)
+    except (pickle.UnpicklingError, ValueError) as error:
+        if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+            return None  # what reads all of it decides whether it is trusted
+        raise
+    return _preprocessing(_init_args(checkpoint), path)
+
+
+def adopt_preprocessing(module: nn.Module, path: str | Path) -> None:
+    """Give a module the preprocessing of the checkpoint that is about to be loaded into it.
+
+    A data module then reads images as the model does from the start. Does nothing if either has no preprocessing.
+
+    Args:
+        module: Changed if it has an attribute ``preprocessing``.
+        path: As for :func:`load_preprocessing`.
+
+    Raises:
+        ValueError: As :func:`load_preprocessing`, or if another preprocessing was passed to the module.
+    """
+    if takes_preprocessing(module):
+        _take_preprocessing(module, load_preprocessing(path), path)
+
+
+def known_preprocessing(module: nn.Module) -> Preprocessing | None:
+    """The preprocessing of a module; if it has none, that of its encoder if mean and std are known.
+
+    Args:
+        module: May have attributes ``preprocessing`` and ``encoder``.
+
+    Returns:
+        The preprocessing, or None.
+    """
+    own = getattr(module, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    inner = getattr(getattr(module, "encoder", None), "preprocessing", None)
+    return inner if isinstance(inner, Preprocessing) and inner.mean is not None else None
+
+
+def _take_preprocessing(module: Any, stored: Preprocessing | None, path: File) -> None:
+    """Set the module's preprocessing to that of a file; raise if another one was passed to the module."""
+    if stored is None:
+        return
+    passed = module.__dict__.get("_init_arguments", {}).get("preprocessing")
+    given = passed["init_args"] if isinstance(passed, dict) and "init_args" in passed else {}
+    different = stored.differences(given)
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{name} of the preprocessing of {type(module).__name__} must be that of checkpoint {path}, "
+            f"{_shown(getattr(stored, name))}, got {_shown(given[name])}: leave the argument out"
+        )
+    module.preprocessing = stored
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _preprocessing(arguments: Mapping[str, Any], path: File) -> Preprocessing | None:
+    """The preprocessing among the arguments of a file; of no other class than Preprocessing."""
+    description = arguments.get("preprocessing")
+    if description is None:
+        return None
+    with _error_in_one_line(f"the preprocessing of checkpoint {path} cannot be used"):
+        if not isinstance(description, dict) or description.get("class_path") != class_path(Preprocessing):
+            raise ValueError(f"it must be a {class_path(Preprocessing)}, got {str(description)[:100]}")
+        return Preprocessing(**description["init_args"])
 
 
 def check_weights(module: nn.Module, weights: Mapping[str, Any], path: Any, strict: bool = True) -> None:
@@ -266,6 +390,13 @@ def _stored(checkpoint: dict[str, Any], path: File) -> dict[str, Any]:
             f"checkpoint {path} must hold class_path and init_args in {_KEY!r}, got {type(stored).__name__}"
         )
     return stored
+
+
+def _init_args(checkpoint: dict[str, Any]) -> Mapping[str, Any]:
+    """The module's arguments in a checkpoint of any origin, none in a foreign one."""
+    stored = checkpoint.get(_KEY) if isinstance(checkpoint, dict) else None
+    arguments = stored.get("init_args") if isinstance(stored, dict) else None
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def _argument(name: str, description: Any, trusted: Iterable[Trusted] | Trusted, path: File) -> Any:
@@ -380,10 +511,13 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-class _MemoryLimit(TorchDispatchMode):
+class MemoryLimit(TorchDispatchMode):
     """Limits the memory of all tensors created in this context, so that no number in a file can claim gigabytes.
 
     The limit is a multiple of the weights' size. A tensor counts for at least 32 KiB, as its layer takes memory too.
+
+    Args:
+        weights: The ``state_dict`` of the file.
     """
 
     def __init__(self, weights: Mapping[str, Any]) -> None:

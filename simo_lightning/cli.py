@@ -37,7 +37,7 @@ from simo_lightning.callbacks import (
 )
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.checkpoints import adopt_preprocessing, read_checkpoint
 from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
 from simo_lightning.parser import SimoParser, user_error
@@ -188,7 +188,10 @@ class SimoCLI(FunctionCLI):
             _print(line)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with mismatch_in_one_line(self.config[subcommand].ckpt_path):
+        path = self.config[subcommand].ckpt_path
+        with mismatch_in_one_line(path):
+            if path is not None and Path(path).exists():  # so that the data are read at once as the model requires
+                adopt_preprocessing(self.model, path)
             super()._run_subcommand(subcommand)
 
     def plot(self, **arguments: Any) -> None:

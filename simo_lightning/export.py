@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simo_lightning.checkpoints import load_encoder
+from simo_lightning.checkpoints import known_preprocessing, load_encoder
 from simo_lightning.class_paths import Trusted
 from simo_lightning.extras import missing_extra
+from simo_lightning.preprocessing import Preprocessing
 
 Format = Literal["torch", "onnx"]
 
@@ -50,7 +51,7 @@ class RawImageEncoder(nn.Module):
 def export_encoder(
     source: str | Path | nn.Module,
     path: str | Path,
-    image_size: int | tuple[int, int],
+    image_size: int | tuple[int, int] | None = None,
     format: Format | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -59,18 +60,20 @@ def export_encoder(
 ) -> Path:
     """Write an encoder, in evaluation mode and float32, with a dynamic batch size.
 
-    Read it with ``torch.export.load(path).module()(images)`` or ONNX Runtime. Its input is named "images", its output
-    "embeddings".
+    The file of a model whose preprocessing is known takes uint8 images ``(N, C, H, W)`` of the model's size and
+    normalises them itself. Read it with ``torch.export.load(path).module()(images)`` or ONNX Runtime. Its input is
+    named "images", its output "embeddings".
 
     Args:
         source: A checkpoint, a module with an ``encoder``, or an encoder, which is not changed.
         path: File to write; its folder is created.
-        image_size: Side of the images in pixels, or height and width.
+        image_size: Side of the images in pixels, or height and width; None for that of the source's preprocessing.
         format: "torch" (.pt2) or "onnx", which needs the extra ``export``; None for that of the file's suffix.
-        mean: Mean of each channel on the scale 0..1, such as the data module's ``mean`` after setup; the file then
-            takes uint8 images in 0..255. None for a file that takes normalised float32 images.
+        mean: Mean of each channel on the scale 0..1; None for that of the source's preprocessing. If neither is known
+            the file takes normalised float32 images.
         std: Standard deviation of each channel on the same scale; with ``mean``.
-        in_channels: Channels of the images; None for those of ``mean``, else the encoder's ``in_channels``, else 3.
+        in_channels: Channels of the images; None for those of the preprocessing or of ``mean``, else the encoder's
+            ``in_channels``, else 3.
         trusted: For a checkpoint, as in :func:`~simo_lightning.checkpoints.load_encoder`.
 
     Returns:
@@ -79,14 +82,18 @@ def export_encoder(
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ImportError: If the extra ``export`` is not installed.
-        ValueError: If the source has no encoder, the format is unknown, only one of mean and std is given, or the
-            encoder does not accept such images; for a checkpoint, as ``load_encoder``.
+        ValueError: If the source has no encoder, the format is unknown, only one of mean and std is given, an argument
+            contradicts the source's preprocessing, the image size is not known, or the encoder does not accept such
+            images; for a checkpoint, as ``load_encoder``.
 
     Example:
-        >>> from simo_lightning import ImageEncoder
+        >>> from simo_lightning import ImageEncoder, SimOModule
+        >>> from simo_lightning.preprocessing import Preprocessing
         >>> folder = getfixture("tmp_path")
-        >>> written = export_encoder(ImageEncoder("resnet10", width=0.125), folder / "encoder.pt2", image_size=32)
-        >>> torch.export.load(written).module()(torch.zeros(5, 3, 32, 32)).shape
+        >>> preprocessing = Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+        >>> module = SimOModule(ImageEncoder("resnet10", width=0.125), preprocessing=preprocessing)
+        >>> written = export_encoder(module, folder / "encoder.pt2")
+        >>> torch.export.load(written).module()(torch.zeros(5, 3, 32, 32, dtype=torch.uint8)).shape
         torch.Size([5, 16])
     """
     path = Path(path)
@@ -96,7 +103,19 @@ def export_encoder(
         raise ValueError(f"format must be 'torch' or 'onnx', or the path end in .pt2 or .onnx, got {format!r}, {path}")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given both or neither, got {mean} and {std}")
-    model = _encoder_of(source, trusted)
+    model, preprocessing = _encoder_of(source, trusted)
+    if preprocessing is not None:
+        given = {"image_size": image_size, "mean": mean, "std": std, "channels": in_channels}
+        for name in preprocessing.differences(given):
+            value = getattr(preprocessing, name)
+            raise ValueError(
+                f"{'in_channels' if name == 'channels' else name} must be that of the model's preprocessing, {value}, "
+                f"got {given[name]}: leave it out"
+            )
+        image_size, in_channels = preprocessing.size, preprocessing.channels
+        mean, std = preprocessing.mean or mean, preprocessing.std or std
+    if image_size is None:
+        raise ValueError("image_size must be given for an encoder whose preprocessing is not known, got None")
     channels = in_channels or (len(mean) if mean is not None else getattr(model, "in_channels", None) or 3)
     if mean is not None and std is not None:
         model = RawImageEncoder(model, mean, std)
@@ -110,14 +129,21 @@ def export_encoder(
     return path
 
 
-def _encoder_of(source: str | Path | nn.Module, trusted: Iterable[Trusted]) -> nn.Module:
+def _encoder_of(source: str | Path | nn.Module, trusted: Iterable[Trusted]) -> tuple[nn.Module, Preprocessing | None]:
+    """A copy of the encoder on the CPU in float32, and its preprocessing as far as it is known."""
     if isinstance(source, (str, Path)):
-        return load_encoder(source, map_location="cpu", trusted=trusted).float()
+        source = load_encoder(source, map_location="cpu", trusted=trusted).float()
+        return source, _preprocessing_of(source)
     if not isinstance(source, nn.Module):
         raise ValueError(f"source must be a checkpoint, a module or an encoder, got {type(source).__name__}")
-    encoder = getattr(source, "encoder", source)
-    copied: nn.Module = deepcopy(encoder if isinstance(encoder, nn.Module) else source)
-    return copied.cpu().float()
+    inner = getattr(source, "encoder", source)
+    encoder = inner if isinstance(inner, nn.Module) else source
+    return deepcopy(encoder).cpu().float(), known_preprocessing(source) or _preprocessing_of(encoder)
+
+
+def _preprocessing_of(encoder: nn.Module) -> Preprocessing | None:
+    found = getattr(encoder, "preprocessing", None)
+    return found if isinstance(found, Preprocessing) else None
 
 
 def _write_torch(model: nn.Module, images: Tensor, path: Path) -> None:

@@ -5,9 +5,13 @@ import re
 EXTRAS = {
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
+    "datasets": "hub",
+    "huggingface_hub": "hub",
+    "pytorch_metric_learning": "losses",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pyarrow": "parquet",
     "umap": "umap",
 }
 

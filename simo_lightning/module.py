@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.checkpoints import CheckpointMixin
-from simo_lightning.distributed import gather_rows
+from simo_lightning.checkpoints import CheckpointMixin, MemoryLimit, known_preprocessing
+from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.lightning_private import attached_trainer
-from simo_lightning.losses import SimOLoss
+from simo_lightning.losses import SimOLoss, configure_loss
+from simo_lightning.preprocessing import Preprocessing, encoder_input
 from simo_lightning.schedules import with_schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -34,7 +35,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
     Args:
         encoder: Maps images ``(N, C, H, W)`` to embeddings ``(N, D)``.
         loss: ``(embeddings, labels) -> scalar``; SimOLoss by default, or any other, such as those of
-            pytorch-metric-learning. If it has ``terms(embeddings, labels)``, each term is logged by its name.
+            pytorch-metric-learning. If it has ``terms(embeddings, labels)``, each term is logged by its name. If it has
+            ``configure(num_classes, embedding_dim)``, as :class:`~simo_lightning.losses.ConfigurableLoss` describes, a
+            fit calls it before the optimizer is made.
         optimizer: Maps parameters to an optimizer.
         lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. A scheduler with a method
             ``set_total_steps``, such as OneCycle, gets the length of the run and steps once per batch; others step
@@ -49,6 +52,11 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             once per part; choose norm "layer" or "group" if the result must not depend on this size. Dropout draws the
             same masks in both passes.
         compile: Compile the encoder with ``torch.compile`` when a fit starts. Needs a C++ compiler, on a GPU Triton.
+        preprocessing: How an image becomes the input of the encoder. Every checkpoint stores it, so that validation,
+            prediction, export and :meth:`embed` treat images as training did. None, or a mean of None: the data module
+            completes it when a fit starts, from its own arguments, the encoder's ``preprocessing`` (of pretrained
+            weights), and the training images. It is then an attribute of this module, and binding: set it to None
+            before a fit that reads its images otherwise.
 
     Attributes:
         default_callbacks: Whether to add callbacks to the trainer that are missing there.
@@ -58,8 +66,11 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     Example:
         >>> from simo_lightning.encoders import ImageEncoder
-        >>> module = SimOModule(ImageEncoder("resnet10", width=0.125), SimOLoss(form="log"))
-        >>> module.embed(torch.zeros(2, 3, 32, 32)).shape
+        >>> from simo_lightning.preprocessing import Preprocessing
+        >>> preprocessing = Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+        >>> encoder = ImageEncoder("resnet10", width=0.125)
+        >>> module = SimOModule(encoder, SimOLoss(form="log"), preprocessing=preprocessing)
+        >>> module.embed(torch.zeros(2, 3, 40, 60, dtype=torch.uint8)).shape
         torch.Size([2, 16])
 
     Source:
@@ -79,6 +90,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         channels_last: bool = False,
         micro_batch_size: int | None = None,
         compile: bool = False,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -90,14 +102,44 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.micro_batch_size = micro_batch_size
         self.compile_encoder = compile
+        self.preprocessing = preprocessing
+        self.loss_sizes: dict[str, int | None] | None = None  # what the loss was configured with
 
     def setup(self, stage: str) -> None:
         """Compile the encoder for a fit; the names of its weights stay."""
         if self.compile_encoder and stage == "fit":
             self.encoder.compile()
 
+    def configure_model(self) -> None:
+        """Give the loss the number of classes of training and the dimension of the embeddings."""
+        trainer = attached_trainer(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            data, dimension = getattr(trainer, "datamodule", None), getattr(self.encoder, "embedding_dim", None)
+            self._configure_loss(_number_of_classes(data), dimension)
+
+    def _configure_loss(self, num_classes: int | None, embedding_dim: int | None) -> None:
+        configure_loss(self.loss, num_classes, embedding_dim)
+        self.loss_sizes = {"num_classes": num_classes, "embedding_dim": embedding_dim}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the loss was configured with."""
+        super().on_save_checkpoint(checkpoint)
+        if self.loss_sizes is not None:
+            checkpoint["simo_module"]["loss_sizes"] = self.loss_sizes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Configure the loss as it was, unless the data of this fit have configured it."""
+        stored = checkpoint.get("simo_module")
+        sizes = stored.get("loss_sizes") if isinstance(stored, dict) else None
+        if sizes is not None and self.loss_sizes is None:
+            sizes = _checked_sizes(sizes)
+            with MemoryLimit(checkpoint["state_dict"]):
+                self._configure_loss(**sizes)
+        super().on_load_checkpoint(checkpoint)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings ``(N, D)`` of normalised images ``(N, C, H, W)``."""
+        """Embeddings ``(N, D)`` of images ``(N, C, H, W)``, as :meth:`embed` but in the dtype of the encoder."""
+        images = encoder_input(images, known_preprocessing(self), check_range=not self.training)
         embeddings: Tensor = self.encoder(images.to(self.dtype, memory_format=self.memory_format))
         return embeddings
 
@@ -105,10 +147,15 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         """Embeddings in float32 or better, as the loss and the metrics take them.
 
         Args:
-            images: Normalised, ``(N, C, H, W)``.
+            images: ``(N, C, H, W)``: uint8 of any size, which are resized and normalised by ``preprocessing``; or
+                floats that already are, which are embedded as they are.
 
         Returns:
             ``(N, D)``.
+
+        Raises:
+            ValueError: If ``preprocessing`` is known and the images have another number of channels, or, outside of
+                training, are floats that cannot be normalised; or if they are uint8 and it is not known.
         """
         embeddings = self(images)
         return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
@@ -117,7 +164,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         """Loss of the global batch, and this process's embeddings and labels for the callbacks."""
         images, labels = batch
         embeddings = self._embed_micro_batches(images)
-        terms = self.loss_terms(gather_rows(embeddings), gather_rows(labels))
+        embeddings_of_all, labels_of_all = gather_rows(embeddings), gather_rows(labels)
+        with self._draws_of_all_ranks(batch_idx):
+            terms = self.loss_terms(embeddings_of_all, labels_of_all)
         first, *others = terms.values()
         loss = sum(others, first)
         if not loss.isfinite():
@@ -127,6 +176,22 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             if len(terms) > 1:
                 self.log_dict({f"train/loss_{name}": term for name, term in terms.items()})
         return {"loss": loss, "embeddings": embeddings.detach(), "labels": labels}
+
+    @contextmanager
+    def _draws_of_all_ranks(self, batch_idx: int) -> Iterator[None]:
+        """Random numbers that are the same on every rank, for a loss or miner that draws any."""
+        if world_size() == 1:
+            yield
+            return
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        mixed = int(np.random.SeedSequence((seed, self.current_epoch, batch_idx)).generate_state(1)[0])
+        kind = self.device.type
+        devices = [] if kind == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            torch.default_generator.manual_seed(mixed)
+            if devices:
+                torch.get_device_module(self.device).manual_seed(mixed)
+            yield
 
     def _is_reported(self, batch_idx: int) -> bool:
         """Whether a logger, the progress bar or a monitor reads this step's loss, since ``log`` takes 0.4 ms."""
@@ -200,6 +265,22 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         """Optimizer of the encoder's and the loss's parameters, and its schedule."""
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         return with_schedule(optimizer, self.lr_scheduler, self.trainer)
+
+
+def _number_of_classes(data: Any) -> int | None:
+    """Number of classes that a data module trains on; None if it does not say."""
+    names = getattr(data, "train_class_names", None)
+    number = getattr(data, "num_train_classes", None) if names is None else len(names)
+    return getattr(data, "num_classes", None) if number is None else number
+
+
+def _checked_sizes(sizes: Any) -> dict[str, int | None]:
+    """Numbers from a file. Raises ValueError unless they are two positive integers or None."""
+    names = {"num_classes", "embedding_dim"}
+    sound = isinstance(sizes, dict) and sizes.keys() == names
+    if not sound or not all(each is None or (type(each) is int and each >= 1) for each in sizes.values()):
+        raise ValueError(f"loss_sizes of a checkpoint must hold {' and '.join(sorted(names))}, got {str(sizes)[:100]}")
+    return dict(sizes)
 
 
 def _forward_contexts(module: nn.Module) -> tuple[Any, Any]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
-from simo_lightning.checkpoints import CheckpointMixin, load_encoder
+from simo_lightning.checkpoints import CheckpointMixin, known_preprocessing, load_encoder
 from simo_lightning.class_paths import describe
+from simo_lightning.preprocessing import Preprocessing, encoder_input
 from simo_lightning.schedules import with_schedule
 
 Head = Literal["linear", "mlp"]
@@ -33,9 +34,11 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. See SimOModule.
         trusted: Import paths of classes, modules or packages that may be built from `checkpoint`, in addition to those
             of simo_lightning, torch, torchvision, timm and pytorch_metric_learning.
+        preprocessing: As for SimOModule. With `checkpoint` it is that of the checkpoint, if that has one.
 
     Raises:
-        ValueError: If not exactly one of `checkpoint` and `encoder` is given, or an argument is out of its range.
+        ValueError: If not exactly one of `checkpoint` and `encoder` is given, an argument is out of its range, or
+            another `preprocessing` than that of the checkpoint is given.
 
     Source:
         Linear evaluation is the usual protocol. An MLP head trained for one epoch follows arXiv 2410.05233, which does
@@ -55,6 +58,7 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         trusted: list[str] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
         if (checkpoint is None) == (encoder is None):
@@ -69,12 +73,14 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
             stored = self.__dict__.get("_init_arguments", {})
             if "checkpoint" in stored:  # describe the encoder itself, since the file may move
                 stored |= {"checkpoint": None, "encoder": describe(encoder), "trusted": None}
+            preprocessing = _of_checkpoint(encoder, preprocessing, checkpoint)
         if layer == "features" and not hasattr(encoder, "features"):
             raise ValueError(f"layer 'features' needs an encoder with features(images), got {type(encoder).__name__}")
         self.encoder = encoder.requires_grad_(False).eval()
         self.layer, self.optimizer, self.lr_scheduler = layer, optimizer, lr_scheduler
         self.head = _head(head, _input_dim(encoder, layer), hidden_dim, num_classes)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.preprocessing = preprocessing
 
     def setup(self, stage: str) -> None:
         """Silence Lightning's warning about modules in evaluation mode, which the encoder is by design."""
@@ -87,8 +93,8 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of normalised images ``(N, C, H, W)``."""
-        images = images.to(self.dtype)
+        """Logits ``(N, num_classes)`` of images ``(N, C, H, W)``: uint8 of any size, or normalised floats."""
+        images = encoder_input(images, known_preprocessing(self), check_range=not self.training).to(self.dtype)
         with torch.no_grad():
             inputs = self.encoder(images) if self.layer == "embedding" else self.encoder.features(images)  # type: ignore[operator]
         logits: Tensor = self.head(inputs)
@@ -117,6 +123,21 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         images, labels = batch
         self.accuracy(self(images), labels)
         self.log(name, self.accuracy, on_epoch=True, prog_bar=True)
+
+
+def _of_checkpoint(encoder: nn.Module, given: Preprocessing | None, checkpoint: str | None) -> Preprocessing | None:
+    """The preprocessing of an encoder from a checkpoint, which a given one must not contradict."""
+    stored: Any = getattr(encoder, "preprocessing", None)
+    if not isinstance(stored, Preprocessing):
+        return given
+    different = stored.differences(vars(given)) if given is not None else []
+    if different and given is not None:
+        name = different[0]
+        raise ValueError(
+            f"{name} of preprocessing must be that of checkpoint {checkpoint}, {getattr(stored, name)}, got "
+            f"{getattr(given, name)}: leave preprocessing out"
+        )
+    return stored
 
 
 def _head(head: Head, input_dim: int, hidden_dim: int, num_classes: int) -> nn.Module:

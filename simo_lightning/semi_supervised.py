@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from simo_lightning.class_paths import InitArgumentsMixin
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.pseudo_labels import pseudo_label_term
-from simo_lightning.losses import SimOLoss
+from simo_lightning.losses import SimOLoss, configure_loss
+from simo_lightning.losses.configure import NO_CLASSES, check_classes, filled
 
 
 class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
@@ -22,7 +23,8 @@ class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
     loss here computes as well, would push labelled embeddings away from the unlabelled images of their own class.
 
     Args:
-        num_classes: C: a label in ``0..C - 1`` is a class; any other label is the number of an unlabelled image.
+        num_classes: C: a label in ``0..C - 1`` is a class; any other label is the number of an unlabelled image. None:
+            the classes of training.
         labelled: ``(embeddings, labels) -> scalar``; None: ``SimOLoss.softmax()``.
         unlabelled: The same; None: the similar side of SimO alone, between pairs of views, in the log form. It has no
             dissimilar side, as two unlabelled images may be of one class; the labelled part prevents collapse.
@@ -49,7 +51,7 @@ class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         labelled: nn.Module | None = None,
         unlabelled: nn.Module | None = None,
         unlabelled_weight: float = 0.0,
@@ -58,7 +60,7 @@ class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
         pseudo_label_loss: SimOLoss | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
+        if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         for name, weight in (("unlabelled_weight", unlabelled_weight), ("pseudo_label_weight", pseudo_label_weight)):
             if not 0 <= weight < math.inf:
@@ -72,6 +74,22 @@ class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
         self.pseudo_label_loss = pseudo_label_loss
         if pseudo_label_weight:
             self._classifier()  # raises where there is none
+
+    def configure(self, num_classes: int | None, embedding_dim: int | None) -> None:
+        """Set ``num_classes`` if it is None, and configure the losses inside.
+
+        Args:
+            num_classes: Number of classes of training.
+            embedding_dim: Dimension of the embeddings.
+
+        Raises:
+            ValueError: If the number of classes is neither given nor passed, or is less than that of the data.
+        """
+        name = type(self).__name__
+        self.num_classes = filled(name, "num_classes", self.num_classes, num_classes, NO_CLASSES)
+        check_classes(name, self.num_classes, num_classes)
+        for loss in (self.labelled, self.unlabelled):
+            configure_loss(loss, self.num_classes, embedding_dim)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch.
@@ -102,6 +120,8 @@ class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
             ValueError: As :meth:`forward`.
         """
         check_embeddings(embeddings, labels)
+        if self.num_classes is None:
+            raise ValueError("num_classes of SemiSupervisedLoss must be given, or set by configure()")
         known = (labels >= 0) & (labels < self.num_classes)
         parts = {"labelled": _of(self.labelled, embeddings[known], labels[known])}
         if self.unlabelled_weight:

@@ -317,9 +317,10 @@ def test_errors_of_use():
         small().train_dataloader()
     with pytest.raises(NotImplementedError, match=r"PairDataModule must define load\(split\)"):
         PairDataModule().setup("fit")
-    data = ready(small(mean=[0.5], std=[0.5]))
+    with pytest.raises(RuntimeError, match=r"setup\(\) must run before a batch is prepared"):
+        small(mean=[0.5] * 3, std=[0.5] * 3).prepare((noise().images, noise().labels), augment=False)
     with pytest.raises(ValueError, match="mean must have one value for each of 3 channels"):
-        data.prepare((noise().images, noise().labels), augment=False)
+        ready(small(mean=[0.5], std=[0.5]))
 
 
 def test_overfit_batches_is_an_error_that_names_the_alternative():

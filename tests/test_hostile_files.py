@@ -212,6 +212,43 @@ def test_lightnings_instantiator_is_not_followed(sound: dict[str, Any], tmp_path
     assert not Path("ran").exists()
 
 
+OTHER_LOSSES: list[dict[str, Any]] = [
+    {"loss": "os.system", "arguments": {"command": "touch ran"}},
+    {"loss": "pytorch_metric_learning.losses.os.system", "arguments": {"command": "touch ran"}},
+    {"loss": "pytorch_metric_learning.utils.common_functions.os.system"},
+    {"loss": "import_module", "arguments": {"name": "hubconf"}},
+    {"loss": "SupConLoss", "miner": "subprocess.Popen", "miner_arguments": {"args": ["touch", "ran"]}},
+    {"loss": "SupConLoss", "arguments": {"distance": {"os.system": {"command": "touch ran"}}}},
+    {"loss": "CrossBatchMemory", "arguments": {"loss": {"builtins.eval": {"source": "open('ran', 'w')"}}}},
+    {"loss": "ArcFaceLoss", "arguments": {"weight_init_func": "os.system"}},
+    {"loss": "ArcFaceLoss", "arguments": {"num_classes": 2**40, "embedding_size": 2**10}},
+    {"loss": "CrossBatchMemory", "arguments": {"loss": "SupConLoss", "embedding_size": 8, "memory_size": 2**40}},
+]
+
+
+@pytest.mark.parametrize("arguments", OTHER_LOSSES, ids=str)
+def test_a_loss_by_name_is_looked_up_in_its_library_alone(arguments: dict[str, Any], sound: dict[str, Any]) -> None:
+    stored = sound["simo_module"]
+    loss = {"class_path": "simo_lightning.losses.MetricLearningLoss", "init_args": arguments}
+    stored = {**stored, "init_args": {**stored["init_args"], "loss": loss}}
+    torch.save({**sound, "simo_module": stored}, "a.ckpt")
+    assert_refused(
+        Path("a.ckpt"), r"'loss' of checkpoint a\.ckpt cannot be built", ["load_from_checkpoint", "load_module"]
+    )
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_classes": 2**40, "embedding_dim": 16}, {"num_classes": "os.system", "embedding_dim": 1}, [1, 2]]
+)
+def test_the_sizes_of_a_loss_claim_no_memory(sizes: Any, sound: dict[str, Any]) -> None:
+    loss = {"class_path": "simo_lightning.losses.ClassifierLoss"}
+    stored = {**sound["simo_module"], "loss_sizes": sizes}
+    stored["init_args"] = {**stored["init_args"], "loss": loss}
+    torch.save({**sound, "simo_module": stored}, "a.ckpt")
+    assert_refused(Path("a.ckpt"), r"a\.ckpt does not fit SimOModule: ", ["load_from_checkpoint", "load_module"])
+
+
 def rewritten(
     source: Path, target: Path, name: Callable[[str], str] = str, compression: int = 0, **data: bytes
 ) -> Path:

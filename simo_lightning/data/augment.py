@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -169,29 +168,3 @@ def _grey(pixels: Tensor) -> Tensor:
         return pixels.mean(dim=1, keepdim=True)
     red, green, blue = pixels.unbind(1)
     return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
-
-
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Scale raw images to mean 0 and standard deviation 1 per channel.
-
-    Args:
-        images: uint8 ``(N, C, H, W)``.
-        mean: Mean of each channel, in 0..1.
-        std: Standard deviation of each channel on the same scale, > 0.
-
-    Returns:
-        float32 ``(N, C, H, W)``.
-
-    Raises:
-        ValueError: If there is not one value for each channel.
-    """
-    for name, values in {"mean": mean, "std": std}.items():
-        if len(values) != images.shape[1]:
-            raise ValueError(f"{name} must have one value for each of {images.shape[1]} channels, got {list(values)}")
-    return images.float().sub_(_of_channels(mean, images.device)).div_(_of_channels(std, images.device))
-
-
-@lru_cache(maxsize=64)
-def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Values times 255 as (C, 1, 1), copied to a device once."""
-    return 255 * torch.tensor(values, device=device).view(-1, 1, 1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simo_lightning.data.augment import BatchAugment, normalize
+from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.labels import Relabelled, coarse_index
 from simo_lightning.data.loader import (
     ResumableLoader,
@@ -18,6 +20,7 @@ from simo_lightning.data.loader import (
     leave_signals_to_the_trainer,
     silence_inapplicable_warnings,
 )
+from simo_lightning.data.preprocessing import Agreement, agree, read_alike, warn_of_stem
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
 from simo_lightning.data.sources import (
     ImageSource,
@@ -28,6 +31,7 @@ from simo_lightning.data.sources import (
     stratified_subset,
 )
 from simo_lightning.lightning_private import batches_processed
+from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,22 +53,29 @@ class PairDataModule(LightningDataModule):
             use the same split.
         seed: Seed of batches and augmentation; the same config and seeds give the same weights.
         augment: Augmentation of the training batches; null: none.
-        mean: Mean of each channel, on the scale 0..1; null: computed from the training images.
-        std: Standard deviation of each channel on the same scale; null: computed from the training images.
+        mean: Mean of each channel, on the scale 0..1; null: that of the model, or computed from the training images.
+        std: Standard deviation of each channel on the same scale; with ``mean``.
         eval_batch_size: Images in an evaluation batch of each rank; a nearby size is used if the ranks would otherwise
             have different numbers of batches.
         num_workers: Processes that read batches; 0 is best for images in memory.
         coarse: Coarse classes to train on, each with the classes that it joins, such as
             {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
 
+    The images are preprocessed as the model requires: a module with a ``preprocessing``, such as one from a checkpoint,
+    determines size, channels, mean and std, and images in memory of another size are resized. Otherwise they follow
+    from the arguments here, then from the encoder's ``preprocessing`` (pretrained weights), then from the training
+    images; a fit gives the result to the module, whose checkpoints store it.
+
     Attributes:
+        preprocessing: The preprocessing; mean and std are known after ``setup``.
         class_names: Name of each true class, after ``setup``.
         num_classes: Their number, after ``setup``.
         train_class_names: Names of the classes of training, the true or the coarse ones, after ``setup``.
 
     Raises:
-        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if a
-            class has fewer than ``samples_per_class`` images, or the splits have different classes.
+        ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if
+            the images do not have the model's channels, an argument contradicts the model's preprocessing, a class has
+            fewer than ``samples_per_class`` images, or the splits have different classes.
 
     Example:
         >>> from simo_lightning.data import LabelledImages
@@ -117,9 +128,13 @@ class PairDataModule(LightningDataModule):
         self.augment = augment
         self.mean = mean
         self.std = std
+        self._given_statistics = {} if mean is None or std is None else {"mean": tuple(mean), "std": tuple(std)}
+        self._agreement: Agreement | None = None
+        self._preprocessing: Preprocessing | None = None
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.coarse = coarse
+        self._computed: tuple[ImageSource, tuple[list[float], list[float]]] | None = None
         self._prepared: dict[Split, ImageSource | None] = {}  # loaded by prepare_data and not yet used by setup
         self._splits: dict[Split, ImageSource | None] = {}
         self._training: ImageSource  # training images with the labels used in training, after setup
@@ -141,6 +156,7 @@ class PairDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, decode and cache on one process, before the others read."""
+        self._agree()
         splits: tuple[Split, ...] = ("train", "val", "test")
         for split in splits:
             self._prepared[split] = self.load(split)
@@ -153,12 +169,78 @@ class PairDataModule(LightningDataModule):
                 f"overfit_batches must be 0, got {overfit}: Lightning then replaces the balanced sampler by a "
                 "sequential one; use limit_train_batches instead"
             )
+        self._agree()
         if "train" not in self._splits:
             self._setup_training()
+        self._complete(stage)
         if stage in ("test", "predict", None) and "test" not in self._splits:
             self._splits["test"] = self._read("test")
             _check_same_classes("test", self._splits["test"], self.class_names)
         silence_inapplicable_warnings(self._splits["train"], self._splits["val"], self.num_workers)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are read and normalised; before ``setup`` as far as it is known then."""
+        if self._preprocessing is None:
+            self._agree()
+        assert self._preprocessing is not None
+        return self._preprocessing
+
+    def _preprocessing_arguments(self) -> dict[str, Any]:
+        """Fields of the preprocessing that arguments of this data module set; an argument of None sets none."""
+        names = {field.name for field in fields(Preprocessing)} - {"mean", "std", "channels"}
+        given = {name: getattr(self, name, None) for name in names}
+        return {**{name: value for name, value in given.items() if value is not None}, **self._given_statistics}
+
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _agree(self) -> None:
+        """Find the preprocessing that images are read with; images that were read with another one are dropped."""
+        agreement = agree(self._preprocessing_arguments(), self._module(), type(self).__name__)
+        before = [getattr(self._agreement, "preprocessing", None), self._preprocessing]
+        if not any(each is None or read_alike(agreement.preprocessing, each) for each in before):
+            self._splits.clear()
+            self._prepared.clear()
+        self._agreement, self._preprocessing = agreement, agreement.preprocessing
+
+    def _complete(self, stage: str | None) -> None:
+        """Add what follows from the training images, and give the preprocessing to the module of a fit."""
+        train, module = self._splits["train"], self._module()
+        assert train is not None
+        assert self._agreement is not None
+        preprocessing = self._agreement.completed(tuple(train.__getitems__([0])[0].shape[1:]))
+        if preprocessing.mean is None:
+            mean, std = self._statistics(train)
+            preprocessing = replace(preprocessing, mean=tuple(mean), std=tuple(std))
+        assert preprocessing.mean is not None
+        assert preprocessing.std is not None
+        self._preprocessing = preprocessing
+        self.mean, self.std = list(preprocessing.mean), list(preprocessing.std)
+        if stage == "fit" and module is not None:
+            if takes_preprocessing(module):
+                module.preprocessing = preprocessing
+            warn_of_stem(getattr(module, "encoder", None), preprocessing.size)
+
+    def _statistics(self, train: ImageSource) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the training images, computed once."""
+        if self._computed is None or self._computed[0] is not train:
+            self._computed = (train, channel_statistics(train, self.split_seed))
+        return self._computed[1]
+
+    def _settle(self) -> None:
+        """Agree again once the trainer has loaded the checkpoint of its module, just before the first loader."""
+        module = self._module()
+        if not takes_preprocessing(module) or module.preprocessing == self._preprocessing:
+            return
+        assert self.trainer is not None
+        if module.preprocessing is not None:
+            self.setup(self.trainer.state.fn)
+        elif self.trainer.ckpt_path and not self._given_statistics:
+            rank_zero_warn(
+                f"checkpoint {self.trainer.ckpt_path} does not hold the preprocessing of its images, because an older "
+                "version wrote it: size, mean and std are those of this data module"
+            )
 
     def _read(self, split: Split) -> ImageSource | None:
         return self._prepared.pop(split) if split in self._prepared else self.load(split)
@@ -176,8 +258,6 @@ class PairDataModule(LightningDataModule):
         self._label_training(train)
         self.train_class_names = list(self._training.class_names)
         _check_smallest_class(self._training, self.samples_per_class)
-        if self.mean is None or self.std is None:
-            self.mean, self.std = channel_statistics(train, self.split_seed)
         self._splits["train"], self._splits["val"] = train, val
 
     def _label_training(self, train: ImageSource) -> None:
@@ -194,6 +274,7 @@ class PairDataModule(LightningDataModule):
     def _need(self, split: Split) -> ImageSource:
         if not self._splits:
             raise RuntimeError(f"{type(self).__name__}.setup() must run before a loader is made")
+        self._settle()
         source = self._splits.get(split)
         if source is None:
             hint = "set val_fraction above 0" if split == "val" else "use validation"
@@ -302,13 +383,17 @@ class PairDataModule(LightningDataModule):
             augment: Whether to make V augmented views of each image.
 
         Returns:
-            float32 images ``(N * V, C, H, W)``, normalised by ``mean`` and ``std``, and labels ``(N * V,)``; V is 1 if
-            ``augment`` is False.
+            float32 images ``(N * V, C, H, W)`` of the size of ``preprocessing``, normalised by it, and labels
+            ``(N * V,)``; V is 1 if ``augment`` is False.
 
         Raises:
-            ValueError: If a batch without a seed is to be augmented.
+            RuntimeError: Before ``setup``.
+            ValueError: If a batch without a seed is to be augmented, or the images do not have the model's channels.
         """
         images, labels, *draw = batch
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
+        images = self.preprocessing.fit(images)
         if augment:
             images, labels = images.repeat_interleave(self.views, 0), labels.repeat_interleave(self.views, 0)
             if self.augment is not None:
@@ -317,9 +402,7 @@ class PairDataModule(LightningDataModule):
                         "batch must be (images, labels, draw) to be augmented, got no draw (seed of the augmentation)"
                     )
                 images = self.augment(images, torch.Generator(images.device).manual_seed(draw[0]))
-        if self.mean is None or self.std is None:
-            raise RuntimeError(f"{type(self).__name__}.setup() must run before a batch is prepared")
-        return normalize(images, tuple(self.mean), tuple(self.std)), labels
+        return self.preprocessing.normalize(images), labels
 
 
 def _check_same_classes(split: str, source: ImageSource | None, class_names: list[str]) -> None:

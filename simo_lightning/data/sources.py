@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Source = TypeVar("Source", bound="ImageSource")
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "query", "gallery", "unknown"]
 
 
 class ImageSource(Protocol):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from simo_lightning.preprocessing.decode import Decoder
 
 Resize = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic"]
+_LARGEST_SIDE = 65_535  # in pixels; of a JPEG
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Preprocessing:
         image_size: Side of the square input in pixels, or its height and width.
         mean: Mean of each channel on the scale 0..1; None: not known yet, since it is computed from training images.
         std: Standard deviation of each channel on the same scale; with ``mean``.
-        channels: 3 for RGB or 1 for grey.
+        channels: 3 for RGB or 1 for grey; image files are read as one of the two. Images in memory may have any number.
         resize: crop: the shorter side is resized and the centre is cropped; squash: both sides are resized, whatever
             the aspect ratio; pad: the longer side is resized and the rest is filled with ``background``.
         crop_fraction: Side of the centre crop as a share of the resized shorter side, in (0, 1]; 0.875 resizes to 256
@@ -63,7 +65,11 @@ class Preprocessing:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         self._check_statistics()
-        if len(self.size) != 2 or min(self.size) < 1:
+        if len(self.size) != 2 or not all(type(side) is int and side <= _LARGEST_SIDE for side in self.size):
+            raise ValueError(
+                f"image_size must be one or two whole numbers up to {_LARGEST_SIDE:,} pixels, got {self.image_size}"
+            )
+        if min(self.size) < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if self.resize not in ("crop", "squash", "pad"):
             raise ValueError(f"resize must be 'crop', 'squash' or 'pad', got {self.resize!r}")
@@ -74,8 +80,8 @@ class Preprocessing:
         Decoder(self.background, self.max_value)  # raises if one of them is wrong
 
     def _check_statistics(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}")
+        if type(self.channels) is not int or self.channels < 1:
+            raise ValueError(f"channels must be at least 1, got {self.channels}")
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean and std must be given both or neither, got {self.mean} and {self.std}")
         for name in ("mean", "std"):
@@ -110,6 +116,8 @@ class Preprocessing:
 
     def square(self, picture: Image.Image) -> np.ndarray:
         """A whole picture as uint8 ``(channels, height, width)``, resized by the rule of ``resize``."""
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB) to read image files, got {self.channels}")
         pixels = np.asarray(self._crop(picture.convert("RGB" if self.channels == 3 else "L")))
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -157,7 +165,7 @@ class Preprocessing:
             inner = self._resized(images, max(1, round(high * scale)), max(1, round(wide * scale)))
             colour = Image.new("RGB", (1, 1), self.background).convert("RGB" if self.channels == 3 else "L")
             canvas = torch.from_numpy(np.array(colour)).view(1, -1, 1, 1).to(images.device)
-            canvas = canvas.repeat(len(images), 1, height, width)
+            canvas = canvas.expand(-1, self.channels, -1, -1).repeat(len(images), 1, height, width)
             top, left = (height - inner.shape[2]) // 2, (width - inner.shape[3]) // 2
             canvas[:, :, top : top + inner.shape[2], left : left + inner.shape[3]] = inner
             return canvas
@@ -197,6 +205,80 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """Inputs of the encoder, float32 ``(N, channels, height, width)``, of uint8 images of any size."""
         return self.normalize(self.fit(images))
+
+    def differences(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Names of the fields that have another value than in `arguments`.
+
+        Args:
+            arguments: Values by the name of their field. None leaves the value open, and so does None in a field.
+
+        Returns:
+            The names, in the order of the fields.
+
+        Example:
+            >>> Preprocessing(32, mean=(0.5,) * 3, std=(0.2,) * 3).differences({"image_size": 64, "mean": None})
+            ['image_size']
+        """
+        found = []
+        for name in (field.name for field in fields(self)):
+            own, other = getattr(self, name), arguments.get(name)
+            if own is None or other is None:
+                continue
+            if name == "image_size":
+                own, other = self.size, (other, other) if isinstance(other, int) else other
+            if own != (tuple(other) if isinstance(own, tuple) else other):
+                found.append(name)
+        return found
+
+
+def takes_preprocessing(module: object) -> bool:
+    """Whether a module has an attribute ``preprocessing`` that is None or a :class:`Preprocessing`."""
+    value = getattr(module, "preprocessing", False)
+    return value is None or isinstance(value, Preprocessing)
+
+
+def encoder_input(images: Tensor, preprocessing: Preprocessing | None, check_range: bool = False) -> Tensor:
+    """Images as an encoder takes them.
+
+    Args:
+        images: uint8 ``(N, C, H, W)`` of any size, or floats that are already normalised, which are returned as they
+            are.
+        preprocessing: Of the model; None: not known.
+        check_range: Whether to check that the values of float images are possible for normalised ones, give or take
+            the width of their range. Floats in 0..255 are found, floats in 0..1 are not.
+
+    Returns:
+        Floats.
+
+    Raises:
+        ValueError: If the images have another number of channels than the model, a type that is neither uint8 nor
+            float, or values out of range; or if they are uint8 and ``preprocessing`` or its mean and std are not known.
+    """
+    if not images.is_floating_point():
+        if images.dtype == torch.uint8 and (preprocessing is None or preprocessing.mean is None):
+            raise ValueError(
+                "the model does not know the mean and std of its images, so it takes no uint8 images: pass "
+                "preprocessing=Preprocessing(image_size, mean, std) to it or to load_from_checkpoint"
+            )
+        return (preprocessing or Preprocessing())(images)
+    if preprocessing is None:
+        return images
+    if images.ndim != 4 or images.shape[1] != preprocessing.channels:
+        raise ValueError(f"images must have shape (N, {preprocessing.channels}, H, W), got {tuple(images.shape)}")
+    if check_range and images.numel() and preprocessing.mean is not None and preprocessing.std is not None:
+        ends = [
+            (end - mean) / std
+            for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)
+            for end in (0, 1)
+        ]
+        low, high = (float(end) for end in images.aminmax())
+        width = max(ends) - min(ends)
+        if low < min(ends) - width or high > max(ends) + width:
+            raise ValueError(
+                f"float images must be normalised, to about {min(ends):.3g}..{max(ends):.3g}, got {low:.3g}.."
+                f"{high:.3g}: pass raw images as uint8"
+            )
+    return images
 
 
 @lru_cache(maxsize=64)

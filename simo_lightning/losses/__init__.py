@@ -1,0 +1,8 @@
+"""Losses as nn.Modules: embeddings and labels in, a scalar out."""
+
+from simo_lightning.losses.classifier import ClassifierLoss
+from simo_lightning.losses.configure import ConfigurableLoss, configure_loss
+from simo_lightning.losses.metric_learning import MetricLearningLoss
+from simo_lightning.losses.simo import Level, SimOLoss
+
+__all__ = ["ClassifierLoss", "ConfigurableLoss", "Level", "MetricLearningLoss", "SimOLoss", "configure_loss"]
