@@ -12,6 +12,9 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "pyarrow": "parquet",
+    "peft": "lora",
+    "safetensors": "timm",
+    "timm": "timm",
     "umap": "umap",
 }
 

@@ -269,7 +269,7 @@ def test_what_systems_leave_behind_is_left_out(tmp_path: Path, lines: list[str])
         (tmp_path / name).write_bytes(b"no image")
     data = load_image_folder(tmp_path, 8)
     assert (data.class_names, len(data)) == (["ant", "bee"], 6)
-    assert lines[0].startswith(f"{str(tmp_path)!r}: 6 png images of 2 classes, 3 each; ")
+    assert lines[0].startswith(f"train split in {str(tmp_path)!r}: 6 png images of 2 classes, 3 each; ")
     assert "; left out: 2 .ipynb_checkpoints, 2 @eaD" in lines[0]
     for name in ("__MACOSX", "._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "README.md"):
         assert f"1 {name}" in lines[0] or "2 others" in lines[0]
@@ -341,9 +341,9 @@ def odd_folder(root: Path) -> Path:
 def test_one_log_line_counts_images_and_conversions(tmp_path: Path, lines: list[str]) -> None:
     root = odd_folder(tmp_path / "data")
     expected = (
-        f"{str(root)!r}: 12 images (8 png, 2 jpg, 1 gif, 1 tif) of 2 classes, 6 each; 8 x 8 pixels, used at this size; "
-        "decoded into memory (2.1e-06 GiB); converted: 2 grey, 1 16-bit, upper byte kept, 1 CMYK, 1 first picture of "
-        "several, 1 transparency on white, 1 turned upright by EXIF"
+        f"train split in {str(root)!r}: 12 images (8 png, 2 jpg, 1 gif, 1 tif) of 2 classes, 6 each; 8 x 8 pixels, "
+        "used at this size; decoded into memory (2.1e-06 GiB); converted: 2 grey, 1 16-bit, upper byte kept, 1 CMYK, "
+        "1 first picture of several, 1 transparency on white, 1 turned upright by EXIF"
     )
     images = load_image_folder(root, 8)
     assert lines == [expected]

@@ -9,6 +9,7 @@ from simo_lightning.callbacks.alarm import CollapseAlarm
 from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from simo_lightning.callbacks.defaults import default_callbacks
 from simo_lightning.callbacks.evaluation import EvaluationCallback
+from simo_lightning.callbacks.freeze import FreezeBackbone
 from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
 from simo_lightning.callbacks.moments import ClassMomentsCallback
@@ -27,6 +28,7 @@ __all__ = [
     "EmbeddingPlots",
     "EmbeddingWriter",
     "EvaluationCallback",
+    "FreezeBackbone",
     "GeometryMonitor",
     "GracefulShutdown",
     "ImagesPerSecond",

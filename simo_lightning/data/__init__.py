@@ -19,7 +19,6 @@ from simo_lightning.data.datasets import (
 from simo_lightning.data.folder import FolderImages, find_splits
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import ResumableLoader, TrainingBatch
-from simo_lightning.data.manifest import Manifest, read_manifest
 from simo_lightning.data.reading import load_image_folder
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
 from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
@@ -36,7 +35,6 @@ __all__ = [
     "ImageFolderPairDataModule",
     "ImageSource",
     "LabelledImages",
-    "Manifest",
     "PairDataModule",
     "Relabelled",
     "ResumableLoader",
@@ -54,5 +52,4 @@ __all__ = [
     "load_digits",
     "load_image_folder",
     "pair_indices",
-    "read_manifest",
 ]

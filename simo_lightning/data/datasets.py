@@ -19,6 +19,8 @@ from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 from simo_lightning.preprocessing import Preprocessing
 
+EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
+
 
 class TensorPairDataModule(PairDataModule):
     """Images in memory, for notebooks and tests.
@@ -115,8 +117,8 @@ class ImageFolderPairDataModule(PairDataModule):
             that of the manifest.
         image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped. Null: that
             of the model, else 224.
-        manifest: CSV or Parquet file with the columns path and label, and optionally split and coarse; see
-            :func:`~simo_lightning.data.read_manifest`.
+        manifest: CSV file (UTF-8; commas, semicolons or tabs) or Parquet file with the columns path and label, and
+            optionally split and coarse; without split all images are for training. It takes the place of the folders.
         class_level: Which folder above an image names its class: 1, a folder in the folder of the split; 2, one level
             further down; -1, the folder that holds the image; -2, the one above it. Folders of one name are one class.
             Null: 1, and an error if it may be another one.
@@ -160,12 +162,11 @@ class ImageFolderPairDataModule(PairDataModule):
         self.background = background
         self.max_value = max_value
         self._coarse_from = coarse if isinstance(coarse, str) else None
-        self._folders: dict[Split, Path] = {}
-        self._manifest: Manifest | None = None
+        self._found: Manifest | dict[Split, Path] | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        # raises if image_size, background or max_value is out of range
+        # raises early if one of them is out of range
         Preprocessing(**{**self._preprocessing_arguments(), "mean": None, "std": None})
         if self.data_dir is None and self.manifest is None:
             raise ValueError("data_dir or manifest must be given, got neither")
@@ -201,22 +202,36 @@ class ImageFolderPairDataModule(PairDataModule):
             self.coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
         return source
 
+    @property
+    def extra_splits(self) -> tuple[Split, ...]:  # type: ignore[override]
+        """Which of the splits "query", "gallery" and "unknown" there are."""
+        found = self._find()
+        given = found.splits if isinstance(found, Manifest) else found
+        return tuple(split for split in EXTRA_SPLITS if split in given)
+
+    def _find(self) -> Manifest | dict[Split, Path]:
+        """The manifest, or the folder of each split; looked up once."""
+        if self._found is None:
+            if self.manifest is not None:
+                self._found = read_manifest(self.manifest, self.data_dir)
+            else:
+                assert self.data_dir is not None
+                self._found = find_splits(self.data_dir, class_level=self.class_level)
+        return self._found
+
     def _list(self, split: Split) -> Listing | None:
-        skip = self.on_broken == "skip"
-        if self.manifest is not None:
-            self._manifest = self._manifest or read_manifest(self.manifest, self.data_dir)
-            return self._manifest.listing(split, self.preprocessing, skip)
-        assert self.data_dir is not None
-        self._folders = self._folders or find_splits(self.data_dir, class_level=self.class_level)
-        if split not in self._folders:
+        skip, found = self.on_broken == "skip", self._find()
+        if isinstance(found, Manifest):
+            return found.listing(split, self.preprocessing, skip)
+        if split not in found:
             return None
         one_class = "unknown" if split == "unknown" else None
-        return list_image_folder(self._folders[split], self.preprocessing, self.class_level, skip, one_class)
+        return list_image_folder(found[split], self.preprocessing, self.class_level, skip, one_class)
 
     def _coarse_classes(self, origin: str, listing: Listing, class_names: list[str]) -> dict[str, list[str]]:
-        if origin == "manifest":
-            assert self._manifest is not None
-            coarse = self._manifest.coarse()
+        found = self._find()
+        if origin == "manifest" and isinstance(found, Manifest):
+            coarse = found.coarse()
         elif origin == "folder":
             coarse = coarse_folders(listing.images, self.class_level or 1)
         else:

@@ -135,7 +135,7 @@ def find_splits(folder: str | Path, report: bool = True, class_level: int | None
     Args:
         folder: Holds either one folder per split, each with class folders, or the class folders themselves.
         report: Whether to log which folders were found.
-        class_level: See :func:`list_image_folder`; if given, class folders at any depth are expected in ``folder``.
+        class_level: As for :class:`ImageFolderPairDataModule`; if given, the class folders may be at any depth.
 
     Returns:
         Folder of each split found; ``folder`` itself as the training split if it holds no training folder. A folder

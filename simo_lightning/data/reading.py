@@ -57,7 +57,7 @@ def load_image_folder(
         workers: Processes that decode; None: one per core, at most 16, on Linux, else 1.
         background: Colour behind transparent pixels; see ``preprocessing.Decoder``.
         max_value: Grey value that becomes 255 in images of more than 8 bits; None: see ``preprocessing.Decoder``.
-        class_level: Which folder above an image names its class; see :func:`list_image_folder`.
+        class_level: Which folder above an image names its class; see :class:`ImageFolderPairDataModule`.
         on_broken: error: a file that does not decode ends the run, with its name; skip: it is counted and left out. To
             skip, images that stay on disk are all decoded once at start, and the result is cached.
         split: The training split must have two classes; the images of "unknown" need no class folders.
@@ -116,7 +116,7 @@ def read_images(
         cached = _decoded(listed, in_memory, workers, on_broken, cache_name)
         listed = _without(listed, cached.broken)
         _check_classes(listed, split, listing)
-    _report(listing, listed, cached, in_memory, note)
+    _report(split, listing, listed, cached, in_memory, note)
     if cached is None or not in_memory:
         return listed
     return LabelledImages(cached.images, listed.labels, listed.class_names)
@@ -225,7 +225,9 @@ def _default_workers() -> int:
 # ---- the line in the log
 
 
-def _report(listing: Listing, listed: FolderImages, cached: Cached | None, in_memory: bool, note: str) -> None:
+def _report(
+    split: Split, listing: Listing, listed: FolderImages, cached: Cached | None, in_memory: bool, note: str
+) -> None:
     """Log what was found and what is done to it; reads the headers of some files."""
     suffixes = Counter(os.path.splitext(name)[1].lower().lstrip(".") or "no suffix" for name in listed.names.tolist())
     images = f"{_counted(suffixes)} images" if len(suffixes) == 1 else f"{len(listed):,} images ({_counted(suffixes)})"
@@ -242,7 +244,7 @@ def _report(listing: Listing, listed: FolderImages, cached: Cached | None, in_me
     left_out = _left_out(listing, {} if cached is None else cached.broken)
     if left_out:
         parts.append(f"left out: {'; '.join(left_out)}")
-    rank_zero_info(f"{str(listed.root)!r}: {'; '.join(part for part in parts if part)}")
+    rank_zero_info(f"{split} split in {str(listed.root)!r}: {'; '.join(parts)}")
 
 
 def _classes(listed: FolderImages) -> str:
