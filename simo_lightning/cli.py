@@ -32,6 +32,8 @@ from simo_lightning.callbacks import (
     LastCheckpoint,
     OnlineKNN,
     OnlineProbe,
+    RetrievalMonitor,
+    UnknownMonitor,
 )
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
@@ -59,6 +61,8 @@ CALLBACKS: dict[str, type[pl.Callback]] = {
     "best": BestCheckpoint,
     "last": LastCheckpoint,
     "knn": OnlineKNN,
+    "retrieval": RetrievalMonitor,
+    "unknown": UnknownMonitor,
     "probe": OnlineProbe,
     "geometry": GeometryMonitor,
     "alarm": CollapseAlarm,
@@ -374,12 +378,18 @@ def _check_settings(command: str, config: Any) -> None:
         if config.trainer[name] == 0 and config.trainer[name] is not False:
             raise ValueError(f"--trainer.{name} must not be 0, or nothing is trained, got {config.trainer[name]}")
     if config.best is not None and config.trainer.enable_checkpointing is not False and not config.trainer.barebones:
-        for name in ("knn", "probe"):
-            if config[name] is None and config.best.init_args.get("monitor") == f"val/{name}":
+        monitor = config.best.init_args.get("monitor")
+        for name, metric in (("knn", "val/knn"), ("retrieval", "val/map_at_r"), ("probe", "val/probe")):
+            if config[name] is None and monitor == metric:
                 raise ValueError(
-                    f"--best monitors val/{name}, which --{name} null switches off: pass --best.monitor METRIC "
+                    f"--best monitors {metric}, which --{name} null switches off: pass --best.monitor METRIC "
                     "or --best null"
                 )
+        if monitor is None and config.knn is None and config.retrieval is None:
+            raise ValueError(
+                "--best monitors val/knn or val/map_at_r, which --knn null and --retrieval null switch off: pass "
+                "--best.monitor METRIC or --best null"
+            )
 
 
 def _expand_home(values: Any) -> None:

@@ -13,6 +13,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Index of this process; 0 if torch.distributed is not initialized."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate a tensor of all processes along its first axis, in the order of the ranks, with gradient.
 

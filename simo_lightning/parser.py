@@ -11,13 +11,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from simo_lightning.extras import missing_extra
+from simo_lightning.help import ShortHelpFormatter, explain, with_help_of_class
 
 
 class SimoParser(LightningArgumentParser):
     """LightningArgumentParser with one-line errors, which accepts the config file of any other subcommand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": ShortHelpFormatter, **kwargs})
         self._others: list[SimoParser] = []
 
     def share_options(self, others: "list[SimoParser]") -> None:
@@ -32,6 +33,16 @@ class SimoParser(LightningArgumentParser):
         """Add subcommands, and keep the action so that further ones can be added."""
         self.commands = super().add_subcommands(*args, **kwargs)
         return self.commands
+
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        """Parse; ``--model.encoder.help CLASS`` and the like are understood without the class of the model."""
+        if hasattr(self, "commands"):  # not the parser of a class
+            text, args = with_help_of_class(list(sys.argv[1:] if args is None else args))
+            if text:
+                print(text)
+                if not args:
+                    self.exit()
+        return super().parse_args(args, *others, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Any:
         """Parse a config without the options of other subcommands."""
@@ -70,7 +81,7 @@ class SimoParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         prog = self.prog.split()[0]
-        line = missing_extra(message) or f"{in_one_line(message)} ({prog} fit --help lists the options)"
+        line = missing_extra(message) or f"{explain(in_one_line(message))} ({prog} fit --help lists the options)"
         print(f"{prog}: error: {line}", file=sys.stderr)
         raise SystemExit(2)
 

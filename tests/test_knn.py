@@ -1,5 +1,8 @@
 """Nearest neighbours against scikit-learn where no vote ties, and against explicit loops where votes do."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,44 @@ def loop(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> list[int]:
 def test_equals_the_loop(k):
     queries, bank, labels = rows(40), rows(120, seed=2), classes(120)
     assert knn_predict(queries, bank, labels, k=k).tolist() == loop(queries, bank, labels, k)
+
+
+def own_k_loop(queries: Tensor, bank: Tensor, labels: Tensor) -> list[int]:
+    """The class with the largest share of its own min(20, ceil(n / 3)) nearest neighbours."""
+    predicted = []
+    for query in queries.numpy():
+        cosine = [float(query @ row / np.linalg.norm(query) / np.linalg.norm(row)) for row in bank.numpy()]
+        nearest = sorted(range(len(cosine)), key=lambda row: -cosine[row])
+        ballot = {}
+        for label in sorted(set(labels.tolist())):
+            k = min(20, math.ceil(int((labels == label).sum()) / 3))
+            own = [cosine[row] for row in nearest[:k] if labels[row] == label]
+            ballot[label] = (Fraction(len(own), k), sum(own) / k)
+        predicted.append(max(ballot, key=lambda label: ballot[label]))
+    return predicted
+
+
+def test_without_a_k_each_class_has_as_many_voters_as_its_size_allows():
+    sizes = torch.tensor([200, 1, 57, 9, 3, 30, 10])
+    labels = torch.arange(7).repeat_interleave(sizes)
+    centers = 1.5 * rows(7, seed=4)
+    bank, queries = centers[labels] + rows(310, seed=2), centers.repeat(20, 1) + rows(140)
+    predicted = knn_predict(queries, bank, labels)
+    assert predicted.tolist() == own_k_loop(queries, bank, labels)
+    truth = torch.arange(7).repeat(20)
+    small = sizes[truth] < 58
+    plain = knn_predict(queries, bank, labels, k=20)
+    assert (predicted == truth)[small].sum() > (plain == truth)[small].sum()
+
+
+def test_without_a_k_large_classes_have_twenty_voters():
+    queries, bank, labels = rows(200), rows(58 * 4, seed=2), torch.arange(4).repeat(58)
+    assert torch.equal(knn_predict(queries, bank, labels), knn_predict(queries, bank, labels, k=20))
+    assert not torch.equal(knn_predict(queries, bank[4:], labels[4:]), knn_predict(queries, bank[4:], labels[4:], k=20))
+
+
+def test_without_a_k_a_bank_of_one_image_suffices():
+    assert knn_predict(rows(3), rows(1), torch.tensor([4])).tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -84,7 +125,8 @@ def test_lengths_do_not_matter_however_large_or_small():
 
 def test_queries_and_bank_of_different_dtypes():
     queries, bank, labels = rows(50), rows(100, seed=2), classes(100)
-    assert torch.equal(knn_predict(queries, bank.float(), labels), knn_predict(queries, bank.float().double(), labels))
+    expected = knn_predict(queries, bank.float().double(), labels, k=20)
+    assert torch.equal(knn_predict(queries, bank.float(), labels, k=20), expected)
 
 
 def test_half_precision_is_computed_in_float32():
@@ -119,6 +161,7 @@ def test_no_query_gives_no_prediction_and_no_accuracy():
         ({"bank": rows(5).numpy()}, "bank must be a tensor, got ndarray"),
         ({"queries": rows(4).tolist()}, "queries must be a tensor, got list"),
         ({"queries": None}, "queries must be a tensor, got NoneType"),
+        ({"bank": rows(0), "bank_labels": classes(0)}, "bank must have at least 1 embedding, got none"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"queries": rows(4) / 0}, "queries must be finite, got nan or inf in 4 of 4 embeddings"),
         ({"bank": torch.full((5, 6), float("nan"))}, "bank must be finite, got nan or inf in 5 of 5 embeddings"),

@@ -31,8 +31,9 @@ LAYERS = {
         "schedules",
     },
     3: {"callbacks", "export", "probe", "semi_supervised"},
-    4: {"module", "parser", "report"},
-    5: {"cli", "testing"},
+    4: {"help", "module", "report"},
+    5: {"parser", "testing"},
+    6: {"cli"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -16,8 +16,10 @@ from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.predictions import EmbeddingWriter
 from simo_lightning.callbacks.probe import OnlineProbe
+from simo_lightning.callbacks.retrieval import RetrievalMonitor
 from simo_lightning.callbacks.shutdown import GracefulShutdown
 from simo_lightning.callbacks.speed import ImagesPerSecond
+from simo_lightning.callbacks.unknown import UnknownMonitor
 
 __all__ = [
     "BestCheckpoint",
@@ -33,5 +35,7 @@ __all__ = [
     "LastCheckpoint",
     "OnlineKNN",
     "OnlineProbe",
+    "RetrievalMonitor",
+    "UnknownMonitor",
     "default_callbacks",
 ]

@@ -15,7 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simo_lightning import lightning_private
 from simo_lightning.callbacks.evaluation import EvaluationCallback
+from simo_lightning.callbacks.knn import OnlineKNN
 from simo_lightning.callbacks.plots import EmbeddingPlots
+from simo_lightning.callbacks.retrieval import RetrievalMonitor
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -95,16 +97,28 @@ class BestCheckpoint(_InRunFolder):
     of a run names a metric that was never logged.
 
     Args:
-        monitor: Logged name of the metric.
+        monitor: Logged name of the metric. None: ``val/knn``, or ``val/map_at_r`` if training has no image of any class
+            of validation. If only one of OnlineKNN and RetrievalMonitor is in the trainer, the metric is its own.
         mode: Whether the largest or the smallest value is the best.
     """
 
-    def __init__(self, monitor: str = "val/knn", mode: Literal["max", "min"] = "max") -> None:
+    def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
         super().__init__(
-            monitor=monitor, mode=mode, filename="best", auto_insert_metric_name=False, enable_version_counter=False
+            monitor=monitor or "val/knn",
+            mode=mode,
+            filename="best",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
         )
+        self._chooses_metric = monitor is None
         self._first_epoch = 0  # of this start of the run
         self._validated = False  # since this start
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose the metric, before the state of a checkpoint is restored under its name."""
+        if self._chooses_metric and stage == "fit":
+            self.monitor = _default_metric(trainer)
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
         super().on_train_start(trainer, pl_module)
@@ -134,6 +148,29 @@ class BestCheckpoint(_InRunFolder):
             (trainer.current_epoch + 1) // period == self._first_epoch // period for period in periods
         )
         return pending and self.monitor not in trainer.callback_metrics
+
+
+def _default_metric(trainer: pl.Trainer) -> str:
+    """``val/knn``, or ``val/map_at_r`` where no class of validation has training images or nothing logs val/knn."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    logs_knn, logs_retrieval = (
+        any(isinstance(each, kind) for each in callbacks) for kind in (OnlineKNN, RetrievalMonitor)
+    )
+    if logs_knn and logs_retrieval:
+        return "val/map_at_r" if _validates_on_unseen_classes(trainer) else "val/knn"
+    return "val/map_at_r" if logs_retrieval else "val/knn"
+
+
+def _validates_on_unseen_classes(trainer: pl.Trainer) -> bool:
+    """Whether training has no image of any class of validation; False if the data module does not tell."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    unseen = set(getattr(datamodule, "unseen_class_names", None) or [])
+    if not unseen:
+        return False
+    loaders = datamodule.val_dataloader()
+    first = next(iter(loaders), None) if isinstance(loaders, list | tuple) else loaders
+    labels = getattr(getattr(first, "dataset", None), "labels", None)
+    return labels is not None and {datamodule.class_names[label] for label in set(labels.tolist())} <= unseen
 
 
 class LastCheckpoint(_InRunFolder):

@@ -40,6 +40,12 @@ def described(outputs: Any) -> str:
     return "nothing" if outputs is None else f"a {type(outputs).__name__}"
 
 
+def described_images(labels: Tensor) -> str:
+    """Number of images and of their classes, in words, from the labels ``(N,)``."""
+    classes = len(labels.unique())
+    return f"{len(labels):,} image{'s' * (len(labels) != 1)} of {classes:,} class{'es' * (classes != 1)}"
+
+
 def class_names(trainer: Trainer, num_classes: int) -> list[str]:
     """Names of the classes 0..C-1: those of the data module, and the index of each class that it does not name.
 

@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
-from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.distributed import sum_over_ranks
+from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
+from simo_lightning.distributed import gather_rows, sum_over_ranks
 from simo_lightning.functional.geometry import nearest_class_mean_predict
 from simo_lightning.functional.knn import knn_predict
 from simo_lightning.functional.moments import class_sums
+from simo_lightning.functional.retrieval import average_scores
 
 
 class OnlineKNN(EvaluationCallback):
@@ -28,9 +29,13 @@ class OnlineKNN(EvaluationCallback):
 
     From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
     class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
+    Both are means over images; ``val/knn_macro`` and ``val/nearest_class_mean_macro`` are means over classes of the
+    accuracy on their images. Images of a class that the bank lacks do not count; if no image is left, nothing is
+    logged. One line states how many images and classes the values are over.
 
     Args:
-        k: Neighbours that vote, by cosine similarity.
+        k: Neighbours that vote, by cosine similarity. None: 20, and fewer for a class with fewer than 58 images in the
+            bank, as :func:`~simo_lightning.functional.knn_predict` does, so that small classes can win the vote.
         bank_size: Number of training images to compare with; None: all.
         every_n_epochs: Epochs of training from one evaluation to the next; in between, checkpoints see the last
             values. ``trainer.validate`` and ``trainer.test`` always evaluate.
@@ -48,7 +53,7 @@ class OnlineKNN(EvaluationCallback):
 
     def __init__(
         self,
-        k: int = 20,
+        k: int | None = None,
         bank_size: int | None = None,
         every_n_epochs: int = 1,
         bank: DataLoader | None = None,
@@ -58,7 +63,7 @@ class OnlineKNN(EvaluationCallback):
         for name, value in (("k", k), ("bank_size", bank_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if bank_size is not None and k > bank_size:
+        if bank_size is not None and k is not None and k > bank_size:
             raise ValueError(f"k must be at most bank_size={bank_size}, got k={k}")
         if bank_size is not None and bank is not None:
             raise ValueError(f"bank_size must be None with a bank, which is used as it is, got {bank_size}")
@@ -80,7 +85,7 @@ class OnlineKNN(EvaluationCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not self.required or not trainer.enable_validation:
+        if self.k is None or not self.required or not trainer.enable_validation:
             return
         loader = self._bank_loader(trainer)
         if isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized):  # else the size is not known yet
@@ -95,7 +100,7 @@ class OnlineKNN(EvaluationCallback):
         return loader
 
     def _check_k(self, bank_size: int) -> None:
-        if self.k > bank_size:
+        if self.k is not None and self.k > bank_size:
             raise ValueError(f"k must be at most the {bank_size} images of the bank, got k={self.k}")
 
     @override
@@ -112,26 +117,45 @@ class OnlineKNN(EvaluationCallback):
         if not self._queries:
             return {}
         bank, bank_labels = embed_loader(trainer, pl_module, self._bank_loader(trainer), self.embed)
-        if not self.required and self.k > len(bank):
-            self._tell_once(f"OnlineKNN is left out: k={self.k} exceeds the {len(bank)} images of the bank")
-            return {}
         self._check_k(len(bank))
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
+        known = torch.isin(labels, bank_labels)
+        queries, asked = queries[known], labels[known]
         predictions = {
             "knn": knn_predict(queries, bank, bank_labels, self.k),
-            "nearest_class_mean": nearest_class_mean_predict(queries, _class_means(bank, bank_labels)),
+            "nearest_class_mean": nearest_class_mean_predict(queries, class_means(bank, bank_labels)),
         }
-        correct = [(predicted == labels).sum() for predicted in predictions.values()]
-        *correct, count = sum_over_ranks(torch.stack([*correct, torch.tensor(len(labels), device=labels.device)]))
-        return {name: number.float() / count for name, number in zip(predictions, correct, strict=True)}
+        correct = torch.stack([(predicted == asked).float() for predicted in predictions.values()], dim=1)
+        correct, asked, labels = gather_rows(correct), gather_rows(asked), gather_rows(labels)
+        self._tell(stage, labels, asked, bank_labels)
+        if not len(asked):
+            return {}
+        averages = (("", average_scores(correct, asked)), ("_macro", average_scores(correct, asked, "macro")))
+        return {
+            f"{name}{suffix}": value
+            for suffix, values in averages
+            for name, value in zip(predictions, values, strict=True)
+        }
+
+    def _tell(self, stage: str, labels: Tensor, asked: Tensor, bank_labels: Tensor) -> None:
+        """One line on the images and classes of the values."""
+        missing = labels[~torch.isin(labels, bank_labels)]
+        bank = f"the bank of {described_images(bank_labels)}"
+        if not len(asked):
+            line = f"{stage}/knn and {stage}/nearest_class_mean are not logged: {bank} has no class of this split"
+        else:
+            line = f"{stage}/knn and {stage}/nearest_class_mean are over {described_images(asked)}, with {bank}"
+            if len(missing):
+                line += f"; {described_images(missing)} that the bank lacks do not count"
+        self._tell_once(f"OnlineKNN: {line}")
 
 
 def _datamodule(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
+def class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
     """Class means (C, D), where C - 1 is the largest label; nan for a class without embeddings."""
     counts = torch.bincount(labels)
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Geometry of embeddings as torchmetrics metrics: states of fixed size that merge over batches and processes.
+"""Geometry of embeddings and retrieval as torchmetrics metrics that merge over batches and processes.
 
 Every metric declared in ``simo_lightning.functional.geometry`` has its class here: ``class_cosine`` is
 ``ClassCosine``.
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from simo_lightning.metrics.geometry import CLASSES, geometry_metrics, metric_class
 from simo_lightning.metrics.heads import NC3, NearestClassMeanAccuracy
 from simo_lightning.metrics.moments import ClassMomentsMetric
+from simo_lightning.metrics.retrieval import MAPAtR, RecallAtK, RPrecision
 from simo_lightning.metrics.uniformity import Uniformity
+from simo_lightning.metrics.unknown import FPRAtRecall
 
 globals().update(CLASSES)
 
@@ -54,5 +56,15 @@ if TYPE_CHECKING:  # the same classes for type checkers and editors, written by 
     # end: written
 
 
-__all__ = ["NC3", "ClassMomentsMetric", "NearestClassMeanAccuracy", "Uniformity", "geometry_metrics", "metric_class"]
+__all__ = [
+    "NC3",
+    "ClassMomentsMetric",
+    "FPRAtRecall",
+    "MAPAtR",
+    "NearestClassMeanAccuracy",
+    "RPrecision",
+    "RecallAtK",
+    "Uniformity",
+]
+__all__ += ["geometry_metrics", "metric_class"]
 __all__ += sorted(CLASSES)

@@ -30,13 +30,13 @@ class MetricRow(NamedTuple):
         return "infinite" if math.isinf(self.value) else f"{self.value:.4g}"
 
 
-def metric_rows(moments: ClassMoments, knn: float = math.nan, k: int = 20) -> list[MetricRow]:
+def metric_rows(moments: ClassMoments, knn: float = math.nan, k: int | None = None) -> list[MetricRow]:
     """The table: kNN, and every metric of :data:`~simo_lightning.functional.geometry.GEOMETRY`.
 
     Args:
         moments: Class moments of all embeddings.
         knn: Accuracy of the k-nearest-neighbour classifier; nan if unknown.
-        k: Number of neighbours.
+        k: Number of neighbours; None: up to 20, fewer for small classes.
 
     Returns:
         One row per metric, kNN first.
@@ -48,7 +48,7 @@ def metric_rows(moments: ClassMoments, knn: float = math.nan, k: int = 20) -> li
         >>> rows["class_cosine"].text, rows["class_cosine"].better, rows["alignment"].text
         ('0', 'lower', 'undefined')
     """
-    meaning = f"Accuracy of a vote of the {k} nearest training images"
+    meaning = f"Accuracy of a vote of the {'up to 20' if k is None else k} nearest training images"
     rows = [MetricRow("knn", knn, "higher", meaning)]
     for name, metric in sorted(GEOMETRY.items()):
         meaning = f"{metric.meaning} ({metric.best})" if metric.best else metric.meaning

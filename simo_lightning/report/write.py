@@ -107,7 +107,7 @@ def _check(stage: str, projections: list[Projection], max_points: int) -> None:
 
 def _embed(
     trainer: pl.Trainer, model: pl.LightningModule, datamodule: Any, ckpt_path: str | None, stage: str
-) -> tuple[EmbeddedImages, float, int]:
+) -> tuple[EmbeddedImages, float, int | None]:
     """The split's embeddings, the accuracy of kNN on it, and its k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
     callbacks: list[EvaluationCallback] = [collector]

@@ -1,0 +1,149 @@
+"""Evaluate whether embeddings tell images of known classes from others."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
+from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
+from simo_lightning.callbacks.knn import class_means
+from simo_lightning.distributed import gather_rows, rank, world_size
+from simo_lightning.functional.decomposition import orthogonal_basis, span_energy
+from simo_lightning.functional.unknown import class_mean_similarity, fpr_at_recall, neighbor_similarity, unknown_auroc
+
+
+class UnknownMonitor(EvaluationCallback):
+    """Log how well embeddings answer whether an image belongs to any known class.
+
+    Three scores, each higher for images of known classes: the cosine to the nearest class mean (``cosine``), the share
+    of the energy in the span of the class means (``span``), and the cosine to the k-th nearest image of the bank
+    (``knn``). Logged are the area under the ROC curve, ``val/unknown_auroc_cosine`` and so on, and the false positive
+    rate where 95 % of the known images are accepted, ``val/unknown_fpr95_cosine`` and so on; in tests as ``test/``.
+
+    The known classes are those of the bank, training images without augmentation. The unknown images are those of the
+    data module's ``unknown_dataloader``, or of any loader; without them the callback does nothing. The known images are
+    those of its ``known_dataloader``, if it has one, else the images of the split whose class the bank has. Where the
+    class means span all dimensions, ``span`` is 1 for every image and is not logged.
+
+    Args:
+        k: Neighbour whose similarity is the score ``knn``; None: 5, or the size of the bank if that is smaller.
+        bank_size: Number of training images in the bank; None: all.
+        every_n_epochs: Epochs of training from one evaluation to the next. ``trainer.validate`` and ``trainer.test``
+            always evaluate.
+        unknown: Loader of images of unknown classes; None: the data module's ``unknown_dataloader``, if it has one.
+        bank: Loader of images of the known classes; None: the data module's ``bank_dataloader``.
+        embed: Maps the module and a batch of these loaders to embeddings ``(N, D)`` and labels ``(N,)``; None: for
+            batches ``(images, labels)``, by the module's ``embed`` or else its ``forward``.
+
+    Raises:
+        ValueError: If a number is below 1, or `bank_size` is given with `bank`; in an evaluation if k exceeds the bank.
+    """
+
+    def __init__(
+        self,
+        k: int | None = None,
+        bank_size: int | None = None,
+        every_n_epochs: int = 1,
+        unknown: DataLoader | None = None,
+        bank: DataLoader | None = None,
+        embed: EmbedBatch | None = None,
+    ) -> None:
+        super().__init__(every_n_epochs)
+        for name, value in (("k", k), ("bank_size", bank_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if bank_size is not None and bank is not None:
+            raise ValueError(f"bank_size must be None with a bank, which is used as it is, got {bank_size}")
+        self.k = k
+        self.bank_size = bank_size
+        self.unknown = unknown
+        self.bank = bank
+        self.embed = embed
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    @override
+    def missing(self, trainer: Trainer) -> list[str]:
+        has_bank = self.bank is not None or _method(trainer, "bank_dataloader") is not None
+        needs_bank = self.unknown is not None or _method(trainer, "unknown_dataloader") is not None
+        if has_bank or not needs_bank:
+            return []
+        return ["a bank of known classes: UnknownMonitor(bank=loader), or a data module with bank_dataloader"]
+
+    @override
+    def reset(self, trainer: Trainer) -> None:
+        self._batches = []
+
+    @override
+    def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
+        self._batches.append((embeddings, labels))
+
+    @override
+    @torch.no_grad()
+    def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
+        unknown_loader = _loader(trainer, self.unknown, "unknown_dataloader")
+        if unknown_loader is None or not self._batches:
+            return {}
+        unknown, _ = embed_loader(trainer, pl_module, unknown_loader, self.embed)
+        bank_loader = _loader(trainer, self.bank, "bank_dataloader", limit=self.bank_size)
+        assert bank_loader is not None, "missing() has looked"
+        bank, bank_labels = embed_loader(trainer, pl_module, bank_loader, self.embed)
+        known, known_labels = self._known(trainer, pl_module, bank_labels)
+        line = f"UnknownMonitor: {stage}/unknown_auroc and {stage}/unknown_fpr95"
+        if not len(known):
+            self._tell_once(f"{line} are not logged: no image of this split has a class of the bank")
+            return {}
+        self._tell_once(
+            f"{line} are over {described_images(known_labels)} of the bank and {len(unknown):,} of no class of it"
+        )
+        values = {}
+        for name, score in self._scores(stage, bank, bank_labels).items():
+            inside, outside = (gather_rows(score(rows[rank() :: world_size()])) for rows in (known, unknown))
+            values[f"unknown_auroc_{name}"] = unknown_auroc(inside, outside)
+            values[f"unknown_fpr95_{name}"] = fpr_at_recall(inside, outside)
+        return values
+
+    def _known(self, trainer: Trainer, pl_module: LightningModule, bank_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings and labels of held-out images of known classes, of all processes."""
+        embeddings, labels = (gather_rows(torch.cat(parts)) for parts in zip(*self._batches, strict=True))
+        self.reset(trainer)
+        loader = _loader(trainer, None, "known_dataloader") if self.unknown is None else None
+        if loader is not None:
+            embeddings, labels = embed_loader(trainer, pl_module, loader, self.embed)
+        is_known = torch.isin(labels, bank_labels)
+        return embeddings[is_known], labels[is_known]
+
+    def _scores(self, stage: str, bank: Tensor, bank_labels: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        means = class_means(bank, bank_labels)
+        k = min(5, len(bank)) if self.k is None else self.k
+        scores: dict[str, Callable[[Tensor], Tensor]] = {
+            "cosine": lambda rows: class_mean_similarity(rows, means),
+            "knn": lambda rows: neighbor_similarity(rows, bank, k),
+        }
+        directions = orthogonal_basis(means).rank
+        if directions < bank.shape[1]:
+            scores["span"] = lambda rows: span_energy(rows, means)
+        else:
+            self._tell_once(
+                f"UnknownMonitor: {stage}/unknown_auroc_span is not logged: the class means span all {directions} "
+                "dimensions of the embeddings"
+            )
+        return scores
+
+
+def _method(trainer: Trainer, name: str) -> Callable[..., Any] | None:
+    method = getattr(getattr(trainer, "datamodule", None), name, None)
+    return method if callable(method) else None
+
+
+def _loader(trainer: Trainer, given: DataLoader | None, name: str, **options: Any) -> Iterable[Any] | None:
+    """This process's share of a loader that was given, else of the data module's; None if there is none."""
+    if given is not None:
+        return own_batches(trainer, given)
+    method = _method(trainer, name)
+    loader: Iterable[Any] | None = None if method is None else method(**options)
+    return loader
