@@ -17,6 +17,7 @@ from simo_lightning.data.datasets import (
     load_digits,
 )
 from simo_lightning.data.folder import FolderImages, find_splits, load_image_folder
+from simo_lightning.data.hub import HubImages, HubPairDataModule, SemiSupervisedHubPairDataModule
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import ResumableLoader, TrainingBatch
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
@@ -31,6 +32,8 @@ __all__ = [
     "DigitsPairDataModule",
     "EvaluationSampler",
     "FolderImages",
+    "HubImages",
+    "HubPairDataModule",
     "ImageFolderPairDataModule",
     "ImageSource",
     "LabelledImages",
@@ -41,6 +44,7 @@ __all__ = [
     "SemiSupervisedCIFAR10PairDataModule",
     "SemiSupervisedCIFAR100PairDataModule",
     "SemiSupervisedDigitsPairDataModule",
+    "SemiSupervisedHubPairDataModule",
     "SemiSupervisedImageFolderPairDataModule",
     "SemiSupervisedPairDataModule",
     "SemiSupervisedTensorPairDataModule",
