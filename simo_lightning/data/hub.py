@@ -194,7 +194,7 @@ class HubPairDataModule(PairDataModule):
             return None
         for argument in ("image_column", "label_column", "coarse_column"):
             _check_column(argument, getattr(self, argument), part)
-        where = f"split {part.split!s} of {self.path}" if part.split is not None else f"{self.path}"
+        where = f"split {split} of {self.path}"
         labels, names = read_labels(part, self.label_column, where, required=split == "train")
         if labels is None:
             rank_zero_info(f"{where} has no labels and is left out")
@@ -205,7 +205,7 @@ class HubPairDataModule(PairDataModule):
                 self.coarse = _coarse_classes(part, self.coarse_column, labels, names, where)
         labels, names = _in_order_of(self._train_names or names, labels, names)
         counts = np.bincount(labels, minlength=len(names))
-        rank_zero_info(f"{where}: {len(labels):,} images of {np.count_nonzero(counts):,} classes, the {split} images")
+        rank_zero_info(f"{where}: {len(labels):,} images of {np.count_nonzero(counts):,} classes")
         images = part.select_columns([self.image_column]).with_format("arrow")
         _check_images(images, self.image_column)
         rows = np.arange(len(labels), dtype=np.int64)
