@@ -17,6 +17,7 @@ from simo_lightning.data.datasets import (
     load_digits,
 )
 from simo_lightning.data.folder import FolderImages, find_splits
+from simo_lightning.data.hub import HubImages, HubPairDataModule, SemiSupervisedHubPairDataModule
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import DrawnBatches, DrawnIndices, ResumableLoader, TrainingBatch
 from simo_lightning.data.manifest import Manifest, read_manifest
@@ -40,6 +41,8 @@ __all__ = [
     "DrawnIndices",
     "EvaluationSampler",
     "FolderImages",
+    "HubImages",
+    "HubPairDataModule",
     "ImageFolderPairDataModule",
     "ImageSource",
     "LabelledImages",
@@ -52,6 +55,7 @@ __all__ = [
     "SemiSupervisedCIFAR10PairDataModule",
     "SemiSupervisedCIFAR100PairDataModule",
     "SemiSupervisedDigitsPairDataModule",
+    "SemiSupervisedHubPairDataModule",
     "SemiSupervisedImageFolderPairDataModule",
     "SemiSupervisedPairDataModule",
     "SemiSupervisedTensorPairDataModule",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor
@@ -78,11 +78,11 @@ class Decoder:
         except ValueError as error:
             raise ValueError(f"background must be a colour's name or #rrggbb, got {self.background!r}") from error
 
-    def __call__(self, path: str | Path, size: PictureSize = None) -> tuple[Image.Image, list[str]]:
+    def __call__(self, path: str | Path | BinaryIO, size: PictureSize = None) -> tuple[Image.Image, list[str]]:
         """Read one file.
 
         Args:
-            path: The file.
+            path: The file; or an open one that can seek, whose ``name``, if it has one, is used in messages.
             size: Smallest width and height that are needed; a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size
                 as long as it is not smaller than that. A function is called once with the width and height of the
                 upright picture, which are known before it is decoded, and returns them. None: at its full size.
@@ -103,7 +103,8 @@ class Decoder:
         except Exception as error:  # Pillow's decoders raise many exception types on damaged files
             if isinstance(error, OSError) and error.errno is not None:  # from the file system, not the decoder
                 raise OSError(error.errno, error.strerror, str(path)) from error
-            raise ValueError(f"{str(path)!r} does not decode as an image: {error}") from error
+            name = str(getattr(path, "name", path)) if not isinstance(path, Path) else str(path)
+            raise ValueError(f"{name!r} does not decode as an image: {error}") from error
 
     def _rgb(self, image: Any, size: PictureSize, changes: list[str]) -> Image.Image:
         """The whole picture, upright, in RGB; a large JPEG at 1/2, 1/4 or 1/8 of its size."""

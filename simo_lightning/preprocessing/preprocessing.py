@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -97,11 +97,11 @@ class Preprocessing:
         size = self.image_size
         return (size, size) if isinstance(size, int) else size
 
-    def read(self, path: str | Path) -> tuple[np.ndarray, list[str]]:
+    def read(self, path: str | Path | BinaryIO) -> tuple[np.ndarray, list[str]]:
         """Read one image file.
 
         Args:
-            path: The file.
+            path: The file, or an open one that can seek.
 
         Returns:
             uint8 ``(channels, height, width)``, and one phrase for each conversion made.
