@@ -192,3 +192,27 @@ def test_steps_without_embeddings_are_named(tmp_path: Path) -> None:
         run.fit(LossAlone(), loader(TRAIN), loader(VAL))
     with pytest.warns(UserWarning, match=r"GeometryMonitor requires that LossAlone.test_step .* got nothing"):
         assert trainer(tmp_path, GeometryMonitor()).test(LossAlone(), loader(VAL), verbose=False) == [{}]
+
+
+def test_a_split_that_lacks_classes_and_has_further_ones_is_drawn(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        class_names = ("a", "b", "c", "d", "e")
+        num_classes, num_train_classes = 5, 3
+
+        def train_dataloader(self) -> DataLoader:
+            return loader(TRAIN)
+
+        def bank_dataloader(self, limit: int | None = None) -> DataLoader:
+            return loader(TRAIN)
+
+        def val_dataloader(self) -> DataLoader:
+            data, labels = VAL.tensors
+            return loader(TensorDataset(data, torch.tensor([0, 2, 4])[labels]))
+
+    monitor, alarm = GeometryMonitor(), CollapseAlarm()
+    run = trainer(tmp_path, monitor, alarm, EmbeddingPlots(), OnlineProbe(), OnlineKNN(k=5), max_epochs=1)
+    run.fit(Plain(), datamodule=Data())  # a picture that cannot be drawn is a warning, which is an error here
+    assert monitor.moments is not None
+    assert monitor.moments.counts.tolist() == [10, 0, 10, 0, 10]
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 8
+    assert {"val/probe", "val/probe_macro", "val/knn", "val/class_cosine"} <= run.callback_metrics.keys()

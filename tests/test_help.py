@@ -1,11 +1,14 @@
 """The help of the command and its messages about wrong arguments, by the command's own parser."""
 
+from pathlib import Path
+
 import pytest
 
 from simo_lightning import ImageEncoder, SimOLoss
 from simo_lightning.cli import main
 from simo_lightning.help import own_classes
 
+CONFIG = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
 DIGITS = ["fit", "--data", "DigitsPairDataModule", "--model", "SimOModule"]
 
 
@@ -30,7 +33,7 @@ def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--data.help"], ["ImageFolderPairDataModule ", "CIFAR10PairDataModule "], 25),
         (["--data.help", "ImageFolderPairDataModule"], ["--data.data_dir", "--data.samples_per_class"], 250),
         (["--data", "DigitsPairDataModule", "--data.augment.help"], ["--data.augment.flip"], 80),
-        (["--config", "configs/digits.yaml", "--data.help"], ["--data.val_fraction"], 150),
+        (["--config", CONFIG, "--data.help"], ["--data.val_fraction"], 150),
         (["--knn.help"], ["--knn.k K", "--knn.bank_size"], 80),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and str(value[0]).startswith("--") else "",
