@@ -339,8 +339,8 @@ class _Walk:
             return True
         if not self.skip:
             raise ValueError(
-                f"{entry.path!r} is not an image (suffixes read: {', '.join(sorted(_suffixes()))}); remove it, or set "
-                "on_broken to 'skip'"
+                f"{entry.path!r} is not an image (suffixes read: {', '.join(sorted(_suffixes()))}); convert or remove "
+                "it, or set on_broken to 'skip'"
             )
         self.left_out[f"*{suffix}" if suffix else entry.name] += 1
         return False
