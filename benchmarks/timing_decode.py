@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks.machine import Row, in_process
+from benchmarks.machine import Row
 from simo_lightning.data import ImageFolderPairDataModule, PhotoAugment, find_splits
 
 
@@ -81,6 +81,6 @@ def decode(given: argparse.Namespace) -> list[Row]:
             cases += [(Path(given.data_dir).name, folder, size, 128) for size in (128, 224)]
         for data, folder, size, batch in cases:
             for policy in (None, "trivial"):
-                words = {"size": size, "policy": policy, "workers": workers, "batch": batch, "rounds": rounds}
-                rows.append({"data": data, **in_process(decode_case, folder=folder, **words)})
+                words: Row = {"size": size, "policy": policy, "workers": workers, "batch": batch, "rounds": rounds}
+                rows.append({"data": data, **decode_case(folder, **words)})
     return rows

@@ -26,7 +26,7 @@ from simo_lightning.data.pictures import AugmentedPictures
 from simo_lightning.data.reading import load_image_folder
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
 from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
-from simo_lightning.data.sources import DecodedFiles, ImageSource, LabelledImages, whole_picture
+from simo_lightning.data.sources import DecodedFiles, ImageSource, LabelledImages, PictureFiles, whole_picture
 
 __all__ = [
     "AugmentedPictures",
@@ -49,6 +49,7 @@ __all__ = [
     "Manifest",
     "PairDataModule",
     "PhotoAugment",
+    "PictureFiles",
     "Relabelled",
     "ResumableLoader",
     "SemiBalancedSampler",

@@ -168,4 +168,5 @@ def _parts(augment: PhotoAugment, size: tuple[int, int], interpolation: str, cha
 
 def in_channels(picture: Image.Image, channels: int) -> Image.Image:
     """The picture in mode RGB, or L for one channel."""
-    return picture.convert("RGB" if channels == 3 else "L")
+    mode = "RGB" if channels == 3 else "L"
+    return picture if picture.mode == mode else picture.convert(mode)  # which copies one of the same mode

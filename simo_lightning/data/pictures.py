@@ -144,7 +144,8 @@ class AugmentedPictures:
 
     Args:
         source: Pictures and labels.
-        augment: As for :func:`augment_one`.
+        augment: ``PhotoAugment``, or a callable that takes the whole picture, upright and in mode RGB, and returns a
+            picture or a uint8 tensor ``(C, h, w)`` of any size.
         preprocessing: Of the model.
         views: V, number of augmented views of each picture.
     """

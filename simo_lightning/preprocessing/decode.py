@@ -136,7 +136,7 @@ class Decoder:
         if image.mode == "LAB":
             lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             image = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-        image = image.convert("RGB")
+        image = _as_rgb(image)
         return image if turn is None or upright_when_loaded else image.transpose(turn)
 
     def _eight_bits(self, image: Any, stored: str, changes: list[str]) -> Image.Image:
@@ -193,6 +193,11 @@ class Decoder:
         canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(self.background)[:3])
         canvas.alpha_composite(layer)
         return canvas
+
+
+def _as_rgb(image: Any) -> Any:
+    """The image in mode RGB; a decoded JPEG is not copied (other formats may be mapped to their file)."""
+    return image if image.mode == "RGB" and image.format == "JPEG" else image.convert("RGB")
 
 
 def _draft(image: Any, size: PictureSize, sideways: bool) -> None:
