@@ -1,6 +1,8 @@
 """Which extra of this package installs a missing module."""
 
 import re
+from importlib import import_module
+from types import ModuleType
 
 EXTRAS = {
     "pl_bolts": "bolts",
@@ -36,3 +38,24 @@ def missing_extra(message: str) -> str | None:
     if found is None or found.group(1) not in EXTRAS:
         return None
     return f"{found.group(1)} is missing: pip install 'simo_lightning[{EXTRAS[found.group(1)]}]'"
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import a module of an extra.
+
+    Args:
+        name: Of the module, such as ``"timm.models"``.
+
+    Returns:
+        The module.
+
+    Raises:
+        ModuleNotFoundError: If it is missing; the message is the command that installs it.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        message = missing_extra(str(error))
+        if message is None:
+            raise
+        raise ModuleNotFoundError(message, name=error.name) from None

@@ -21,6 +21,7 @@ from simo_lightning import ImageEncoder, SimOModule
 from simo_lightning.checkpoints import load_encoder
 from simo_lightning.class_paths import describe
 from simo_lightning.cli import main
+from simo_lightning.parser import user_error
 from simo_lightning.preprocessing import Preprocessing
 from tests.bounds import assert_float32_error
 from tests.checkpoint_parts import fit, save
@@ -419,6 +420,38 @@ def test_lora_takes_no_argument_that_reads_or_imports() -> None:
         ImageEncoder("resnet10", width=0.125, lora={"r": 2, "megatron_core": "os"})
     with pytest.raises(ValueError, match="lora does not fit the backbone: "):
         ImageEncoder("resnet10", width=0.125, lora={"r": 2, "target_modules": ["nothing"]})
+
+
+class Missing:
+    """Finds no module of one package, as if it were not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "options"),
+    [
+        ("timm", "timm", {"backbone": "timm/test_vit"}),
+        ("safetensors", "timm", {"weights": "a.safetensors"}),
+        ("peft", "lora", {"backbone": "resnet10", "lora": {"r": 2}}),
+    ],
+)
+def test_a_missing_extra_is_one_line(
+    package: str, extra: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("a.safetensors").write_bytes(b"")
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(package), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError) as raised:
+        ImageEncoder(**options)
+    assert str(raised.value) == f"{package} is missing: pip install 'simo_lightning[{extra}]'"
+    assert user_error(raised.value) == str(raised.value)
 
 
 @pytest.fixture

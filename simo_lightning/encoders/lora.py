@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from simo_lightning.extras import import_extra
+
 ARGUMENTS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora")
 
 
@@ -22,6 +24,7 @@ def add_lora(backbone: nn.Module, lora: dict[str, Any]) -> None:
     unknown = sorted(lora.keys() - set(ARGUMENTS))
     if unknown:  # others make peft read files or import modules
         raise ValueError(f"lora takes {', '.join(ARGUMENTS)}, got {', '.join(unknown)}")
+    import_extra("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)] or [

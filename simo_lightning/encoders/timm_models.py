@@ -11,6 +11,7 @@ from torch import nn
 from simo_lightning.class_paths import weights_are_read
 from simo_lightning.encoders.backbones import Backbone, Request, for_channels, refuse
 from simo_lightning.encoders.weights import Tensors, cached_download, is_reachable, load_file
+from simo_lightning.extras import import_extra
 from simo_lightning.preprocessing import Preprocessing
 from simo_lightning.tensor_files import first_line, read_tensors
 
@@ -30,6 +31,7 @@ def timm_backbone(request: Request) -> Backbone:
         ModuleNotFoundError: If timm is not installed.
         ValueError: If an argument does not fit the model, or the weights are not found or do not fit.
     """
+    import_extra("timm")
     refuse(f"backbone {request.name!r}", request.stem, request.width)
     if request.norm is not None:
         raise ValueError(f"norm must be left at None for backbone {request.name!r}, got {request.norm!r}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from simo_lightning.extras import import_extra
 from simo_lightning.tensor_files import read_tensors
 
 SECONDS_TO_CONNECT = 2.0
@@ -112,6 +113,8 @@ def load_file(
         ValueError: If it cannot be read, or does not fit.
     """
     own = model.state_dict()
+    if path.endswith(".safetensors"):
+        import_extra("safetensors")
     found = best_match(own, read_tensors(path))
     if convert is not None and not _fits(own, found):
         found = convert(found)
@@ -205,5 +208,7 @@ def _some(names: list[str]) -> str:
 def stem_kernel(path: str) -> int | None:
     """Side of the kernel of a ResNet's first convolution in a file of weights; None if there is none."""
     names = {"conv1.weight": torch.empty(0), "layer1.0.conv1.weight": torch.empty(0)}
+    if path.endswith(".safetensors"):
+        import_extra("safetensors")
     weight = best_match(names, read_tensors(path)).get("conv1.weight")
     return int(weight.shape[-1]) if weight is not None and weight.ndim == 4 else None
