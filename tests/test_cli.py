@@ -291,7 +291,7 @@ def test_a_misspelt_key_of_a_config_is_refused(digits_run: Path, capfd: pytest.C
 
 
 def test_checkpoints_loggers_and_every_callback_can_be_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
-    off = ["best", "last", "knn", "probe", "geometry", "alarm", "plots"]
+    off = ["best", "last", "knn", "retrieval", "unknown", "probe", "geometry", "alarm", "plots"]
     words = [word for name in off for word in (f"--{name}", "null")]
     fit(*words, "--trainer.logger", "false", "--run_dir", "off")
     assert "--last null: no last.ckpt is written, so a run that ends early cannot be resumed" in capfd.readouterr().out
@@ -331,7 +331,7 @@ class Broken(simo_lightning.SimOModule):
         (["--knn.every_n_epochs=2", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/knn"],
          "Early stopping conditioned on metric `val/knn` which is not available"),
         (["--trainer.callbacks", "LearningRateFinder"], "learning rate"),
-        (["--knn", "null"], "--best monitors val/knn, which --knn null switches off"),
+        (["--knn", "null", "--best.monitor", "val/knn"], "--best monitors val/knn, which --knn null switches off"),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate: -1"),
     ],
     ids=["wrong shape", "weights only", "nothing to train", "early stopping", "rate finder", "no metric", "rate"],
