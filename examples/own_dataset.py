@@ -73,7 +73,7 @@ def main(count: int, epochs: int) -> None:
     data = NpzPairDataModule("shapes.npz", classes_per_batch=3, samples_per_class=16)
     check_batch_composition(data)
     pl.seed_everything(0)
-    module = SimOModule(ImageEncoder("resnet10", width=0.125, embedding_dim=8))
+    module = SimOModule(ImageEncoder("resnet10", width=0.125, stem="small", embedding_dim=8))
     callbacks = [OnlineKNN(), GeometryMonitor()]
     trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, callbacks=callbacks, log_every_n_steps=1)
     trainer.fit(module, datamodule=data)

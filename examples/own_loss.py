@@ -62,7 +62,7 @@ def main(processes: int, epochs: int) -> None:
     """
     check_gradient_parity(SupCon(), world_size=processes)
     pl.seed_everything(0)
-    module = SimOModule(ImageEncoder("resnet10", width=0.125, in_channels=1), SupCon())
+    module = SimOModule(ImageEncoder("resnet10", width=0.125, stem="small", in_channels=1), SupCon())
     data = DigitsPairDataModule(samples_per_class=10)
     callbacks = [OnlineKNN(), GeometryMonitor()]
     trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, callbacks=callbacks, log_every_n_steps=1)

@@ -7,13 +7,12 @@ module is among them, whether it was passed or computed from the training images
 """
 
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import Parameter, signature
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +35,15 @@ from simo_lightning.class_paths import (
     import_class,
     is_plain,
     refuse_paths,
+    weights_follow,
 )
 from simo_lightning.lightning_private import given_arguments
 from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
+from simo_lightning.tensor_files import File, check_archive, check_sizes, first_line, reason_of
 
 _KEY = "simo_module"
 _SHARDED = "meta.pt"  # in the folder of a sharded checkpoint: all but weights and optimizer states
 _EXTRA_BYTES = 2**28  # that building a module may take beyond its weights, such as for a classifier that is removed
-
-File = str | Path | IO[bytes]
 
 
 class CheckpointMixin(InitArgumentsMixin):
@@ -136,7 +135,7 @@ class CheckpointMixin(InitArgumentsMixin):
         stored = {name: value for name, value in stored.items() if name not in kwargs}
         preprocessing = _preprocessing(stored, checkpoint_path)
         stored.pop("preprocessing", None)
-        with MemoryLimit(weights):
+        with MemoryLimit(weights), weights_follow():
             refuse_paths(cls, stored)
             arguments = {name: _argument(name, value, trusted, checkpoint_path) for name, value in stored.items()}
             with _error_in_one_line(f"checkpoint {checkpoint_path} does not fit {cls.__name__}"):
@@ -178,12 +177,12 @@ def read_checkpoint(
         map_location = "cpu"
     safe = weights_only is None or weights_only
     try:
-        size = _check_archive(path) if safe else 0
+        size = check_archive(path) if safe else 0
         checkpoint = torch.load(path, map_location=map_location, weights_only=safe, mmap=mmap)
         if safe:
-            _check_sizes(checkpoint, size)
+            check_sizes(checkpoint, size)
     except Exception as error:  # a damaged file fails anywhere
-        raise ValueError(f"checkpoint {path} cannot be read: {_reason(path, error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {reason_of(path, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"checkpoint {path} must hold a state_dict, as Lightning writes it, got none")
     return checkpoint
@@ -250,7 +249,7 @@ def _encoder(
         return encoder
     prefix, weights = "encoder.", checkpoint["state_dict"]
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    with MemoryLimit(weights):
+    with MemoryLimit(weights), weights_follow():
         encoder = _argument("encoder", description, trusted, path)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"the encoder of checkpoint {path} must be an nn.Module, got {type(encoder).__name__}")
@@ -324,18 +323,8 @@ def _take_preprocessing(module: Any, stored: Preprocessing | None, path: File) -
         return
     passed = module.__dict__.get("_init_arguments", {}).get("preprocessing")
     given = passed["init_args"] if isinstance(passed, dict) and "init_args" in passed else {}
-    different = stored.differences(given)
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{name} of the preprocessing of {type(module).__name__} must be that of checkpoint {path}, "
-            f"{_shown(getattr(stored, name))}, got {_shown(given[name])}: leave the argument out"
-        )
+    stored.check_arguments(given, f"the preprocessing of {type(module).__name__}", f"checkpoint {path}")
     module.preprocessing = stored
-
-
-def _shown(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _preprocessing(arguments: Mapping[str, Any], path: File) -> Preprocessing | None:
@@ -417,7 +406,7 @@ def _error_in_one_line(context: str) -> Iterator[None]:
     except NotStoredError:  # names the argument and what to do already
         raise
     except Exception as error:
-        raise ValueError(f"{context}: {_first_line(error)}") from error
+        raise ValueError(f"{context}: {first_line(error)}") from error
 
 
 def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
@@ -439,76 +428,6 @@ def _from_hparams_file(cls: type, path: str | Path | None) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"hparams_file {path} must hold arguments of {cls.__name__}, got {', '.join(unknown)}")
     return found
-
-
-def _check_archive(file: File) -> int:
-    """Size of a file in bytes. Raises if an entry is larger than the file or would become larger when it is read."""
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        for entry in entries:
-            if entry.filename.startswith("/") or ".." in PurePosixPath(entry.filename).parts or "\\" in entry.filename:
-                raise ValueError(f"its entry {entry.filename!r} lies outside of the archive")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"its entry {entry.filename!r} is compressed, as torch.save never writes it")
-        assert archive.fp is not None
-        archive.fp.seek(0)
-        if archive.fp.read(4) != b"PK\x03\x04":  # torch.load would read what comes before the archive
-            raise zipfile.BadZipFile("the archive does not start at its first byte")
-        size = archive.fp.seek(0, 2)
-        if sum(entry.file_size for entry in entries) > size:
-            raise ValueError(f"its entries claim more than the {size} bytes of the file")
-        for entry in entries:  # the one call allowed by torch.load that makes a large object from a small number
-            if entry.filename.endswith("data.pkl") and b"bytearray\n" in archive.read(entry):
-                raise ValueError("it holds a bytearray, which is not plain data")
-    if not isinstance(file, str | Path):
-        file.seek(0)
-    return size
-
-
-def _check_sizes(checkpoint: Any, size: int) -> None:
-    """Raise if tensors have no data, or claim more than the file has: memory that copying them would take."""
-    storages: dict[int, int] = {}
-    for tensor in _tensors(checkpoint):
-        if tensor.is_meta:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no data")
-        if tensor.layout is not torch.strided:
-            continue
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        if tensor.nbytes > storage.nbytes() or sum(storages.values()) > size:
-            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} claims more than the {size} bytes of the file")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    seen, pending = set(), [value]
-    while pending:
-        each = pending.pop()
-        if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, dict | list | tuple | set) and id(each) not in seen:
-            seen.add(id(each))
-            pending += [*each.keys(), *each.values()] if isinstance(each, dict) else each
-
-
-def _reason(path: File, error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
-    if isinstance(error, zipfile.BadZipFile):
-        return f"it is cut short, or not a checkpoint ({_first_line(error)})"
-    if not str(error).startswith("Weights only load failed"):
-        return _first_line(error)
-    names: list[str] = []
-    if isinstance(path, str | Path):
-        with suppress(Exception):  # of a damaged file
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    reason = f"it holds {', '.join(names[:3])}" if names else _first_line(error.__context__ or error)
-    return (
-        f"{reason}; only tensors, numbers, strings, lists and dictionaries are read, unless you trust the file: "
-        "weights_only=False reads it, and runs the code it holds"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class MemoryLimit(TorchDispatchMode):

@@ -8,6 +8,8 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +23,41 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Self
 
 # nn.Modules, optimizers and learning-rate schedulers of these packages are built from a file.
-PACKAGES = ("simo_lightning", "torch.nn", "torch.optim", "torchvision", "timm", "pytorch_metric_learning")
+# Of timm only parts whose classes open no file: those of timm.task load weights by path or from the network.
+PACKAGES = (
+    "simo_lightning",
+    "torch.nn",
+    "torch.optim",
+    "torchvision",
+    "timm.layers",
+    "timm.loss",
+    "timm.models",
+    "timm.optim",
+    "pytorch_metric_learning",
+)
 MAX_VALUES = 10_000  # in one description; a config has tens
 _BUILT = (nn.Module, Optimizer, LRScheduler)
 
 Trusted = str | type
 _RESERVED = {"class_path", "type_path", "not_stored"}  # keys of a dictionary that describes an object
+
+
+_WEIGHTS_FOLLOW = ContextVar("weights_follow", default=False)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """Context in which modules are built whose weights are loaded from a checkpoint afterwards."""
+    token = _WEIGHTS_FOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_FOLLOW.reset(token)
+
+
+def weights_are_read() -> bool:
+    """Whether a module that is being built reads its trained weights; not if those of a checkpoint follow."""
+    return not _WEIGHTS_FOLLOW.get()
 
 
 class NotStoredError(ValueError):

@@ -34,6 +34,7 @@ from simo_lightning.callbacks import (
     OnlineProbe,
 )
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
+from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import adopt_preprocessing, read_checkpoint
 from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
@@ -146,6 +147,12 @@ class SimoCLI(FunctionCLI):
             kwargs["enable_checkpointing"] = False  # Lightning would add a callback of its own
         return super().instantiate_trainer(**kwargs)
 
+    def instantiate_classes(self) -> None:
+        """Make the parts; the module adds no callbacks, so that those of the config are the only ones."""
+        super().instantiate_classes()
+        if hasattr(self.model, "default_callbacks"):
+            self.model.default_callbacks = False
+
     def _callbacks(self, config: Any) -> list[pl.Callback]:
         """The config's callbacks and those of every run; in a barebones run the config's list alone."""
         own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
@@ -157,11 +164,20 @@ class SimoCLI(FunctionCLI):
             callbacks.append(TQDMProgressBar(refresh_rate=10))  # Lightning's own redraws at every step
         off = {"best", "last"} if config.enable_checkpointing is False else set()
         named = {name: None if name in off else self.of_command(name) for name in CALLBACKS}
+        for name, callback in named.items():
+            if isinstance(callback, EvaluationCallback) and self._is_default(name):
+                callback.required = False  # the module may be any, such as one without embeddings
         if named["last"] is None:
             why = "--last null" if not off else "--trainer.enable_checkpointing false"
             self._note(f"{why}: no last.ckpt is written, so a run that ends early cannot be resumed")
         callbacks += [callback for callback in named.values() if callback is not None]
         return [*callbacks, GracefulShutdown(save=named["last"] is not None), ImagesPerSecond(), EmbeddingWriter()]
+
+    def _is_default(self, name: str) -> bool:
+        """Whether the config sets none of a callback's arguments."""
+        given = self.config[self.config.subcommand][name].get("init_args") or {}
+        parameters = inspect.signature(CALLBACKS[name]).parameters
+        return all(value == parameters[argument].default for argument, value in given.items())
 
     def _note(self, line: str) -> None:
         if self.subcommand == "fit":

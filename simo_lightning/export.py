@@ -106,12 +106,7 @@ def export_encoder(
     model, preprocessing = _encoder_of(source, trusted)
     if preprocessing is not None:
         given = {"image_size": image_size, "mean": mean, "std": std, "channels": in_channels}
-        for name in preprocessing.differences(given):
-            value = getattr(preprocessing, name)
-            raise ValueError(
-                f"{'in_channels' if name == 'channels' else name} must be that of the model's preprocessing, {value}, "
-                f"got {given[name]}: leave it out"
-            )
+        preprocessing.check_arguments(given, "the exported file")
         image_size, in_channels = preprocessing.size, preprocessing.channels
         mean, std = preprocessing.mean or mean, preprocessing.std or std
     if image_size is None:

@@ -7,11 +7,14 @@ EXTRAS = {
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
     "datasets": "hub",
     "huggingface_hub": "hub",
-    "pyarrow": "hub",
     "pytorch_metric_learning": "losses",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pyarrow": "parquet",
+    "peft": "lora",
+    "safetensors": "timm",
+    "timm": "timm",
     "umap": "umap",
 }
 

@@ -44,6 +44,15 @@ def batches_processed(trainer: pl.Trainer) -> int:
     return count
 
 
+def transfer_batch(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch on the trainer's device, through the batch-transfer hooks of the data module or the module.
+
+    ``strategy.batch_to_device`` runs all of them but the first, ``on_before_batch_transfer`` (2.6.6).
+    """
+    module: Any = trainer.lightning_module
+    return trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch))
+
+
 def given_arguments() -> dict[str, Any]:
     """Class path and arguments of the module that the command line is making; empty outside of it.
 

@@ -18,8 +18,9 @@ from simo_lightning.checkpoints import CheckpointMixin, MemoryLimit, known_prepr
 from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss, configure_loss
+from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing, encoder_input
-from simo_lightning.schedules import with_schedule
+from simo_lightning.schedules import check_finetuning, with_schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,7 +29,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
     All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps
-    return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate.
+    return ``{"embeddings": (N, D), "labels": (N,)}``, which the callbacks evaluate. Any trainer logs kNN and geometry
+    after validation and test, with the callbacks of :func:`~simo_lightning.callbacks.default_callbacks`, unless
+    ``default_callbacks`` is False.
 
     Args:
         encoder: Maps images ``(N, C, H, W)`` to embeddings ``(N, D)``.
@@ -40,6 +43,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         lr_scheduler: Maps an optimizer to a scheduler; None for a constant rate. A scheduler with a method
             ``set_total_steps``, such as OneCycle, gets the length of the run and steps once per batch; others step
             once per epoch.
+        parameter_groups: Rates and weight decay of the backbone, the projector and the loss, such as
+            ``ParameterGroups(backbone_lr_factor=0.1)``. None: the optimizer's own for all, but no weight decay for the
+            parameters of the loss, such as class vectors and proxies.
         channels_last: Keep images and convolutions in the memory layout (N, H, W, C), which is faster on most hardware.
             The result is the same up to rounding.
         micro_batch_size: Images that are embedded at a time in training; None for the whole batch. This is gradient
@@ -56,6 +62,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             weights), and the training images. It is then an attribute of this module, and binding: set it to None
             before a fit that reads its images otherwise.
 
+    Attributes:
+        default_callbacks: Whether to add callbacks to the trainer that are missing there.
+
     Raises:
         ValueError: If ``micro_batch_size`` is less than 1.
 
@@ -63,7 +72,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         >>> from simo_lightning.encoders import ImageEncoder
         >>> from simo_lightning.preprocessing import Preprocessing
         >>> preprocessing = Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-        >>> encoder = ImageEncoder("resnet10", width=0.125)
+        >>> encoder = ImageEncoder("resnet10", width=0.125, stem="small")
         >>> module = SimOModule(encoder, SimOLoss(form="log"), preprocessing=preprocessing)
         >>> module.embed(torch.zeros(2, 3, 40, 60, dtype=torch.uint8)).shape
         torch.Size([2, 16])
@@ -73,6 +82,8 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         passes; here ``torch.utils.checkpoint`` repeats the forward pass inside autograd, so DDP, gradient scaling and
         accumulation see one backward pass.
     """
+
+    default_callbacks: bool = True
 
     def __init__(
         self,
@@ -84,6 +95,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         micro_batch_size: int | None = None,
         compile: bool = False,
         preprocessing: Preprocessing | None = None,
+        parameter_groups: ParameterGroups | None = None,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -97,6 +109,13 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.compile_encoder = compile
         self.preprocessing = preprocessing
         self.loss_sizes: dict[str, int | None] | None = None  # what the loss was configured with
+        self.parameter_groups = parameter_groups
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder's backbone, by which Lightning's BackboneFinetuning finds it."""
+        backbone: nn.Module = self.encoder.backbone  # type: ignore[assignment]
+        return backbone
 
     def setup(self, stage: str) -> None:
         """Compile the encoder for a fit; the names of its weights stay."""
@@ -248,10 +267,31 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).manual_seed(mixed)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Callbacks that log kNN and geometry, without those that the trainer has."""
+        from simo_lightning.callbacks import default_callbacks  # takes as long to import as all the rest
+
+        return default_callbacks(self.trainer) if self.default_callbacks else []
+
     def configure_optimizers(self) -> Any:
-        """Optimizer of the encoder's and the loss's parameters, and its schedule."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        """Optimizer of the parameters that require a gradient, in their groups, and its schedule."""
+        check_finetuning(self.trainer, self.lr_scheduler)
+        groups = self.parameter_groups
+        if groups is None and any(parameter.requires_grad for parameter in self.loss.parameters()):
+            groups = ParameterGroups(norm_weight_decay=None)
+        if groups is None:
+            optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        else:
+            optimizer = groups.optimizer(self.optimizer, self)
         return with_schedule(optimizer, self.lr_scheduler, self.trainer)
+
+    def on_train_start(self) -> None:
+        """Let everything in the optimizer require a gradient: a resumed BackboneFinetuning leaves the backbone out."""
+        optimizers = self.trainer.optimizers
+        for parameter in (
+            each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]
+        ):
+            parameter.requires_grad_(True)
 
 
 def _number_of_classes(data: Any) -> int | None:

@@ -73,7 +73,11 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
             stored = self.__dict__.get("_init_arguments", {})
             if "checkpoint" in stored:  # describe the encoder itself, since the file may move
                 stored |= {"checkpoint": None, "encoder": describe(encoder), "trusted": None}
-            preprocessing = _of_checkpoint(encoder, preprocessing, checkpoint)
+            of_checkpoint: Any = getattr(encoder, "preprocessing", None)
+            if isinstance(of_checkpoint, Preprocessing):
+                given = {} if preprocessing is None else vars(preprocessing)
+                of_checkpoint.check_arguments(given, "preprocessing", f"checkpoint {checkpoint}")
+                preprocessing = of_checkpoint
         if layer == "features" and not hasattr(encoder, "features"):
             raise ValueError(f"layer 'features' needs an encoder with features(images), got {type(encoder).__name__}")
         self.encoder = encoder.requires_grad_(False).eval()
@@ -123,21 +127,6 @@ class ProbeModule(CheckpointMixin, pl.LightningModule):
         images, labels = batch
         self.accuracy(self(images), labels)
         self.log(name, self.accuracy, on_epoch=True, prog_bar=True)
-
-
-def _of_checkpoint(encoder: nn.Module, given: Preprocessing | None, checkpoint: str | None) -> Preprocessing | None:
-    """The preprocessing of an encoder from a checkpoint, which a given one must not contradict."""
-    stored: Any = getattr(encoder, "preprocessing", None)
-    if not isinstance(stored, Preprocessing):
-        return given
-    different = stored.differences(vars(given)) if given is not None else []
-    if different and given is not None:
-        name = different[0]
-        raise ValueError(
-            f"{name} of preprocessing must be that of checkpoint {checkpoint}, {getattr(stored, name)}, got "
-            f"{getattr(given, name)}: leave preprocessing out"
-        )
-    return stored
 
 
 def _head(head: Head, input_dim: int, hidden_dim: int, num_classes: int) -> nn.Module:

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import LRSchedulerCallable
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 
 def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None, trainer: pl.Trainer) -> Any:
@@ -24,6 +26,8 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
     if lr_scheduler is None:
         return optimizer
     scheduler: Any = lr_scheduler(optimizer)
+    if isinstance(getattr(lr_scheduler, "keywords", {}).get("max_lr"), int | float):
+        _keep_factors(scheduler)
     config = {"scheduler": scheduler, "interval": "epoch"}
     if hasattr(scheduler, "set_total_steps"):
         scheduler.set_total_steps(trainer.estimated_stepping_batches)
@@ -33,14 +37,60 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
+def _keep_factors(scheduler: Any) -> None:
+    """Give each parameter group its share of the one largest rate of torch's cyclic schedules."""
+    groups = scheduler.optimizer.param_groups
+    factors = [group.get("lr_factor", 1.0) for group in groups]
+    if isinstance(scheduler, OneCycleLR):
+        for group, factor in zip(groups, factors, strict=True):
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+                group[name] *= factor
+    elif isinstance(scheduler, CyclicLR):
+        for name in ("base_lrs", "max_lrs"):
+            setattr(scheduler, name, [rate * by for rate, by in zip(getattr(scheduler, name), factors, strict=True)])
+        for group, factor in zip(groups, factors, strict=True):
+            group["lr"] *= factor
+    scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def check_finetuning(trainer: pl.Trainer, lr_scheduler: LRSchedulerCallable | None) -> None:
+    """Refuse Lightning's finetuning callbacks where they fail or train wrongly.
+
+    Args:
+        trainer: Has the callbacks.
+        lr_scheduler: As in :func:`with_schedule`.
+
+    Raises:
+        ValueError: If there is such a callback, and several processes or a scheduler that takes no further parameter
+            group.
+    """
+    callback = next((each for each in trainer.callbacks if isinstance(each, BaseFinetuning)), None)  # type: ignore[attr-defined]
+    if callback is None:
+        return
+    name, instead = type(callback).__name__, "use simo_lightning.callbacks.FreezeBackbone"
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"{name} needs a single process, since gradients of what is unfrozen later are not averaged, got "
+            f"{trainer.world_size}: {instead}"
+        )
+    scheduler: Any = getattr(lr_scheduler, "func", lr_scheduler)
+    if scheduler is not None and not (isinstance(scheduler, type) and issubclass(scheduler, OneCycle)):
+        raise ValueError(
+            f"{name} adds a parameter group, which the schedule must allow: OneCycle or none, got "
+            f"{getattr(scheduler, '__name__', scheduler)}; or {instead}"
+        )
+
+
 class OneCycle(LambdaLR):
     """Warm-up to the optimizer's own learning rate, then cosine annealing to almost 0, over the whole run.
 
     torch's OneCycleLR takes the number of steps at construction, which a config file cannot know. This one takes it by
     :meth:`set_total_steps`, which the module calls when the optimizers are configured.
 
+    Parameter groups that are added later, as by Lightning's BackboneFinetuning, keep the rate that they are given.
+
     Args:
-        optimizer: Its learning rate is the peak.
+        optimizer: Its learning rate is the peak, for each parameter group its own.
         warmup: Share of the run until the peak, in 0..1.
         start: First learning rate as a share of the peak, >= 0.
         end: Last learning rate as a share of the peak, >= 0.
@@ -58,6 +108,11 @@ class OneCycle(LambdaLR):
         self.warmup, self.start, self.end = warmup, start, end
         self.total_steps: int | None = None
         super().__init__(optimizer, self._share)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Rates of the groups of the start by the schedule, and of later ones as they are."""
+        rates = super().get_lr()
+        return rates + [group["lr"] for group in self.optimizer.param_groups[len(rates) :]]
 
     def set_total_steps(self, total_steps: int) -> None:
         """Set the length of the run.

@@ -32,7 +32,13 @@ DIGITS: dict[str, Any] = {
         "init_args": {
             "encoder": {
                 "class_path": "simo_lightning.ImageEncoder",
-                "init_args": {"backbone": "resnet10", "width": 0.125, "in_channels": 1, "embedding_dim": 16},
+                "init_args": {
+                    "backbone": "resnet10",
+                    "width": 0.125,
+                    "stem": "small",
+                    "in_channels": 1,
+                    "embedding_dim": 16,
+                },
             },
             "optimizer": {"class_path": "torch.optim.AdamW"},
             "lr_scheduler": {"class_path": "simo_lightning.OneCycle"},

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.neighbors import NearestCentroid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from simo_lightning.callbacks import (
     ClassMomentsCallback,
@@ -42,7 +42,6 @@ from tests.callback_parts import (
     cosine_loop,
     embedded,
     neighbours,
-    pictures,
     trainer,
 )
 from tests.rank_processes import saved, start_ranks
@@ -151,13 +150,31 @@ def test_the_bank_is_embedded_in_the_trainers_precision(tmp_path, precision):
     assert 0 < logged["val/knn"] <= 1
 
 
-def test_a_module_without_embeddings_is_not_evaluated(tmp_path):
+def test_a_validation_step_without_embeddings_is_named_after_its_first_batch(tmp_path):
+    class Silent(Encoder):
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+            assert batch_idx == 0
+            return {"loss": batch[0].float().mean()}
+
+    for callback in (GeometryMonitor(), OnlineKNN(), EmbeddingPlots()):
+        with pytest.raises(ValueError) as raised:
+            trainer(tmp_path, callback).validate(Silent(), Pictures())
+        assert str(raised.value) == (
+            f"{type(callback).__name__} requires that Silent.validation_step returns a dictionary with embeddings "
+            "(N, D) and labels (N,), got a dictionary with loss"
+        )
+    assert not (tmp_path / "plots").exists()
+
+
+def test_a_callback_that_nobody_asked_for_is_silent_without_embeddings(tmp_path):
     class Silent(Encoder):
         def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
             return None
 
-    run = trainer(tmp_path, GeometryMonitor(), OnlineKNN(), EmbeddingPlots())
-    assert run.validate(Silent(), Pictures(), verbose=False) == [{}]
+    callbacks = [GeometryMonitor(), OnlineKNN(), EmbeddingPlots()]
+    for callback in callbacks:
+        callback.required = False
+    assert trainer(tmp_path, *callbacks).validate(Silent(), Pictures(), verbose=False) == [{}]
     assert not (tmp_path / "plots").exists()
 
 
@@ -354,21 +371,9 @@ def test_the_states_of_callbacks_are_plain_data(tmp_path):
     assert len(torch.load(tmp_path / "states.pt", weights_only=True)) == len(callbacks)
 
 
-def test_what_a_callback_misses_is_named(tmp_path):
-    class Bare(pl.LightningDataModule):
-        def val_dataloader(self) -> DataLoader:
-            images, labels = pictures(8, 0).tensors
-            return DataLoader(TensorDataset(images.float(), labels), batch_size=8)
-
-    with pytest.raises(ValueError, match=r"GeometryMonitor\(num_classes=...\)"):
-        trainer(tmp_path, GeometryMonitor()).validate(Encoder(), Bare())
-    for callback, missed in ((OnlineKNN(), "method bank_dataloader"), (EmbeddingPlots(), "attribute class_names")):
-        with pytest.raises(TypeError, match=f"requires a data module with the {missed}, got Bare"):
-            trainer(tmp_path, callback).validate(Encoder(), Bare())
+def test_a_k_beyond_the_bank_is_named_in_validation(tmp_path):
     with pytest.raises(ValueError, match="k must be at most the 60 images of the bank, got k=61"):
         trainer(tmp_path, OnlineKNN(k=61)).validate(Encoder(), Pictures())
-    given = trainer(tmp_path, GeometryMonitor(num_classes=NUM_CLASSES)).validate(Encoder(), Bare(), verbose=False)[0]
-    assert given.keys() == {f"val/{name}" for name in GEOMETRY}
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_arguments_are_stored_as_a_config_writes_them(tmp_path: Path) -> None:
-    encoder = ImageEncoder("resnet10", width=0.125, in_channels=1)
+    encoder = ImageEncoder("resnet10", width=0.125, stem="small", in_channels=1)
     loss = SemiSupervisedLoss(3, labelled=SimOLoss(form="softmax", eps=np.float32(0.5)))
     module = SimOModule(encoder, loss, partial(torch.optim.SGD, lr=0.1), OneCycle, micro_batch_size=4)
     stored = torch.load(save(module, tmp_path / "a.ckpt"), weights_only=True)["simo_module"]
@@ -66,7 +66,7 @@ def test_arguments_are_stored_as_a_config_writes_them(tmp_path: Path) -> None:
         "init_args": {
             "encoder": {
                 "class_path": "simo_lightning.ImageEncoder",
-                "init_args": {"backbone": "resnet10", "width": 0.125, "in_channels": 1},
+                "init_args": {"backbone": "resnet10", "width": 0.125, "stem": "small", "in_channels": 1},
             },
             "loss": {
                 "class_path": "simo_lightning.semi_supervised.SemiSupervisedLoss",
@@ -80,7 +80,7 @@ def test_arguments_are_stored_as_a_config_writes_them(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_from_python_loads_by_its_path_alone(tmp_path: Path) -> None:
-    encoder = ImageEncoder("resnet10", width=0.125, in_channels=1)
+    encoder = ImageEncoder("resnet10", width=0.125, stem="small", in_channels=1)
     module = SimOModule(encoder, SimOLoss("pair", "log", eps=0.1), partial(torch.optim.SGD, lr=0.1), OneCycle)
     fit(module, tmp_path, max_steps=2).save_checkpoint(tmp_path / "a.ckpt")
     again = SimOModule.load_from_checkpoint(tmp_path / "a.ckpt")
@@ -306,7 +306,7 @@ class OwnProbe(ProbeModule):
 
 
 def test_a_probe_describes_the_encoder_of_its_checkpoint(tmp_path: Path) -> None:
-    encoder = ImageEncoder("resnet10", width=0.125, in_channels=1)
+    encoder = ImageEncoder("resnet10", width=0.125, stem="small", in_channels=1)
     first = save(SimOModule(encoder, SupConLoss()), tmp_path / "a.ckpt")
     probe = ProbeModule(10, str(first))
     second = save(probe, tmp_path / "b.ckpt")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torchvision
 from PIL import ExifTags, Image, ImageCms, ImageFilter, ImageOps, features
 
-from simo_lightning.preprocessing import Preprocessing
+from simo_lightning.preprocessing import FORMATS, Preprocessing
 
 SIZE = 24
 RAMP = np.linspace(3_000, 55_000, SIZE * SIZE).reshape(SIZE, SIZE).round().astype(np.uint16)
@@ -202,6 +203,168 @@ def test_other_colour_spaces_become_rgb(tmp_path: Path, mode: str, name: str) ->
     pixels, changes = decoded(image, tmp_path / name, **save)
     assert np.abs(pixels - np.asarray(original).astype(int)).max() <= 6  # rounding of the other space and of JPEG
     assert changes == [mode]
+
+
+def test_cmyk_jpeg_of_adobe_is_not_negative(tmp_path: Path) -> None:
+    """Adobe stores 255 - ink."""
+    ink = np.zeros((SIZE, SIZE, 4), np.uint8)
+    ink[: SIZE // 2, :, 0], ink[SIZE // 2 :, :, 1] = 255, 255  # all cyan above, all magenta below
+    image = Image.frombytes("CMYK", (SIZE, SIZE), ink.tobytes())
+    pixels, changes = decoded(image, tmp_path / "x.jpg", quality=100)
+    assert b"Adobe" in (tmp_path / "x.jpg").read_bytes()
+    assert np.abs(pixels[: SIZE // 2 - 8] - (0, 255, 255)).max() <= 6
+    assert np.abs(pixels[SIZE // 2 + 8 :] - (255, 0, 255)).max() <= 6
+    assert changes == ["CMYK"]
+
+
+@pytest.mark.parametrize("name", ["x.tif", "x.pbm", "x.bmp", "x.gif"])
+def test_one_bit_in_each_format(tmp_path: Path, name: str) -> None:
+    mask = RAMP > 30_000
+    assert (decoded(Image.fromarray(mask), tmp_path / name)[0] == mask[..., None] * 255).all()
+
+
+def test_one_bit_where_one_is_black(tmp_path: Path) -> None:
+    """PBM by its definition, and a TIFF that says that white is zero, as those of fax machines."""
+    mask = RAMP > 30_000
+    bits = np.packbits(mask, axis=1).tobytes()
+    expected = np.where(mask, 0, 255)[..., None]
+    assert (decoded(f"P4 {SIZE} {SIZE}\n".encode() + bits, tmp_path / "x.pbm")[0] == expected).all()
+    content = bytearray(tiff(1, 1, bits))
+    entry = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    assert (decoded(bytes(content), tmp_path / "x.tif")[0] == 255 - expected).all()
+    content[entry] = 0
+    assert (decoded(bytes(content), tmp_path / "x.tif")[0] == expected).all()
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow before 11.3, or built without AVIF")
+def test_avif(tmp_path: Path) -> None:
+    pixels, changes = decoded(photo(), tmp_path / "x.avif", quality=100, subsampling="4:4:4")
+    assert np.abs(pixels - np.asarray(photo()).astype(int)).max() <= 4
+    assert changes == []
+
+
+# ---- colour profiles
+
+
+def tag(kind: bytes, content: bytes) -> bytes:
+    return kind + bytes(4) + content
+
+
+def xyz(*values: float) -> bytes:
+    return tag(b"XYZ ", struct.pack(">3i", *(round(value * 65536) for value in values)))
+
+
+def profile(colours: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile, version 2, by its specification: Pillow can make none but sRGB."""
+    tags = {
+        b"desc": tag(b"desc", struct.pack(">I", 5) + b"test\0" + bytes(78)),
+        b"cprt": tag(b"text", b"none\0"),
+        b"wtpt": xyz(0.9642, 1, 0.8249),
+        **tags,
+    }
+    table, content, place = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name + struct.pack(">II", place + len(content), len(data))
+        content += data
+    header = struct.pack(">I4sI4s4s4s", place + len(content), b"test", 0x02400000, b"mntr", colours, connection)
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061)  # D50
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + content
+
+
+# Linear RGB to XYZ, both adapted to D50 by Bradford's method: columns are red, green, blue
+P3_TO_XYZ = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+SRGB_TO_XYZ = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+
+
+def display_p3(gamma: float = 2.2) -> bytes:
+    curve = tag(b"curv", struct.pack(">IH", 1, round(gamma * 256)))
+    curves = {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    return profile(b"RGB ", b"XYZ ", {f"{c}XYZ".encode(): xyz(*P3_TO_XYZ[:, i]) for i, c in enumerate("rgb")} | curves)
+
+
+def as_srgb(values: np.ndarray, gamma: float = 2.2) -> np.ndarray:
+    """0..255 in the colours of ``display_p3`` as 0..255 in sRGB, by the definitions, in float64."""
+    linear = (values / 255) ** gamma @ (np.linalg.inv(SRGB_TO_XYZ) @ P3_TO_XYZ).T
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.jpg", "x.webp", "x.avif"])
+def test_a_colour_profile_is_applied(tmp_path: Path, name: str) -> None:
+    save: dict[str, Any] = {} if name in ("x.png", "x.tif") else {"quality": 100, "subsampling": "4:4:4"}
+    if name == "x.webp":
+        save = {"lossless": True}
+    plain, _ = decoded(photo(), tmp_path / f"plain{name[1:]}", **save)
+    pixels, changes = decoded(photo(), tmp_path / name, icc_profile=display_p3(), **save)
+    assert changes == ["colour profile applied"]
+    assert np.abs(pixels - as_srgb(plain)).max() <= 2
+    assert np.abs(pixels - plain).max() > 20
+    theirs = ImageCms.profileToProfile(
+        Image.fromarray(plain.astype(np.uint8)), BytesIO(display_p3()), ImageCms.createProfile("sRGB")
+    )
+    assert (pixels == np.asarray(theirs)).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_profile_with_transparency_orientation_and_a_palette(tmp_path: Path, orientation: int) -> None:
+    image, colours, alpha = transparent("RGBA")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    pixels, changes = decoded(image, tmp_path / "x.png", icc_profile=display_p3(), exif=exif)
+    share = alpha[..., None] / 255
+    expected = share * as_srgb(colours) + (1 - share) * 255
+    assert np.abs(pixels - (expected if orientation == 1 else np.rot90(expected, -1))).max() <= 3
+    assert {"colour profile applied", "transparency on white"} <= set(changes)
+    palette = photo().quantize(16)
+    pixels, _ = decoded(palette, tmp_path / "y.png", icc_profile=display_p3())
+    assert np.abs(pixels - as_srgb(np.asarray(palette.convert("RGB")))).max() <= 2
+    clear, index = bytes([0, *[255] * 15]), np.asarray(palette)[..., None]
+    pixels, _ = decoded(palette, tmp_path / "z.png", icc_profile=display_p3(), transparency=clear)
+    assert np.abs(pixels - np.where(index == 0, 255, as_srgb(np.asarray(palette.convert("RGB"))))).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_grey_profile_is_applied(tmp_path: Path, mode: str) -> None:
+    grey = profile(b"GRAY", b"XYZ ", {b"kTRC": tag(b"curv", struct.pack(">IH", 1, 256))})  # linear
+    values = np.asarray(photo().convert("L"))
+    image = Image.fromarray(values)
+    if mode == "LA":
+        image.putalpha(Image.new("L", image.size, 128))
+    pixels, changes = decoded(image, tmp_path / "x.png", icc_profile=grey)
+    linear = values / 255
+    srgb = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    expected = srgb if mode == "L" else srgb * 128 / 255 + 127
+    assert np.abs(pixels - expected[..., None]).max() <= 2
+    assert changes[:2] == ["grey", "colour profile applied"]
+
+
+def test_a_cmyk_profile_is_applied(tmp_path: Path) -> None:
+    """A profile in which one ink is grey of half the lightness, and two are black."""
+    grid = np.array([[inks >> shift & 1 for shift in (3, 2, 1, 0)] for inks in range(16)])
+    lab = np.stack([np.array([255, 128, 0, 0, 0])[grid.sum(1)], np.full(16, 128), np.full(16, 128)], 1).astype(np.uint8)
+    ramp = bytes(range(256))
+    table = tag(b"mft1", bytes([4, 3, 2, 0]) + struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
+    table += ramp * 4 + lab.tobytes() + ramp * 3
+    icc = profile(b"CMYK", b"Lab ", {b"A2B0": table})
+    image = Image.new("CMYK", (SIZE, SIZE), (255, 0, 0, 0))
+    pixels, changes = decoded(image, tmp_path / "x.tif", icc_profile=icc)
+    assert changes == ["colour profile applied", "CMYK"]
+    assert np.abs(pixels - 119).max() <= 2  # L* = 50 in sRGB; without the profile cyan
+    theirs = ImageCms.profileToProfile(image, BytesIO(icc), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert (pixels == np.asarray(theirs)).all()
+
+
+def test_a_profile_that_is_srgb_of_other_colours_or_damaged_changes_nothing(tmp_path: Path) -> None:
+    plain, _ = decoded(photo(), tmp_path / "x.png")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = profile(b"GRAY", b"XYZ ", {b"kTRC": tag(b"curv", struct.pack(">IH", 1, 256))})
+    damaged = ["damaged colour profile, not applied"]
+    for icc, expected in ((srgb, []), (grey, []), (b"no profile", damaged), (display_p3()[:200], damaged)):
+        pixels, changes = decoded(photo(), tmp_path / "x.png", icc_profile=icc)
+        assert (pixels == plain).all()
+        assert changes == expected
 
 
 def to_lab(image: Image.Image) -> Image.Image:

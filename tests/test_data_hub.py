@@ -333,7 +333,10 @@ def test_semi_supervised_and_the_command(tmp_path: Path, capsys: pytest.CaptureF
         "model": {
             "class_path": "SimOModule",
             "init_args": {
-                "encoder": {"class_path": "ImageEncoder", "init_args": {"backbone": "resnet10", "width": 0.125}}
+                "encoder": {
+                    "class_path": "ImageEncoder",
+                    "init_args": {"backbone": "resnet10", "width": 0.125, "stem": "small"},
+                }
             },
         },
         "data": {"class_path": "HubPairDataModule", "init_args": {"image_size": 16, "classes_per_batch": 3}},

@@ -169,11 +169,20 @@ def test_processes_decode_the_same(tmp_path):
 @pytest.mark.parametrize(
     "break_it, error, message",
     [
-        (lambda root: (root / "cow").mkdir(), ValueError, r"class folder '.*cow' holds no image"),
         (lambda root: (root / "bee" / "notes.txt").touch(), ValueError, r"notes\.txt' is not an image"),
         (lambda root: (root / "bee" / "9.jpg").write_bytes(b"text"), ValueError, r"9\.jpg' does not decode"),
         (lambda root: cut(root / "bee" / "1.png"), ValueError, r"1\.png' does not decode"),
-        (lambda root: (root / "bee").rename(root / ".bee"), FileNotFoundError, r"at least 2 class folders.*found 1"),
+        (
+            lambda root: (root / "bee").rename(root / ".bee"),
+            ValueError,
+            r"at least 2 classes of readable.*found 1: \['ant'",
+        ),
+        (lambda root: [each.unlink() for each in root.glob("bee/*")], ValueError, r"found 1: \['ant'\]; without an im"),
+        (
+            lambda root: [each.unlink() for each in root.glob("*/*")],
+            FileNotFoundError,
+            "found no image in 'ant', 'bee'",
+        ),
         (lambda root: root.rename(root.parent / "moved"), FileNotFoundError, "is not a folder"),
     ],
 )

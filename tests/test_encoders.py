@@ -34,7 +34,8 @@ def test_imagenet_stem_at_full_width_is_torchvisions_model(name):
 def test_small_stem_differs_from_torchvision_only_by_its_first_convolution():
     theirs = torchvision.models.resnet18(weights=None)
     fewer = (7 * 7 - 3 * 3) * 3 * 64
-    encoder = ImageEncoder("resnet18", embedding_dim=16)
+    encoder = ImageEncoder("resnet18", embedding_dim=16, image_size=64)
+    assert encoder.stem == "small"
     assert parameters(encoder.backbone) == parameters(theirs) - parameters(theirs.fc) - fewer
     assert parameters(encoder.projector) == 512 * 16 + 16
 

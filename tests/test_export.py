@@ -11,20 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from simo_lightning import ImageEncoder, SimOLoss, SimOModule
+from simo_lightning.checkpoints import load_encoder
 from simo_lightning.export import export_encoder
 from simo_lightning.extras import missing_extra
+from simo_lightning.preprocessing import Preprocessing
 from tests.bounds import assert_float32_error
+from tests.checkpoint_parts import save
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs the extra export: pip install 'simo_lightning[export]'")
 FORMATS = [pytest.param("pt2"), pytest.param("onnx", marks=needs_onnx)]
-MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def trained(**arguments: Any) -> ImageEncoder:
     """An encoder whose running statistics are no longer those of the start."""
     torch.manual_seed(0)
-    encoder = ImageEncoder("resnet10", width=0.125, embedding_dim=8, **arguments)
+    encoder = ImageEncoder("resnet10", width=0.125, stem="small", embedding_dim=8, **arguments)
     with torch.no_grad():
         encoder(torch.rand(8, encoder.in_channels or 3, 16, 16))
     return encoder
@@ -81,6 +84,50 @@ def test_a_checkpoint_with_its_normalisation_takes_raw_images(ending: str, tmp_p
     assert_same_up_to_rounding(run(path, images), module.encoder.eval(), (images.double() / 255 - mean) / std)
 
 
+@pytest.mark.parametrize("ending", FORMATS)
+def test_the_file_of_a_model_that_knows_its_images_embeds_uint8_as_the_model_does(ending: str, tmp_path: Path) -> None:
+    module = SimOModule(trained(), preprocessing=Preprocessing((16, 24), MEAN, STD)).eval()
+    images = torch.randint(256, (5, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, exact = module.embed(images), deepcopy(module).double().embed(images)
+    assert plain.dtype == torch.float32
+    saved = save(module, tmp_path / "a.ckpt")
+    sources = [saved] if ending == "onnx" else [saved, module, load_encoder(saved)]
+    for number, source in enumerate(sources):
+        path = export_encoder(source, tmp_path / f"{number}.{ending}")
+        assert_float32_error(run(path, images), plain, exact, factor=16)
+
+
+def test_what_the_preprocessing_leaves_open_is_passed(tmp_path: Path) -> None:
+    module = SimOModule(trained(), preprocessing=Preprocessing(16)).eval()
+    images = random(3, 3, 16, 16)
+    assert_same_up_to_rounding(run(export_encoder(module, tmp_path / "a.pt2"), images), module.encoder, images)
+    path = export_encoder(module, tmp_path / "b.pt2", image_size=(16, 16), mean=MEAN, std=STD, in_channels=3)
+    raw = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    known = Preprocessing(16, tuple(MEAN), tuple(STD)).normalize(raw)
+    assert_same_up_to_rounding(run(path, raw), module.encoder, known)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"image_size": 32},
+            r"image_size of the exported file must be that of the model's preprocessing, 16, got 32: leave it out",
+        ),
+        (
+            {"mean": STD, "std": STD},
+            r"mean of the exported file must be .*, \[0\.5, 0\.4, 0\.3\], got \[0\.2, ",
+        ),
+        ({"in_channels": 1}, "channels of the exported file must be that of the model's preprocessing, 3, got 1"),
+    ],
+)
+def test_arguments_that_contradict_the_model_are_refused(arguments: dict[str, Any], message: str) -> None:
+    module = SimOModule(trained(), preprocessing=Preprocessing(16, MEAN, STD))
+    with pytest.raises(ValueError, match=message):
+        export_encoder(module, "encoder.pt2", **arguments)
+
+
 def test_the_file_does_not_need_this_package(tmp_path: Path) -> None:
     encoder = trained(in_channels=1)
     path = export_encoder(encoder, tmp_path / "e.pt2", image_size=8)
@@ -103,6 +150,7 @@ def test_the_file_does_not_need_this_package(tmp_path: Path) -> None:
         ({"mean": MEAN}, "mean and std must be given both or neither"),
         ({"mean": MEAN, "std": [0.0, 1.0, 1.0]}, "std be positive"),
         ({"in_channels": 1}, r"images must have shape \(N, 3, H, W\), got \(2, 1, 16, 16\)"),
+        ({"image_size": None}, "image_size must be given for an encoder whose preprocessing is not known, got None"),
         ({"source": 3}, "source must be a checkpoint, a module or an encoder, got int"),
     ],
 )  # fmt: skip

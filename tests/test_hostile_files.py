@@ -52,7 +52,7 @@ class TouchingTensor(torch.Tensor):
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The content of a checkpoint as a fit writes it."""
     folder = tmp_path_factory.mktemp("sound")
-    module = SimOModule(ImageEncoder("resnet10", width=0.125, in_channels=1), lr_scheduler=OneCycle)
+    module = SimOModule(ImageEncoder("resnet10", width=0.125, stem="small", in_channels=1), lr_scheduler=OneCycle)
     fit(module, folder, max_steps=1).save_checkpoint(folder / "a.ckpt")
     checkpoint: dict[str, Any] = torch.load(folder / "a.ckpt", weights_only=True)
     return checkpoint

@@ -59,7 +59,7 @@ def test_a_class_without_a_label_is_named():
     with pytest.raises(ValueError, match=r"at least one labelled image, got 0.1 for 'bee \(4 images\)'"):
         stratified_labelled(labels, NAMES[:2], 0.1, seed=0)
     with pytest.raises(ValueError, match=r"smallest class.*'ant' has 2 labelled images, got 3"):
-        ready(label_fraction=0.1, views=2, samples_per_class=3, val_fraction=0)
+        ready(label_fraction=0.1, views=2, samples_per_class=3, val_fraction=0, small_classes="error")
 
 
 def test_hidden_images_have_labels_of_their_own_and_the_bank_is_labelled():

@@ -20,7 +20,7 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
 
 def encoder(norm: Any = "group") -> ImageEncoder:
     torch.manual_seed(0)
-    return ImageEncoder("resnet10", width=0.125, norm=norm, embedding_dim=6)
+    return ImageEncoder("resnet10", width=0.125, stem="small", norm=norm, embedding_dim=6)
 
 
 def module_of(part: nn.Module, size: int | None, dtype: torch.dtype = torch.float64) -> SimOModule:

@@ -102,6 +102,130 @@ def test_indices_without_images_are_no_classes():
         ClassBalancedSampler(labels, 4, 2)
 
 
+TAIL = torch.tensor([0] * 41 + [1] * 7 + [2] * 12 + [4] * 4 + [5] * 3 + [6] * 1)  # class 3 has no image
+K = 4
+
+
+def tail_sampler(small="repeat", sampling="natural", classes=3, seed=5, rank=0, world_size=1, labels=TAIL):
+    return ClassBalancedSampler(labels, classes, K, seed, rank, world_size, small, sampling)
+
+
+def appearances(blocks, labels=TAIL):
+    """Batches that hold each class, and a check that each batch holds K images of each of its classes."""
+    counts = torch.stack([labels[block].bincount(minlength=int(labels.max()) + 1) for block in blocks])
+    assert set(counts.unique().tolist()) <= {0, K}
+    assert ((counts > 0).sum(1) == (counts > 0).sum(1)[0]).all()
+    return (counts > 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize("sampling", ["natural", "sqrt", "balanced"])
+def test_small_classes_are_filled_evenly(sampling):
+    sampler, seen = tail_sampler(sampling=sampling), set()
+    for epoch in range(6):
+        blocks = blocks_of(sampler, epoch)
+        appearances(blocks)
+        seen |= set(blocks.flatten().tolist())
+        for block in blocks:
+            for label, size in ((5, 3), (6, 1)):
+                uses = block[TAIL[block] == label].unique(return_counts=True)[1].tolist()
+                assert uses == [] or (len(uses) == size and max(uses) - min(uses) <= 1)
+            large = block[(TAIL[block] != 5) & (TAIL[block] != 6)]
+            assert len(large.unique()) == len(large)  # only small classes repeat within a batch
+    assert {index for index in range(len(TAIL)) if TAIL[index] > 4} <= seen
+
+
+def test_small_classes_are_left_out():
+    for sampling in ("natural", "sqrt", "balanced"):
+        sampler = tail_sampler("skip", sampling)
+        counts = appearances(torch.cat([blocks_of(sampler, epoch) for epoch in range(5)]))
+        assert counts[5:] == [0, 0]
+        assert min(counts[label] for label in (0, 1, 2, 4)) > 0
+    with pytest.raises(ValueError, match=r"lie in 1..4, the number of classes of at least 4 images, got 5"):
+        tail_sampler("skip", classes=5)
+
+
+def test_natural_sampling_takes_at_most_one_pass():
+    sampler = tail_sampler()
+    for epoch in range(4):
+        blocks = blocks_of(sampler, epoch)
+        assert len(blocks) == most_blocks([10, 1, 3, 1, 1, 1], 3) == 3
+        counts = appearances(blocks)
+        assert all(count <= most for count, most in zip(counts, (10, 1, 3, 0, 1, 1, 1), strict=True))
+        large = blocks[TAIL[blocks] < 5]
+        assert len(large.unique()) == len(large)
+
+
+def capped(weights, total, most):
+    """Shares min(level * weight, most) with sum ``total``, by bisection."""
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        level = (low + high) / 2
+        low, high = (level, high) if sum(min(level * w, most) for w in weights) < total else (low, level)
+    return [min(low * w, most) for w in weights]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("sampling", ["sqrt", "balanced"])
+def test_appearances_are_those_of_the_definition(sampling, classes):
+    sampler = tail_sampler(sampling=sampling, classes=classes)
+    sizes = [41, 7, 12, 0, 4, 3, 1]
+    batches = (10 + 1 + 3 + 1 + 1 + 1) // classes
+    weights = [size**0.5 if sampling == "sqrt" else float(size > 0) for size in sizes]
+    expected = np.array(capped(weights, batches * classes, batches))
+    found = np.array([appearances(blocks_of(sampler, epoch)) for epoch in range(400)])
+    assert (len(sampler), set(found.sum(1))) == (batches * classes * K, {batches * classes})
+    assert (np.abs(found - expected) < 1 + 1e-6).all()
+    # a rounded share has variance at most 1/4: five standard errors of the mean of 400 epochs
+    assert np.abs(found.mean(0) - expected).max() < 5 * 0.5 / 20
+
+
+@pytest.mark.parametrize("sampling", ["sqrt", "balanced"])
+def test_a_pass_ends_before_a_class_is_used_again(sampling):
+    sampler = tail_sampler(sampling=sampling)
+    for epoch in range(5):
+        blocks = blocks_of(sampler, epoch)
+        counts = appearances(blocks)
+        for label, chunks in ((0, 10), (1, 1), (2, 3), (4, 1)):
+            uses = blocks[TAIL[blocks] == label].bincount()
+            assert uses.max() <= -(-counts[label] // chunks)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("sampling", ["natural", "sqrt", "balanced"])
+def test_ranks_share_an_epoch_of_small_classes(sampling, world_size):
+    whole = tail_sampler(sampling=sampling)
+    ranks = [tail_sampler(sampling=sampling, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for epoch in range(3):
+        shares = [blocks_of(sampler, epoch) for sampler in ranks]
+        union = torch.stack(shares, 1).flatten(0, 1)
+        assert torch.equal(union, blocks_of(whole, epoch)[: len(union)])
+        assert len(whole) // whole.batch_size - len(union) < world_size
+    assert not torch.equal(blocks_of(whole, 0), blocks_of(whole, 1))
+    assert torch.equal(blocks_of(tail_sampler(sampling=sampling), 1), blocks_of(whole, 1))
+
+
+@pytest.mark.parametrize("sampling", ["natural", "sqrt", "balanced"])
+def test_equal_classes_are_visited_once_however_they_are_sampled(sampling):
+    labels = torch.arange(96) % 8
+    for epoch in range(3):
+        blocks = blocks_of(tail_sampler(sampling=sampling, classes=4, labels=labels), epoch)
+        assert sorted(blocks.flatten().tolist()) == list(range(96))
+
+
+def test_ten_thousand_classes():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.arange(10_000), (torch.rand(90_000, generator=generator) ** 3 * 10_000).long()])
+    for sampling in ("natural", "balanced"):
+        blocks = blocks_of(tail_sampler(sampling=sampling, classes=10, labels=labels), 0)
+        counts = torch.tensor(appearances(blocks[:20], labels))
+        assert counts.sum() == 200
+        used = torch.zeros(len(blocks), 10_000, dtype=torch.bool).scatter_(1, labels[blocks], True).sum(0)
+        assert used.min() >= (1 if sampling == "balanced" else 0)
+        assert used.sum() == 10 * len(blocks)
+        if sampling == "balanced":
+            assert used.max() - used.min() <= 1
+
+
 def test_lightning_takes_them_for_distributed_samplers():
     assert isinstance(ClassBalancedSampler(UNEQUAL, 2, 2), DistributedSampler)
     assert isinstance(EvaluationSampler(3), DistributedSampler)
@@ -119,6 +243,8 @@ def test_lightning_takes_them_for_distributed_samplers():
         ((UNEQUAL - 1, 2, 2), "non-negative class indices, got -1"),
         ((UNEQUAL, 2, 2, -1), "seed must be non-negative, got -1"),
         ((torch.tensor([0, 0, 1, 1]), 2, 2, 0, 0, 2), "2 ranks for 1 batches"),
+        ((UNEQUAL, 2, 2, 0, 0, 1, "fill"), "small_classes must be one of 'repeat', 'skip', 'error', got 'fill'"),
+        ((UNEQUAL, 2, 2, 0, 0, 1, "skip", "log"), "class_sampling must be one of .*, got 'log'"),
     ],
 )
 def test_errors(arguments, message):

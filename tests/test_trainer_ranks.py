@@ -52,7 +52,7 @@ def train(
 ) -> dict[str, Tensor]:
     """Weights after two epochs."""
     torch.manual_seed(0)
-    encoder = ImageEncoder("resnet10", width=0.125, norm="group", embedding_dim=6)
+    encoder = ImageEncoder("resnet10", width=0.125, stem="small", norm="group", embedding_dim=6)
     optimizer = partial(torch.optim.SGD, lr=rate, momentum=0.9)
     trainer = small_trainer(folder, max_epochs=2, **arguments)
     module = Sharded(encoder, optimizer=optimizer, micro_batch_size=size)

@@ -1,12 +1,15 @@
 """Callbacks: evaluation of the embeddings in numbers and pictures, an alarm, checkpoints, speed, written embeddings.
 
-They work with any LightningModule whose steps return a dictionary with ``embeddings`` and ``labels``, and read
-``trainer.datamodule``.
+Those that evaluate embeddings work with any LightningModule whose validation step returns a dictionary with
+``embeddings (N, D)`` and ``labels (N,)``, and with any data loader. Class names and a bank of training images are those
+of ``trainer.datamodule`` where it has them.
 """
 
 from simo_lightning.callbacks.alarm import CollapseAlarm
 from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from simo_lightning.callbacks.defaults import default_callbacks
 from simo_lightning.callbacks.evaluation import EvaluationCallback
+from simo_lightning.callbacks.freeze import FreezeBackbone
 from simo_lightning.callbacks.geometry import GeometryMonitor
 from simo_lightning.callbacks.knn import OnlineKNN
 from simo_lightning.callbacks.moments import ClassMomentsCallback
@@ -23,10 +26,12 @@ __all__ = [
     "EmbeddingPlots",
     "EmbeddingWriter",
     "EvaluationCallback",
+    "FreezeBackbone",
     "GeometryMonitor",
     "GracefulShutdown",
     "ImagesPerSecond",
     "LastCheckpoint",
     "OnlineKNN",
     "OnlineProbe",
+    "default_callbacks",
 ]

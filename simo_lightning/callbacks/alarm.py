@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from simo_lightning.callbacks.evaluation import class_names
 from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.functional.geometry import class_separation, effective_rank, rank_share, rms_norm, spread_share
 from simo_lightning.functional.moments import ClassMoments
@@ -73,7 +74,7 @@ class CollapseAlarm(ClassMomentsCallback):
     Every evaluation logs ``val/collapsed_classes``, ``test/...`` or with ``every_n_steps`` ``train/...``: how many
     classes are merged with another one, in all embeddings of the epoch or, in training, since the last evaluation (see
     :class:`~simo_lightning.callbacks.moments.ClassMomentsCallback`). ``trainer.validate`` and ``trainer.test`` report
-    findings without a warning. A module whose steps return no embeddings is not evaluated.
+    findings without a warning.
 
     Args:
         after_epochs: Epochs of training before the first alarm; before training all classes are merged.
@@ -83,14 +84,13 @@ class CollapseAlarm(ClassMomentsCallback):
         min_separation: In spreads, > 0.
         smallest_norm: Of the embeddings, > 0.
         largest_norm: Of the embeddings.
-        num_classes: C; None: ``trainer.datamodule.num_classes``. Messages use the data module's ``class_names`` if it
-            has them.
+        num_classes: C; None: ``trainer.datamodule.num_classes``, else one more than the largest label. Messages use
+            the data module's ``class_names`` if it has them.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none.
 
     Raises:
-        ValueError: If an argument is out of its range; and when the first embeddings come, if the number of classes is
-            unknown.
+        ValueError: If an argument is out of its range; and at the start of a run, if its steps return no embeddings.
     """
 
     def __init__(
@@ -157,8 +157,7 @@ class CollapseAlarm(ClassMomentsCallback):
         none = _Findings(frozenset(), torch.zeros(num_classes, num_classes, dtype=torch.bool))
         margins, separation = self._margins(moments)
         findings = _below_limit(margins, separation, none)
-        class_names: list[str] | None = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        names = [str(label) for label in range(num_classes)] if class_names is None else class_names
+        names = class_names(trainer, num_classes)
         if trainer.state.fn != TrainerFn.FITTING:
             found = _describe(moments, findings.names, _merged_groups(findings.merged), names)
             if found:
@@ -197,13 +196,13 @@ class CollapseAlarm(ClassMomentsCallback):
         moments: ClassMoments,
         before: _Findings,
         now: _Findings,
-        class_names: Sequence[str],
+        names: Sequence[str],
     ) -> None:
         when = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         recovered: list[str] = [name for name in ("nan", "norm", "point", "rank") if name in before.names - now.names]
         free = (before.merged.any(dim=1) & ~now.merged.any(dim=1)).nonzero().flatten().tolist()
         if free:
-            recovered.append(f"classes {_listed([class_names[label] for label in free], ', ')}")
+            recovered.append(f"classes {_listed([names[label] for label in free], ', ')}")
         if recovered:
             rank_zero_info(f"{when}: recovered from collapse: {'; '.join(recovered)}")
         known = {label: index for index, group in enumerate(_merged_groups(before.merged)) for label in group}
@@ -213,7 +212,7 @@ class CollapseAlarm(ClassMomentsCallback):
             for group in _merged_groups(now.merged)
             if known.get(group[0]) is None or any(known.get(label) != known[group[0]] for label in group)
         ]
-        new = _describe(moments, now.names - before.names, new_groups, class_names)
+        new = _describe(moments, now.names - before.names, new_groups, names)
         if new:
             message = f"{when}: {stage} embeddings collapsed: {new}"
             rank_zero_warn(f"{message}; training stops" if self.action == "stop" else message)
@@ -243,7 +242,7 @@ def _merged_groups(merged: Tensor) -> list[list[int]]:
 
 
 def _describe(
-    moments: ClassMoments, findings: frozenset[str], groups: Sequence[Sequence[int]], class_names: Sequence[str]
+    moments: ClassMoments, findings: frozenset[str], groups: Sequence[Sequence[int]], names: Sequence[str]
 ) -> str:
     """The findings in one line with their numbers, without those that another one implies; empty if there are none."""
     if "nan" in findings:
@@ -261,7 +260,7 @@ def _describe(
     if groups and len(groups[0]) == present:
         parts.append(f"all {present} classes merged")
     elif groups:
-        listed = [_listed([class_names[label] for label in group], " = ") for group in groups]
+        listed = [_listed([names[label] for label in group], " = ") for group in groups]
         parts.append(f"classes merged: {_listed(listed, '; ')}")
     return "; ".join(parts)
 

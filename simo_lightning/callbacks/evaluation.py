@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,15 +19,39 @@ def step_embeddings(outputs: Any) -> tuple[Tensor, Tensor] | None:
         outputs: Of a training, validation or test step.
 
     Returns:
-        This process's ``embeddings (N, D)``, detached, and ``labels (N,)``; None where the step returned none.
+        This process's ``embeddings (N, D)``, detached, and ``labels (N,)``; None unless the step returned both.
 
     Example:
         >>> step_embeddings({"loss": 0.5}) is None
         True
     """
-    if isinstance(outputs, dict) and "embeddings" in outputs:
+    if isinstance(outputs, dict) and {"embeddings", "labels"} <= outputs.keys():
         return outputs["embeddings"].detach(), outputs["labels"]
     return None
+
+
+_WANTED = "a dictionary with embeddings (N, D) and labels (N,)"
+
+
+def described(outputs: Any) -> str:
+    """What a step returned, in a few words for an error message."""
+    if isinstance(outputs, dict):
+        return f"a dictionary with {', '.join(map(str, outputs)) or 'nothing'}"
+    return "nothing" if outputs is None else f"a {type(outputs).__name__}"
+
+
+def class_names(trainer: Trainer, num_classes: int) -> list[str]:
+    """Names of the classes 0..C-1: those of the data module, and the index of each class that it does not name.
+
+    Args:
+        trainer: With or without a data module.
+        num_classes: C, the least number of names.
+
+    Returns:
+        At least C names.
+    """
+    names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or []
+    return [str(name) for name in names] + [str(label) for label in range(len(names), num_classes)]
 
 
 def gather_in_order(parts: list[Tensor], device: torch.device) -> Tensor:
@@ -49,36 +74,48 @@ def gather_in_order(parts: list[Tensor], device: torch.device) -> Tensor:
 class EvaluationCallback(Callback):
     """Evaluates the embeddings that validation and test steps return.
 
-    A subclass implements :meth:`reset`, :meth:`update` and :meth:`compute`, as a torchmetrics metric does. A module
-    whose steps return no dictionary with ``embeddings`` and ``labels`` is not evaluated. Sanity checks are not
-    evaluated either, and a fit evaluates every n-th epoch only. ``trainer.validate`` and ``trainer.test`` always
-    evaluate.
+    A subclass implements :meth:`reset`, :meth:`update` and :meth:`compute`, as a torchmetrics metric does, and
+    :meth:`missing` if it requires more than embeddings. It works with any LightningModule whose validation step returns
+    a dictionary with ``embeddings (N, D)`` and ``labels (N,)``, and with any data loader. What is missing is reported
+    in one line when the run starts, and a validation step that returns no embeddings after its first batch; for a test
+    step this is a warning. Sanity checks are not evaluated, and a fit evaluates every n-th epoch only.
+    ``trainer.validate`` and ``trainer.test`` always evaluate.
 
     Args:
         every_n_epochs: Epochs of training from one evaluation to the next.
 
     Attributes:
         progress_bar: Names of the values that the progress bar shows.
-        num_classes: C, for a subclass that requires it; None: ``trainer.datamodule.num_classes``.
+        num_classes: C, for a subclass that has the argument; None: that of the data module, else of the labels seen.
+        required: Whether it is an error if something is missing. False for a callback that nobody has asked for, such
+            as those of every run of the command: it is then left out, with one line unless the steps return no
+            embeddings.
 
     Raises:
-        ValueError: If ``every_n_epochs`` is below 1.
+        ValueError: If ``every_n_epochs`` is below 1; and at the start of a run, if something is missing.
     """
 
     progress_bar: frozenset[str] = frozenset()
     num_classes: int | None = None
+    required: bool = True
 
     def __init__(self, every_n_epochs: int = 1) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
         self.every_n_epochs = every_n_epochs
+        self._found_embeddings = False  # in this epoch
+        self._told: set[str] = set()  # lines that are written once
 
-    def check(self, trainer: Trainer) -> None:
-        """Raise if the module or the data module lacks what the callback requires; called in the sanity check too.
+    def missing(self, trainer: Trainer) -> list[str]:
+        """What the callback requires, beside embeddings, and the run does not have.
 
         Args:
             trainer: With its module and data module.
+
+        Returns:
+            What to pass, one text for each thing; the same on every process.
         """
+        return []
 
     def reset(self, trainer: Trainer) -> None:
         """Clear the state before an epoch.
@@ -128,7 +165,18 @@ class EvaluationCallback(Callback):
             pl_module.log(f"{stage}/{name}", value.to(pl_module.device), prog_bar=prog_bar, sync_dist=True)
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.required and trainer.enable_validation:
+            self._has_all(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.required:
+            self._has_all(trainer)
+
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._found_embeddings = False
         self.reset(trainer)
 
     @override
@@ -143,9 +191,11 @@ class EvaluationCallback(Callback):
     ) -> None:
         returned = step_embeddings(outputs)
         if returned is not None:
-            self.check(trainer)
-            if self._is_due(trainer):
+            self._found_embeddings = True
+            if self._has_all(trainer) and self._is_due(trainer):
                 self.update(trainer, *returned, batch, (dataloader_idx, batch_idx))
+        elif self.required and batch_idx == 0 and not self._found_embeddings:
+            self._report_no_embeddings(trainer, pl_module, outputs, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,6 +203,7 @@ class EvaluationCallback(Callback):
             stage = "test" if trainer.testing else "val"
             self.log_values(trainer, pl_module, stage, self.compute(trainer, pl_module, stage))
 
+    on_test_start = on_validation_start
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
@@ -162,13 +213,33 @@ class EvaluationCallback(Callback):
             return False
         return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    def _known_num_classes(self, trainer: Trainer) -> int:
-        """C as passed, or that of the data module."""
-        num_classes: int | None = self.num_classes or getattr(getattr(trainer, "datamodule", None), "num_classes", None)
-        if num_classes is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} requires the number of classes: pass {name}(num_classes=...) or a data module with the "
-                "attribute num_classes, got neither"
-            )
-        return num_classes
+    def _has_all(self, trainer: Trainer) -> bool:
+        """Whether nothing is missing; otherwise an error, or one line if the callback is not required."""
+        missing = self.missing(trainer)
+        if missing and self.required:
+            raise ValueError(f"{type(self).__name__} requires {'; and '.join(missing)}")
+        if missing:
+            self._tell_once(f"{type(self).__name__} is left out: it requires {'; and '.join(missing)}")
+        return not missing
+
+    def _report_no_embeddings(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, loader: int) -> None:
+        """Raise unless another data loader may still come; a test step without embeddings is one warning."""
+        loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        if loader < len(loaders) - 1:
+            return
+        step = f"{type(pl_module).__name__}.{'test' if trainer.testing else 'validation'}_step"
+        line = f"{type(self).__name__} requires that {step} returns {_WANTED}, got {described(outputs)}"
+        if not trainer.testing:
+            raise ValueError(line)
+        if line not in self._told:
+            self._told.add(line)
+            rank_zero_warn(line)
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            rank_zero_info(line)
+
+    def _known_num_classes(self, trainer: Trainer) -> int | None:
+        """C as passed, or that of the data module; None: it is found from the labels."""
+        return self.num_classes or getattr(getattr(trainer, "datamodule", None), "num_classes", None)

@@ -15,10 +15,10 @@ class GeometryMonitor(ClassMomentsCallback):
     The names are ``val/class_cosine``, ``test/effective_rank`` and so on. With ``every_n_steps`` also
     ``train/class_cosine`` and so on, of all training batches since the last evaluation, as
     :class:`~simo_lightning.callbacks.moments.ClassMomentsCallback` describes. The values are exact over batches,
-    loaders and processes. A module whose steps return no ``embeddings`` and ``labels`` is not evaluated.
+    loaders and processes. It works with any module whose validation step returns ``embeddings`` and ``labels``.
 
     Args:
-        num_classes: C; None: ``trainer.datamodule.num_classes``.
+        num_classes: C; None: ``trainer.datamodule.num_classes``, else one more than the largest label.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none.
 
@@ -26,7 +26,7 @@ class GeometryMonitor(ClassMomentsCallback):
         moments: Class moments of the last epoch of validation or test, over all processes, on the CPU; None before.
 
     Raises:
-        ValueError: If a number is below 1; and when the first embeddings come, if the number of classes is unknown.
+        ValueError: If a number is below 1; and at the start of a run, if its steps return no embeddings.
     """
 
     def __init__(

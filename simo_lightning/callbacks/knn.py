@@ -1,18 +1,17 @@
 """Evaluate the encoder by nearest neighbours among the training images during training."""
 
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.distributed import gather_rows, sum_over_ranks
+from simo_lightning.distributed import sum_over_ranks
 from simo_lightning.functional.geometry import nearest_class_mean_predict
 from simo_lightning.functional.knn import knn_predict
 from simo_lightning.functional.moments import class_sums
@@ -22,10 +21,10 @@ class OnlineKNN(EvaluationCallback):
     """Log the accuracy of a k-nearest-neighbour classifier as ``val/knn`` and ``test/knn``.
 
     The queries are the embeddings that validation and test steps return as ``outputs["embeddings"]`` with
-    ``outputs["labels"]``. The bank is training images without augmentation, from the data module's
-    ``bank_dataloader(limit=bank_size)`` and ``prepare(batch, augment=False)``, embedded by ``pl_module.embed(images)``
-    in the trainer's precision. Every process embeds its share of the bank and classifies its own queries. A module
-    whose steps return no embeddings is not evaluated.
+    ``outputs["labels"]``. The bank is training images without augmentation: of the data module's
+    ``bank_dataloader(limit=bank_size)``, or of any data loader. They are embedded in the trainer's precision, as
+    :func:`~simo_lightning.callbacks.embed.embed_loader` does. Every process embeds its share of the bank and classifies
+    its own queries.
 
     From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
     class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
@@ -35,50 +34,69 @@ class OnlineKNN(EvaluationCallback):
         bank_size: Number of training images to compare with; None: all.
         every_n_epochs: Epochs of training from one evaluation to the next; in between, checkpoints see the last
             values. ``trainer.validate`` and ``trainer.test`` always evaluate.
+        bank: Loader of the images to compare with, whose labels are those of the queries; None: the data module's
+            ``bank_dataloader``. Its batches reach the module as those of validation do.
+        embed: Maps the module and a batch of the bank to embeddings ``(N, D)`` and labels ``(N,)``; None: for batches
+            ``(images, labels)``, by the module's ``embed`` or else its ``forward``.
 
     Raises:
-        ValueError: If a number is below 1; and at the start of a fit, if k exceeds the images of the bank.
-        TypeError: With the first embeddings, if the data module has no ``bank_dataloader`` and ``prepare``, or the
-            module no ``embed``.
+        ValueError: If a number is below 1, or `bank_size` is given with `bank`; and at the start of a run, if there is
+            no bank or k exceeds its images.
     """
 
     progress_bar = frozenset({"knn"})
 
-    def __init__(self, k: int = 20, bank_size: int | None = None, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self,
+        k: int = 20,
+        bank_size: int | None = None,
+        every_n_epochs: int = 1,
+        bank: DataLoader | None = None,
+        embed: EmbedBatch | None = None,
+    ) -> None:
         super().__init__(every_n_epochs)
         for name, value in (("k", k), ("bank_size", bank_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if bank_size is not None and k > bank_size:
             raise ValueError(f"k must be at most bank_size={bank_size}, got k={k}")
+        if bank_size is not None and bank is not None:
+            raise ValueError(f"bank_size must be None with a bank, which is used as it is, got {bank_size}")
         self.k = k
         self.bank_size = bank_size
+        self.bank = bank
+        self.embed = embed
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     @override
+    def missing(self, trainer: Trainer) -> list[str]:
+        has_bank = self.bank is not None or callable(getattr(_datamodule(trainer), "bank_dataloader", None))
+        return (
+            []
+            if has_bank
+            else ["a bank to compare with: OnlineKNN(bank=loader), or a data module with bank_dataloader"]
+        )
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        make_loader = getattr(getattr(trainer, "datamodule", None), "bank_dataloader", None)
-        if not trainer.enable_validation or make_loader is None or not callable(getattr(pl_module, "embed", None)):
+        super().on_fit_start(trainer, pl_module)
+        if not self.required or not trainer.enable_validation:
             return
-        loader = make_loader(limit=self.bank_size)
+        loader = self._bank_loader(trainer)
         if isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized):  # else the size is not known yet
             share = torch.tensor(len(loader.sampler), device=trainer.strategy.root_device)
-            self._check_k(int(sum_over_ranks(share)))
+            self._check_k(int(sum_over_ranks(share)) if self.bank is None else len(loader.sampler))
+
+    def _bank_loader(self, trainer: Trainer) -> Iterable[Any]:
+        """This process's share of the bank."""
+        if self.bank is not None:
+            return own_batches(trainer, self.bank)
+        loader: Iterable[Any] = _datamodule(trainer).bank_dataloader(limit=self.bank_size)
+        return loader
 
     def _check_k(self, bank_size: int) -> None:
         if self.k > bank_size:
             raise ValueError(f"k must be at most the {bank_size} images of the bank, got k={self.k}")
-
-    @override
-    def check(self, trainer: Trainer) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
-        for part, owner, method in (
-            ("data module", datamodule, "bank_dataloader"),
-            ("data module", datamodule, "prepare"),
-            ("module", trainer.lightning_module, "embed"),
-        ):
-            if not callable(getattr(owner, method, None)):
-                raise TypeError(f"OnlineKNN requires a {part} with the method {method}, got {type(owner).__name__}")
 
     @override
     def reset(self, trainer: Trainer) -> None:
@@ -93,7 +111,10 @@ class OnlineKNN(EvaluationCallback):
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if not self._queries:
             return {}
-        bank, bank_labels = self._bank(trainer, pl_module)
+        bank, bank_labels = embed_loader(trainer, pl_module, self._bank_loader(trainer), self.embed)
+        if not self.required and self.k > len(bank):
+            self._tell_once(f"OnlineKNN is left out: k={self.k} exceeds the {len(bank)} images of the bank")
+            return {}
         self._check_k(len(bank))
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
@@ -105,26 +126,9 @@ class OnlineKNN(EvaluationCallback):
         *correct, count = sum_over_ranks(torch.stack([*correct, torch.tensor(len(labels), device=labels.device)]))
         return {name: number.float() / count for name, number in zip(predictions, correct, strict=True)}
 
-    def _bank(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Embeddings and labels of the bank, gathered from all processes."""
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        module: Any = pl_module
-        precision, device = trainer.precision_plugin, trainer.strategy.root_device
-        embeddings, labels = [], []
-        with _eval_mode(pl_module):
-            for batch in datamodule.bank_dataloader(limit=self.bank_size):
-                # not by the trainer's hooks: those of the data module would prepare the batch a second time
-                images, batch_labels = datamodule.prepare(move_data_to_device(batch, device), augment=False)
-                with precision.forward_context():
-                    embeddings.append(module.embed(precision.convert_input(images)))
-                labels.append(batch_labels)
-        # a process without a share of the bank does not know D, and must take part in the collectives
-        own = embeddings[0].shape[1] if embeddings else 0
-        dim = int(gather_rows(torch.tensor([own], device=device)).max())
-        return (
-            gather_rows(torch.cat(embeddings) if embeddings else torch.zeros(0, dim, device=device)),
-            gather_rows(torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=device)),
-        )
+
+def _datamodule(trainer: Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
 
 
 def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -132,15 +136,3 @@ def _class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
     counts = torch.bincount(labels)
     embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; afterwards every submodule is in its previous mode."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

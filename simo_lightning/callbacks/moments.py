@@ -9,22 +9,24 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from simo_lightning.callbacks.evaluation import EvaluationCallback, step_embeddings
-from simo_lightning.distributed import sum_over_ranks
-from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.callbacks.evaluation import EvaluationCallback, described, step_embeddings
+from simo_lightning.distributed import largest_over_ranks, sum_over_ranks
+from simo_lightning.functional.moments import ClassMoments, class_moments
 from simo_lightning.lightning_private import logged_step
-from simo_lightning.metrics import ClassMomentsMetric
 
 # Batches are added together once they have this many embeddings: most of the time of an addition is a fixed cost.
 _CHUNK_SIZE = 4096
 
 
 class _SharedMoments:
-    """Class moments that several callbacks of one trainer share: each passes every batch, which is added once."""
+    """Class moments that several callbacks of one trainer share: each passes every batch, which is added once.
 
-    def __init__(self, num_classes: int, skip_unknown: bool) -> None:
+    Without a number of classes, the moments have as many as the largest label requires, over all processes.
+    """
+
+    def __init__(self, num_classes: int | None, skip_unknown: bool) -> None:
         self.num_classes, self.skip_unknown = num_classes, skip_unknown
-        self._metric: ClassMomentsMetric | None = None
+        self._moments: ClassMoments | None = None
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._last_added: Hashable = None
         self._result: ClassMoments | None = None
@@ -40,14 +42,19 @@ class _SharedMoments:
         if sum(len(kept) for _, kept in self._batches) >= _CHUNK_SIZE:
             self._add_batches()
 
-    def compute(self, index: Hashable) -> ClassMoments | None:
+    def compute(self, index: Hashable, device: torch.device) -> ClassMoments | None:
         """Moments over all processes, on the CPU, of the batches since the last index; computed once per index."""
         if index != self._result_at:
             self._add_batches()
-            self._result, self._result_at = None, index
-            if self._metric is not None:
-                self._result = ClassMoments(*(sum_over_ranks(value).cpu() for value in self._metric.moments))
-                self._metric = None
+            moments, self._moments, self._result_at = self._moments, None, index
+            # a process without embeddings takes part in the sums
+            own = (0, 0) if moments is None else tuple(moments.sums.shape)
+            num_classes, dim = (largest_over_ranks(size, device) for size in own)
+            self._result = None
+            if num_classes:
+                if moments is None:
+                    moments = ClassMoments(*(part.to(device) for part in _zeros(num_classes, dim, device)))
+                self._result = ClassMoments(*(sum_over_ranks(part).cpu() for part in _padded(moments, num_classes)))
         return self._result
 
     def _add_batches(self) -> None:
@@ -55,20 +62,49 @@ class _SharedMoments:
             return
         embeddings, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches = []
-        if self._metric is None:
-            dtype = torch.float32 if embeddings.device.type == "mps" else torch.float64
-            self._metric = ClassMomentsMetric(self.num_classes, embeddings.shape[1], dtype).to(embeddings.device)
         if self.skip_unknown:
-            known = (labels >= 0) & (labels < self.num_classes)
+            known = labels >= 0
+            if self.num_classes is not None:
+                known &= labels < self.num_classes
             embeddings, labels = embeddings[known], labels[known]
-        self._metric.update(embeddings, labels)
+        if self._moments is not None and embeddings.shape[1:] != self._moments.sums.shape[1:]:
+            dim = self._moments.sums.shape[1]
+            raise ValueError(f"embeddings must have shape (N, {dim}), got {tuple(embeddings.shape)}")
+        num_classes = self.num_classes or _smallest_num_classes(self._moments, labels)
+        if self._moments is None:
+            _zeros(num_classes, embeddings.shape[1], embeddings.device)  # raises where the sums would be too large
+        batch = class_moments(embeddings, labels, num_classes, _dtype(embeddings.device))
+        self._moments = batch if self._moments is None else _padded(self._moments, num_classes).merge(batch)
+
+
+def _smallest_num_classes(moments: ClassMoments | None, labels: Tensor) -> int:
+    """C that holds the labels and the moments so far, at least 1."""
+    so_far = 1 if moments is None else len(moments.counts)
+    return max(so_far, int(labels.max()) + 1) if len(labels) else so_far
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _zeros(num_classes: int, dim: int, device: torch.device) -> ClassMoments:
+    return ClassMoments.zeros(num_classes, dim, _dtype(device))
+
+
+def _padded(moments: ClassMoments, num_classes: int) -> ClassMoments:
+    """The moments with further classes that have no embeddings."""
+    further = num_classes - len(moments.counts)
+    if further == 0:
+        return moments
+    ClassMoments.zeros(num_classes, moments.sums.shape[1], moments.sums.dtype)  # raises where they would be too large
+    return ClassMoments(*(torch.cat([part, part.new_zeros(further, *part.shape[1:])]) for part in moments))
 
 
 # By trainer, then by number of classes and length of the window in steps, 0 for validation and test.
-_SHARED: WeakKeyDictionary[Trainer, dict[tuple[int, int], _SharedMoments]] = WeakKeyDictionary()
+_SHARED: WeakKeyDictionary[Trainer, dict[tuple[int | None, int], _SharedMoments]] = WeakKeyDictionary()
 
 
-def _shared(trainer: Trainer, num_classes: int, window: int) -> _SharedMoments:
+def _shared(trainer: Trainer, num_classes: int | None, window: int) -> _SharedMoments:
     moments = _SHARED.setdefault(trainer, {})
     return moments.setdefault((num_classes, window), _SharedMoments(num_classes, skip_unknown=window > 0))
 
@@ -89,13 +125,14 @@ class ClassMomentsCallback(EvaluationCallback):
     is not a class, such as those of unlabelled images, are ignored there. A resumed run begins a new window.
 
     Args:
-        num_classes: C; None: ``trainer.datamodule.num_classes``.
+        num_classes: C; None: ``trainer.datamodule.num_classes``, else one more than the largest label.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none, at
             no cost.
 
     Raises:
-        ValueError: If a number is below 1; and when the first embeddings come, if the number of classes is unknown.
+        ValueError: If a number is below 1; in the run, if a label is not a class, the moments would take more than
+            1 GiB, or with ``every_n_steps`` the training steps return no embeddings.
     """
 
     def __init__(
@@ -130,12 +167,15 @@ class ClassMomentsCallback(EvaluationCallback):
 
     @override
     def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
-        self._epoch = _shared(trainer, self._known_num_classes(trainer), window=0)
+        num_classes = self._known_num_classes(trainer)
+        if self._epoch is None and not self._fits(num_classes, embeddings):
+            return
+        self._epoch = _shared(trainer, num_classes, window=0)
         self._epoch.update(embeddings, labels, index)
 
     @override
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
-        moments = None if self._epoch is None else self._epoch.compute("end of the epoch")
+        moments = None if self._epoch is None else self._epoch.compute("end of the epoch", pl_module.device)
         return {} if moments is None else self.evaluate(trainer, stage, moments)
 
     def log_values(self, trainer: Trainer, pl_module: LightningModule, stage: str, values: dict[str, Tensor]) -> None:
@@ -174,8 +214,25 @@ class ClassMomentsCallback(EvaluationCallback):
         if returned is not None:
             self._window = _shared(trainer, self._known_num_classes(trainer), self.every_n_steps)
             self._window.update(*returned, index)
+        elif self.required:
+            raise ValueError(
+                f"{type(self).__name__}(every_n_steps={self.every_n_steps}) requires that "
+                f"{type(pl_module).__name__}.training_step returns loss, embeddings (N, D) and labels (N,), "
+                f"got {described(outputs)}"
+            )
         if trainer.global_step // self.every_n_steps > self._windows:
             self._windows = trainer.global_step // self.every_n_steps
-            moments = None if self._window is None else self._window.compute(index)
+            moments = None if self._window is None else self._window.compute(index, pl_module.device)
             if moments is not None:
                 self.log_values(trainer, pl_module, "train", self.evaluate(trainer, "train", moments))
+
+    def _fits(self, num_classes: int | None, embeddings: Tensor) -> bool:
+        """Whether the moments are small enough, for a callback that is not required; others raise when they are not."""
+        if self.required or num_classes is None:
+            return True
+        try:
+            ClassMoments.zeros(num_classes, embeddings.shape[1])
+        except ValueError as error:
+            self._tell_once(f"{type(self).__name__} is left out: {error}")
+            return False
+        return True

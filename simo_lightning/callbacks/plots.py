@@ -14,9 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
+from simo_lightning.callbacks.evaluation import class_names
 from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.distributed import gather_rows
 from simo_lightning.extras import missing_extra
@@ -43,7 +44,7 @@ class EmbeddingPlots(ClassMomentsCallback):
     per epoch such as ``scatter_epoch=003.png``, and logs them to TensorBoard, Weights & Biases or MLflow. The scatter
     plot shows the first embeddings of each class, the other pictures show all embeddings. Training also writes a small
     :class:`~simo_lightning.plotting.Snapshot` per epoch, such as ``snapshots/epoch=003.npz``, from which the history
-    can be drawn. A module whose steps return no embeddings is not drawn.
+    can be drawn. Classes have the names of the data module's ``class_names``, or else their indices.
 
     A picture that cannot be drawn or written does not end training: one warning names it and the reason.
 
@@ -56,7 +57,7 @@ class EmbeddingPlots(ClassMomentsCallback):
 
     Raises:
         ValueError: If a number is below 1, or the projection is unknown or not installed.
-        TypeError: With the first embeddings, if the data module has no ``class_names``.
+            Also at the start of a run, if its steps return no embeddings.
     """
 
     def __init__(
@@ -95,14 +96,6 @@ class EmbeddingPlots(ClassMomentsCallback):
             self._failed |= {"snapshots", "similarity", "scatter", "spectrum", "norms"}
 
     @override
-    def check(self, trainer: Trainer) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
-        if not hasattr(datamodule, "class_names"):
-            raise TypeError(
-                f"EmbeddingPlots requires a data module with the attribute class_names, got {type(datamodule).__name__}"
-            )
-
-    @override
     def reset(self, trainer: Trainer) -> None:
         super().reset(trainer)
         self._points, self._seen = [], None
@@ -110,31 +103,37 @@ class EmbeddingPlots(ClassMomentsCallback):
     @override
     def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
         super().update(trainer, embeddings, labels, batch, index)
-        num_classes = self._known_num_classes(trainer)
-        if self._seen is None:
-            self._seen = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
-        kept = _first_of_class(labels, math.ceil(self.max_points / num_classes), self._seen)
-        self._seen = self._seen + torch.bincount(labels, minlength=num_classes)
+        if self._epoch is None:  # left out
+            return
+        # without a data module, classes may appear with any batch
+        so_far = (self._known_num_classes(trainer) or 1) if self._seen is None else len(self._seen)
+        num_classes = max(so_far, int(labels.max()) + 1) if len(labels) else so_far
+        seen = labels.new_zeros(num_classes) if self._seen is None else self._seen
+        seen = nn.functional.pad(seen, (0, num_classes - len(seen)))
+        kept = _first_of_class(labels, math.ceil(self.max_points / num_classes), seen)
+        self._seen = seen + torch.bincount(labels, minlength=num_classes)
         self._points.append((embeddings[kept], labels[kept]))
 
     @override
     def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
         if stage == "val":
-            points, labels = (gather_rows(torch.cat(parts)).cpu() for parts in zip(*self._points, strict=True))
+            points, labels = self._gathered(moments.sums.shape[1], trainer.strategy.root_device)
             if trainer.is_global_zero:
                 self._draw(trainer, moments, points, labels)
         self._points = []
         return {}
 
-    @override
-    def _known_num_classes(self, trainer: Trainer) -> int:
-        return len(trainer.datamodule.class_names)  # type: ignore[attr-defined]
+    def _gathered(self, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Points (N, D) and labels (N,) of all processes, on the CPU; a process may have none."""
+        points = self._points or [(torch.zeros(0, dim, device=device), torch.zeros(0, dtype=torch.long, device=device))]
+        rows, labels = (torch.cat(parts) for parts in zip(*points, strict=True))
+        return gather_rows(rows.float()).cpu(), gather_rows(labels.long()).cpu()
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.dirname
 
     def _draw(self, trainer: Trainer, moments: ClassMoments, points: Tensor, labels: Tensor) -> None:
-        names: list[str] = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        names = class_names(trainer, len(moments.counts))
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             subset = _subset(points, labels, min(self.snapshot_points, self.max_points), len(names))

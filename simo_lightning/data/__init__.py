@@ -16,10 +16,11 @@ from simo_lightning.data.datasets import (
     load_cifar,
     load_digits,
 )
-from simo_lightning.data.folder import FolderImages, find_splits, load_image_folder
+from simo_lightning.data.folder import FolderImages, find_splits
 from simo_lightning.data.hub import HubImages, HubPairDataModule, SemiSupervisedHubPairDataModule
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import ResumableLoader, TrainingBatch
+from simo_lightning.data.reading import load_image_folder
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
 from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simo_lightning.data.augment import BatchAugment
-from simo_lightning.data.labels import Relabelled, coarse_index
+from simo_lightning.data.labels import Relabelled, coarse_index, index_by_name, present_classes, without_classes
 from simo_lightning.data.loader import (
     ResumableLoader,
     TrainingBatch,
@@ -21,7 +21,14 @@ from simo_lightning.data.loader import (
     silence_inapplicable_warnings,
 )
 from simo_lightning.data.preprocessing import Agreement, agree, read_alike, warn_of_stem
-from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, evaluation_batch_size
+from simo_lightning.data.sampler import (
+    ClassBalancedSampler,
+    ClassSampling,
+    EvaluationSampler,
+    SmallClasses,
+    check_sampling,
+    evaluation_batch_size,
+)
 from simo_lightning.data.sources import (
     ImageSource,
     Split,
@@ -30,6 +37,7 @@ from simo_lightning.data.sources import (
     stratified_split,
     stratified_subset,
 )
+from simo_lightning.data.splits import draw_unseen_classes, hold_out_classes
 from simo_lightning.lightning_private import batches_processed
 from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
 
@@ -44,11 +52,11 @@ class PairDataModule(LightningDataModule):
     ``seed``, the epoch and the index of the batch, so that a resumed run draws the same batches.
 
     Args:
-        classes_per_batch: P, number of classes in a training batch of each rank.
-        samples_per_class: K, number of images of each class; at least 2, at most the size of the smallest class.
+        classes_per_batch: P, number of classes in a training batch of each rank; null: 10, or all if there are fewer.
+        samples_per_class: K, number of images of each class in a batch; at least 2.
         views: V, number of augmented copies of each image.
         val_fraction: Share of each training class held out for validation, in [0, 1); 0: no validation. Not used if the
-            data set has its own validation split.
+            data set has its own validation split. A class of one image stays in training.
         split_seed: Seed of that split and of the bank's subset, separate from ``seed`` so that runs with several seeds
             use the same split.
         seed: Seed of batches and augmentation; the same config and seeds give the same weights.
@@ -60,6 +68,17 @@ class PairDataModule(LightningDataModule):
         num_workers: Processes that read batches; 0 is best for images in memory.
         coarse: Coarse classes to train on, each with the classes that it joins, such as
             {animal: [cat, dog], vehicle: [ship, truck]}. Validation, test and bank keep the true classes.
+        small_classes: What to do with a class of fewer than K training images. "repeat": further augmented views of its
+            images fill its place in a batch, each image used once before any is used twice. "skip": training leaves the
+            class out; it stays a class of validation, test and bank. "error": it raises.
+        class_sampling: How often classes appear in an epoch. "natural": in proportion to their images, each image at
+            most once; "balanced": all equally often; "sqrt": in proportion to the square root of their images.
+            ``ClassBalancedSampler`` defines an epoch of each. With classes of equal size they are the same.
+        unseen_classes: Classes that training does not see, held out for validation and test with their images of all
+            splits: their number, their share of the training classes in (0, 1), their names, or a text file with one
+            name per line. A number or a share is drawn by ``split_seed``. null: none.
+        unseen_val_share: Share of these classes for validation, rounded down; the others are for test. Where it is 0
+            (or 1), validation (or test) keeps its images of seen classes.
 
     The images are preprocessed as the model requires: a module with a ``preprocessing``, such as one from a checkpoint,
     determines size, channels, mean and std, and images in memory of another size are resized. Otherwise they follow
@@ -68,14 +87,15 @@ class PairDataModule(LightningDataModule):
 
     Attributes:
         preprocessing: The preprocessing; mean and std are known after ``setup``.
-        class_names: Name of each true class, after ``setup``.
-        num_classes: Their number, after ``setup``.
+        class_names: Name of each true class, after ``setup``: those of training, then those that only other splits
+            have. Labels of validation, test, gallery and bank are indices into it. Loading a further split may append
+            to it.
         train_class_names: Names of the classes of training, the true or the coarse ones, after ``setup``.
 
     Raises:
         ValueError: If an argument is out of range, or only one of ``mean`` and ``std`` is given; in ``setup`` also if
             the images do not have the model's channels, an argument contradicts the model's preprocessing, a class has
-            fewer than ``samples_per_class`` images, or the splits have different classes.
+            fewer than ``samples_per_class`` images and ``small_classes`` is "error", or unseen classes cannot be drawn.
 
     Example:
         >>> from simo_lightning.data import LabelledImages
@@ -93,7 +113,7 @@ class PairDataModule(LightningDataModule):
 
     def __init__(
         self,
-        classes_per_batch: int = 10,
+        classes_per_batch: int | None = None,
         samples_per_class: int = 25,
         views: int = 1,
         val_fraction: float = 0.1,
@@ -105,8 +125,15 @@ class PairDataModule(LightningDataModule):
         eval_batch_size: int = 500,
         num_workers: int = 0,
         coarse: dict[str, list[str]] | None = None,
+        small_classes: SmallClasses = "repeat",
+        class_sampling: ClassSampling = "natural",
+        unseen_classes: int | float | list[str] | str | None = None,
+        unseen_val_share: float = 0.5,
     ) -> None:
         super().__init__()
+        check_sampling(small_classes, class_sampling)
+        if not 0 <= unseen_val_share <= 1:
+            raise ValueError(f"unseen_val_share must lie in [0, 1], got {unseen_val_share}")
         for name, value in {"views": views, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -134,32 +161,52 @@ class PairDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.coarse = coarse
+        self.small_classes: SmallClasses = small_classes
+        self.class_sampling: ClassSampling = class_sampling
+        self.unseen_classes = unseen_classes
+        self.unseen_val_share = unseen_val_share
+        self._coarse = coarse  # without unseen classes, after setup
         self._computed: tuple[ImageSource, tuple[list[float], list[float]]] | None = None
         self._prepared: dict[Split, ImageSource | None] = {}  # loaded by prepare_data and not yet used by setup
-        self._splits: dict[Split, ImageSource | None] = {}
+        self._splits: dict[Split, ImageSource | None] = {}  # with labels that index class_names
+        self._known: dict[Split, ImageSource | None] = {}  # held-out images of seen classes, beside unseen ones
         self._training: ImageSource  # training images with the labels used in training, after setup
         self._bank: ImageSource  # labelled training images with their true labels, after setup
         self._train_loader: ResumableLoader | None = None
         self._resume: dict[str, int] | None = None
 
+    extra_splits: tuple[Split, ...] = ()
+    """Which of the splits "query", "gallery" and "unknown" the data set has; ``load`` is asked for no others."""
+
     def load(self, split: Split) -> ImageSource | None:
         """Read one split; the one method that a data set must define.
 
         Args:
-            split: "train", "val" or "test".
+            split: "train", "val" or "test", or one of ``extra_splits``: "query" and "gallery", which serve as test
+                images and the images to find, or "unknown", images of no class of training.
 
         Returns:
             ``LabelledImages``, or any other ``ImageSource``; None if the data set has no such split; validation
-            images are then held out from the training images.
+            images are then held out from the training images. Splits may have different classes, in any order: they are
+            matched by name.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load(split), which reads its images")
 
     def prepare_data(self) -> None:
-        """Download, decode and cache on one process, before the others read."""
+        """Download, decode and cache on one process, before the others read: the splits that the run needs."""
         self._agree()
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        for split in splits:
-            self._prepared[split] = self.load(split)
+        fit = self.trainer is not None and self.trainer.state.fn in ("fit", "validate")
+        for split in self._needed("fit" if fit else None):
+            if _place(split) not in self._splits:
+                self._prepared[split] = self.load(split)
+
+    def _needed(self, stage: str | None) -> list[Split]:
+        """Splits to load for a stage, in the order in which they are loaded."""
+        needed: list[Split] = ["train", "val"]
+        if stage in ("test", "predict", None) or self.unseen_classes is not None:
+            needed += ["query" if "query" in self.extra_splits else "test"]
+            needed += ["gallery"] if "gallery" in self.extra_splits else []
+        return needed + (["unknown"] if "unknown" in self.extra_splits else [])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the training split and the other splits that ``stage`` needs, each once."""
@@ -173,10 +220,17 @@ class PairDataModule(LightningDataModule):
         if "train" not in self._splits:
             self._setup_training()
         self._complete(stage)
-        if stage in ("test", "predict", None) and "test" not in self._splits:
-            self._splits["test"] = self._read("test")
-            _check_same_classes("test", self._splits["test"], self.class_names)
+        for split in self._needed(stage):
+            if _place(split) not in self._splits:
+                adapt = self._checked_unknown if split == "unknown" else self._with_known_names
+                self._splits[_place(split)] = adapt(split, self._read(split))
         silence_inapplicable_warnings(self._splits["train"], self._splits["val"], self.num_workers)
+
+    def _checked_unknown(self, split: Split, source: ImageSource | None) -> ImageSource | None:
+        common = set() if source is None else set(present_classes(source)) & set(present_classes(self._bank))
+        if common:
+            raise ValueError(f"the {split} split must hold no class of training, got {name_list(common)}")
+        return source
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -249,27 +303,148 @@ class PairDataModule(LightningDataModule):
         train, val = self._read("train"), self._read("val")
         if train is None:
             raise ValueError(f"{type(self).__name__}.load('train') must return images, got None")
-        self.class_names = list(train.class_names)
-        self.num_classes = len(self.class_names)
-        if val is None and self.val_fraction > 0:
+        self._coarse = self.coarse
+        if self.unseen_classes is not None:
+            train, val = self._hold_out_classes(train, val)
+        elif val is None and self.val_fraction > 0:
             kept, held = stratified_split(train.labels, self.val_fraction, self.split_seed)
             train, val = train.subset(kept), train.subset(held)
-        _check_same_classes("val", val, self.class_names)
+        self.class_names = list(train.class_names)
+        self._add_classes(val)
+        self._add_classes(self._splits.get("test"))  # with unseen classes
+        train = self._number_classes(train)
+        self._splits["train"], self._splits["val"] = train, self._with_known_names("val", val)
+        if "test" in self._splits:
+            self._splits["test"] = self._with_known_names("test", self._splits["test"])
+        for split, known in self._known.items():
+            self._known[split] = None if known is None else index_by_name(known, self.class_names)
+
+    def _hold_out_classes(self, train: ImageSource, val: ImageSource | None) -> tuple[ImageSource, ImageSource | None]:
+        """Training and validation images without and with the unseen classes; keeps those of test."""
+        assert self.unseen_classes is not None
+        if {"query", "gallery"} & set(self.extra_splits):
+            raise ValueError("unseen_classes must be null where the data set has a split 'query' or 'gallery' itself")
+        test = self._read("test")
+        names = {name for source in (train, val, test) if source is not None for name in present_classes(source)}
+        drawn = draw_unseen_classes(self.unseen_classes, present_classes(train), names, self.split_seed)
+        held = (drawn, self.unseen_val_share, self.val_fraction, self.split_seed)
+        splits = hold_out_classes(train, val, test, *held)
+        self._splits["test"] = splits.test
+        self._known = {"val": splits.known_val, "test": splits.known_test}
+        if self.coarse is not None:
+            self._coarse = without_classes(self.coarse, splits.unseen)
+        rank_zero_info(
+            f"unseen_classes: training sees {_counted(splits.train)}; validation has {_counted(splits.val)} and test "
+            f"{_counted(splits.test)}, {len(drawn):,} classes held out"
+        )
+        return splits.train, splits.val
+
+    def _number_classes(self, train: ImageSource) -> ImageSource:
+        """Number the classes that are trained before all others; return the images with these labels."""
         self._label_training(train)
-        self.train_class_names = list(self._training.class_names)
-        _check_smallest_class(self._training, self.samples_per_class)
-        self._splits["train"], self._splits["val"] = train, val
+        names, counts = self._training.class_names, self._class_counts()
+        least = self.samples_per_class if self.small_classes == "skip" else 1
+        order = sorted(range(len(names)), key=lambda label: counts[label] < least)  # stable
+        self.train_class_names = [names[label] for label in order if counts[label] >= least]
+        if order != list(range(len(names))):
+            ordered = [names[label] for label in order]
+            if self._coarse is None:
+                self.class_names = ordered + self.class_names[len(ordered) :]
+                train = index_by_name(train, self.class_names)
+            else:
+                self._coarse = {name: self._coarse[name] for name in ordered}
+            self._label_training(train)
+        images = "images" if len(self._bank) == len(train) else "labelled images"
+        self._report_small_classes(dict(zip(names, counts, strict=True)), images)
+        if self.classes_per_batch is None:
+            self.classes_per_batch = min(10, self.num_train_classes)
+        return train
+
+    def _class_counts(self) -> list[int]:
+        """Labelled images of each class of training."""
+        labels = self._training.labels
+        names = self._training.class_names
+        return torch.bincount(labels[labels < len(names)], minlength=len(names)).tolist()
+
+    def _report_small_classes(self, counts: dict[str, int], images: str) -> None:
+        """One line about the classes with fewer than K images; ValueError if ``small_classes`` is "error"."""
+        k = self.samples_per_class
+        small = {name: count for name, count in counts.items() if 0 < count < k}
+        if not small:
+            return
+        smallest = min(small, key=lambda name: small[name])
+        if self.small_classes == "error":
+            raise ValueError(
+                "samples_per_class must not exceed the smallest class of the training split: "
+                f"{smallest!r} has {small[smallest]} {images}, got {k}; small_classes 'repeat' or 'skip' allows it"
+            )
+        classes = sum(count > 0 for count in counts.values())
+        found = (
+            f"small_classes {self.small_classes!r}: {len(small):,} of {classes:,} training classes have fewer than "
+            f"samples_per_class = {k} {images} (smallest: {smallest!r} with {small[smallest]})"
+        )
+        if self.small_classes == "skip":
+            rank_zero_info(f"{found}: training leaves out {name_list(small)}; validation, test and bank keep them")
+            return
+        views = "further augmented views" if self.augment is not None else "copies (augment is null)"
+        repeats = sum(k - count for count in small.values())
+        rank_zero_info(f"{found}: filled with {views} of their images, {repeats:,} for all of these classes once")
+
+    def _add_classes(self, source: ImageSource | None) -> None:
+        """Append the classes of a split that ``class_names`` lacks."""
+        known = set(self.class_names)
+        if source is not None:
+            self.class_names = self.class_names + [name for name in present_classes(source) if name not in known]
+
+    def _with_known_names(self, split: str, source: ImageSource | None) -> ImageSource | None:
+        """The images of a split with labels that index ``class_names``, to which its further classes are added."""
+        if source is None:
+            return None
+        self._add_classes(source)
+        names, seen = present_classes(source), set(present_classes(self._bank))
+        unseen = [name for name in names if name not in seen]
+        if unseen and self.unseen_classes is None:
+            of = "none" if len(unseen) == len(names) else f"only {len(names) - len(unseen):,}"
+            rank_zero_info(
+                f"{split} split: {of} of its {len(names):,} classes has training images, not {name_list(unseen)}: kNN "
+                "against training images and probes do not apply to these; retrieval metrics do"
+            )
+        return index_by_name(source, self.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of true classes."""
+        return len(self.class_names)
+
+    @property
+    def num_train_classes(self) -> int:
+        """Number of classes of training, true or coarse; labels of training batches are below it."""
+        return len(self.train_class_names)
+
+    @property
+    def unseen_class_names(self) -> list[str]:
+        """Names of the classes of validation and test of which training has no image."""
+        seen = set(present_classes(self._bank))
+        found = {name for split in ("val", "test") for name in self._present(split)}
+        return [name for name in self.class_names if name in found - seen]
+
+    def _present(self, split: Split) -> list[str]:
+        source = self._splits.get(split)
+        return [] if source is None else [self.class_names[label] for label in source.labels.unique().tolist()]
 
     def _label_training(self, train: ImageSource) -> None:
         """Set ``_training`` and ``_bank``."""
         self._training = self._bank = train
-        if self.coarse is not None:
-            labels = coarse_index(train.class_names, self.coarse)[train.labels]
-            self._training = Relabelled(train, labels, list(self.coarse))
+        if self._coarse is not None:
+            labels = coarse_index(train.class_names, self._coarse)[train.labels]
+            self._training = Relabelled(train, labels, list(self._coarse))
 
     def _train_sampler(self) -> ClassBalancedSampler:
-        batch = (self.classes_per_batch, self.samples_per_class)
-        return ClassBalancedSampler(self._training.labels, *batch, self.seed, self.rank, self.world_size)
+        return ClassBalancedSampler(self._training.labels, **self._sampling())
+
+    def _sampling(self) -> dict[str, Any]:
+        names = ("classes_per_batch", "samples_per_class", "seed", "rank", "world_size", "small_classes")
+        return {name: getattr(self, name) for name in (*names, "class_sampling")}
 
     def _need(self, split: Split) -> ImageSource:
         if not self._splits:
@@ -352,6 +527,67 @@ class PairDataModule(LightningDataModule):
             bank = bank.subset(stratified_subset(bank.labels, limit, self.split_seed))
         return self._evaluation_loader(bank, rank, world_size)
 
+    def gallery_dataloader(self) -> DataLoader | None:
+        """This rank's share of the gallery, the raw images that those of the test split are to find; None without one.
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``.
+        """
+        gallery = self._splits.get("gallery")
+        return None if gallery is None else self._evaluation_loader(gallery)
+
+    def known_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+        """This rank's share of the held-out raw images of classes of training, for ``unknown_dataloader``'s question.
+
+        They are the images of the split whose class has training images. Where ``unseen_classes`` are held out and the
+        split has none, they are those of the data set's own split, or else ``val_fraction`` of the training images.
+
+        Args:
+            split: "val" or "test"; None: "test" while the trainer tests, else "val".
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
+            unknown ones.
+        """
+        return self._question_loader(0, split)
+
+    def unknown_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+        """This rank's share of the raw images that belong to no class of training.
+
+        They are the images of the split ``unknown``, with labels of at least ``num_classes``; if the data set has no
+        such split, the images of validation or test whose class has no training image.
+
+        Args:
+            split: "val" or "test"; None: "test" while the trainer tests, else "val".
+
+        Returns:
+            Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
+            known ones to tell them from.
+        """
+        return self._question_loader(1, split)
+
+    def _question_loader(self, place: int, split: Literal["val", "test"] | None) -> DataLoader | None:
+        self._need("train")
+        testing = self.trainer is not None and self.trainer.testing
+        known, unknown = self._known_and_unknown(split or ("test" if testing else "val"))
+        source = (known, unknown)[place]
+        return None if known is None or unknown is None or source is None else self._evaluation_loader(source)
+
+    def _known_and_unknown(self, split: Split) -> tuple[ImageSource | None, ImageSource | None]:
+        """Held-out images of classes of training, and images of no class of training."""
+        source, known, unknown = self._splits.get(split), self._known.get(split), self._splits.get("unknown")
+        if unknown is not None:
+            unknown = Relabelled(unknown, self.num_classes + unknown.labels, list(unknown.class_names))
+        if source is not None:
+            in_bank = torch.zeros(self.num_classes, dtype=torch.bool)
+            in_bank[self._bank.labels] = True
+            is_known = in_bank[source.labels]
+            if known is None and is_known.any():
+                known = source.subset(is_known.nonzero().flatten())
+            if unknown is None and not is_known.all():
+                unknown = source.subset((~is_known).nonzero().flatten())
+        return known, unknown
+
     def _evaluation_loader(self, source: ImageSource, rank: int | None = None, world: int | None = None) -> DataLoader:
         rank, world = self.rank if rank is None else rank, self.world_size if world is None else world
         return DataLoader(
@@ -405,26 +641,10 @@ class PairDataModule(LightningDataModule):
         return self.preprocessing.normalize(images), labels
 
 
-def _check_same_classes(split: str, source: ImageSource | None, class_names: list[str]) -> None:
-    """Raise ValueError, naming the classes that differ, unless a split has the classes of the training split."""
-    if source is None or list(source.class_names) == class_names:
-        return
-    missing, extra = set(class_names) - set(source.class_names), set(source.class_names) - set(class_names)
-    found = [f"it lacks {name_list(missing)}"] * bool(missing) + [f"training lacks {name_list(extra)}"] * bool(extra)
-    raise ValueError(
-        f"the {split} split must have the classes of the training split in the same order: "
-        f"{', and '.join(found) or 'the order differs'}"
-    )
+def _place(split: Split) -> Split:
+    """The split as which the images of ``split`` are used: queries are the test split."""
+    return "test" if split == "query" else split
 
 
-def _check_smallest_class(train: ImageSource, samples_per_class: int) -> None:
-    """Raise ValueError, naming the class, if a class has fewer labelled training images than a batch takes of it."""
-    known = train.labels[train.labels < len(train.class_names)]
-    counts = torch.bincount(known, minlength=len(train.class_names))
-    smallest = int(counts.argmin())
-    if counts[smallest] < samples_per_class:
-        images = "images" if len(known) == len(train.labels) else "labelled images"
-        raise ValueError(
-            f"samples_per_class must not exceed the smallest class of the training split: "
-            f"{train.class_names[smallest]!r} has {counts[smallest]} {images}, got {samples_per_class}"
-        )
+def _counted(source: ImageSource | None) -> str:
+    return "none" if source is None else f"{len(present_classes(source)):,} classes ({len(source):,} images)"

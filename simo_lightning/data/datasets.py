@@ -12,10 +12,14 @@ import torch
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
-from simo_lightning.data.folder import SPLIT_NAMES, find_splits, load_image_folder
+from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits, list_image_folder
+from simo_lightning.data.manifest import Manifest, coarse_classes, read_coarse, read_manifest
+from simo_lightning.data.reading import OnBroken, load_image_folder, read_images
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, LabelledImages, Split, stratified_split
 from simo_lightning.preprocessing import Preprocessing
+
+EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
 
 
 class TensorPairDataModule(PairDataModule):
@@ -100,61 +104,139 @@ class DigitsPairDataModule(PairDataModule):
 
 
 class ImageFolderPairDataModule(PairDataModule):
-    """Any folder of class folders of images.
+    """Photographs in folders, or named by a table.
 
-    ``data_dir`` holds one folder of class folders per split, with the usual names in any case: train or training; val,
-    valid or validation; test or testing (only the training folder is required). Or it holds the class folders
-    themselves, which are then the training split.
+    ``data_dir`` holds one folder per split, with the usual names in any case: train or training; val, valid or
+    validation; test or testing; query; gallery; unknown (only the training folder is required). In each of them one
+    folder per class holds its images at any depth; "unknown" holds images of no class, in folders or not. Or
+    ``data_dir`` holds the class folders themselves, which are then the training split. At start one line per split says
+    what was found and what is done to it.
 
     Args:
-        data_dir: The folder; ``~`` is the user's home.
-        image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped. null:
-            that of the model, or 224.
+        data_dir: The folder; ``~`` is the user's home. With ``manifest``: the folder of its relative paths, by default
+            that of the manifest.
+        image_size: Side in pixels; images of other sizes are resized by the shorter side and centre-cropped. Null: that
+            of the model, else 224.
+        manifest: CSV file (UTF-8; commas, semicolons or tabs) or Parquet file with the columns path and label, and
+            optionally split and coarse; without split all images are for training. It takes the place of the folders.
+        class_level: Which folder above an image names its class: 1, a folder in the folder of the split; 2, one level
+            further down; -1, the folder that holds the image; -2, the one above it. Folders of one name are one class.
+            Null: 1, and an error if it may be another one.
+        on_broken: error: a file that is not an image ends the run, with its name. skip: it is counted and left out; all
+            images are then decoded once before training.
         max_memory_gib: Decoded size in GiB above which the images of a split stay on disk and are decoded batch by
             batch in ``num_workers`` processes.
-        background: Colour behind transparent pixels, a name or #rrggbb; null: that of the model, or white.
+        background: Colour behind transparent pixels, a name or #rrggbb. Null: that of the model, else white.
         max_value: Grey value that becomes white in grey images of more than 8 bits, such as 4095; null: that of the
-            model, or 65,535 in 16-bit files, the maximum of each file in 32-bit ones.
+            model, else 65,535 in 16-bit files, the maximum of each file in 32-bit ones.
+        coarse: Coarse classes to train on, each with the classes that it joins, such as
+            {animal: [cat, dog], vehicle: [ship, truck]}; or manifest, the column "coarse" of the manifest; or folder,
+            the folder above each class folder; or a CSV file with the columns label and coarse. Validation, test and
+            bank keep the true classes.
         **kwargs: Arguments of ``PairDataModule``.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or neither ``data_dir`` nor ``manifest`` is given.
     """
 
     def __init__(
         self,
-        data_dir: str | Path,
+        data_dir: str | Path | None = None,
         image_size: int | None = None,
+        manifest: str | Path | None = None,
+        class_level: int | None = None,
+        on_broken: OnBroken = "error",
         max_memory_gib: float = 4.0,
         background: str | None = None,
         max_value: float | None = None,
+        coarse: dict[str, list[str]] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if not max_memory_gib >= 0:
-            raise ValueError(f"max_memory_gib must be non-negative, got {max_memory_gib}")
+        super().__init__(coarse=None if isinstance(coarse, str) else coarse, **kwargs)
         self.data_dir = data_dir
         self.image_size = image_size
+        self.manifest = manifest
+        self.class_level = class_level
+        self.on_broken = on_broken
         self.max_memory_gib = max_memory_gib
         self.background = background
         self.max_value = max_value
-        self._folders: dict[Split, Path] = {}
+        self._coarse_from = coarse if isinstance(coarse, str) else None
+        self._found: Manifest | dict[Split, Path] | None = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
         # raises early if one of them is out of range
         Preprocessing(**{**self._preprocessing_arguments(), "mean": None, "std": None})
+        if self.data_dir is None and self.manifest is None:
+            raise ValueError("data_dir or manifest must be given, got neither")
+        if not self.max_memory_gib >= 0:
+            raise ValueError(f"max_memory_gib must be non-negative, got {self.max_memory_gib}")
+        if self.on_broken not in ("error", "skip"):
+            raise ValueError(f"on_broken must be 'error' or 'skip', got {self.on_broken!r}")
+        if self.class_level == 0:
+            raise ValueError("class_level must be positive (from data_dir) or negative (from the image), got 0")
+        if self.manifest is not None and self.class_level is not None:
+            raise ValueError(
+                f"class_level must be null with a manifest, which names the classes, got {self.class_level}"
+            )
+        if self._coarse_from == "manifest" and self.manifest is None:
+            raise ValueError("coarse 'manifest' requires a manifest, got none")
+        if self._coarse_from == "folder" and self.manifest is not None:
+            raise ValueError("coarse 'folder' requires class folders, got a manifest")
 
     def load(self, split: Split) -> ImageSource | None:
-        """The images in the folder of one split."""
-        self._folders = self._folders or find_splits(self.data_dir)
-        if split not in self._folders:
+        """The images of one split; None if the folder or the manifest has no such split."""
+        listing = self._list(split)
+        if listing is None:
             return None
-        preprocessing = self.preprocessing
-        return load_image_folder(
-            self._folders[split],
-            preprocessing.size[0],
+        source = read_images(
+            listing,
+            split,
             self.max_memory_gib * 2**30,
-            background=preprocessing.background,
-            max_value=preprocessing.max_value,
+            on_broken=self.on_broken,
+            cache_name=f"{split}_" if self.manifest is not None else "",
+            note=f"augmented by {type(self.augment).__name__}" if split == "train" and self.augment is not None else "",
         )
+        if split == "train" and self._coarse_from is not None:
+            self.coarse = self._coarse_classes(self._coarse_from, listing, source.class_names)
+        return source
+
+    @property
+    def extra_splits(self) -> tuple[Split, ...]:  # type: ignore[override]
+        """Which of the splits "query", "gallery" and "unknown" there are."""
+        found = self._find()
+        given = found.splits if isinstance(found, Manifest) else found
+        return tuple(split for split in EXTRA_SPLITS if split in given)
+
+    def _find(self) -> Manifest | dict[Split, Path]:
+        """The manifest, or the folder of each split; looked up once."""
+        if self._found is None:
+            if self.manifest is not None:
+                self._found = read_manifest(self.manifest, self.data_dir)
+            else:
+                assert self.data_dir is not None
+                self._found = find_splits(self.data_dir, class_level=self.class_level)
+        return self._found
+
+    def _list(self, split: Split) -> Listing | None:
+        skip, found = self.on_broken == "skip", self._find()
+        if isinstance(found, Manifest):
+            return found.listing(split, self.preprocessing, skip)
+        if split not in found:
+            return None
+        one_class = "unknown" if split == "unknown" else None
+        return list_image_folder(found[split], self.preprocessing, self.class_level, skip, one_class)
+
+    def _coarse_classes(self, origin: str, listing: Listing, class_names: list[str]) -> dict[str, list[str]]:
+        found = self._find()
+        if origin == "manifest" and isinstance(found, Manifest):
+            coarse = found.coarse()
+        elif origin == "folder":
+            coarse = coarse_folders(listing.images, self.class_level or 1)
+        else:
+            coarse = read_coarse(origin, self.data_dir)
+        return coarse_classes(coarse, class_names, origin)
 
 
 class SemiSupervisedTensorPairDataModule(SemiSupervisedPairDataModule, TensorPairDataModule):
@@ -209,11 +291,11 @@ def load_cifar(
         data_dir: Holds either ``train/<class>/*`` and ``test/<class>/*``, or the other names of ``find_splits``, or
             torchvision's archive, packed or unpacked, or nothing yet.
         name: Data set.
-        split: "train", the 50,000 training images; "test", the 10,000 test images; "val", only from class folders.
+        split: "train", the 50,000 training images; "test", the 10,000 test images; others only from class folders.
         download: Whether to fetch torchvision's archive if no files are found.
 
     Returns:
-        uint8 images ``(N, 3, 32, 32)``; None if there are no validation images.
+        uint8 images ``(N, 3, 32, 32)``; None if there is no such split.
 
     Raises:
         FileNotFoundError: If the files are missing or damaged and cannot be fetched; the message gives the files
@@ -228,8 +310,8 @@ def load_cifar(
     has_folders = root.is_dir() and any(name.lower() in SPLIT_NAMES["train"] for name in os.listdir(root))
     folders = find_splits(root, report=split == "train") if has_folders else {}
     if "test" in folders:
-        return load_image_folder(folders[split], image_size=32) if split in folders else None
-    if split == "val":
+        return load_image_folder(folders[split], image_size=32, split=split) if split in folders else None
+    if split not in ("train", "test"):
         return None
     archive_is_whole = check_integrity(str(archive), dataset_class.tgz_md5)
     try:  # with an archive present, torchvision's download only unpacks it

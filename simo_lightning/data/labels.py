@@ -1,15 +1,15 @@
-"""Replaced labels: coarse classes and hidden labels."""
+"""Replaced labels: classes matched by name, coarse classes and hidden labels."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from simo_lightning.data.sources import ImageSource, name_list
+from simo_lightning.data.sources import ImageSource, LabelledImages, name_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,50 @@ class Relabelled:
     def subset(self, indices: Tensor) -> Relabelled:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""
         return Relabelled(self.source.subset(indices), self.labels[indices], self.class_names)
+
+
+def index_by_name(source: ImageSource, class_names: Sequence[str]) -> ImageSource:
+    """The same images with labels that index ``class_names``: each class is found there by its name.
+
+    Args:
+        source: Images, not copied.
+        class_names: Holds the name of every class that has an image in ``source``.
+
+    Returns:
+        ``source`` itself if its labels are already those.
+
+    Raises:
+        ValueError: If a class of ``source`` has images but is not in ``class_names``.
+
+    Example:
+        >>> data = LabelledImages(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ["cat", "dog"])
+        >>> index_by_name(data, ["ant", "dog", "cat"]).labels
+        tensor([2, 1])
+    """
+    own, names = list(source.class_names), list(class_names)
+    if own == names[: len(own)]:
+        return source
+    place = {name: number for number, name in enumerate(names)}
+    missing = [name for name in present_classes(source) if name not in place]
+    if missing:
+        raise ValueError(f"class_names must hold every class of the images, but lacks {name_list(missing)}")
+    labels = torch.tensor([place.get(name, -1) for name in own], dtype=torch.int64)[source.labels]
+    if isinstance(source, LabelledImages):
+        return replace(source, labels=labels, class_names=names)
+    return Relabelled(source, labels, names)
+
+
+def present_classes(source: ImageSource) -> list[str]:
+    """Names of the classes that have an image in ``source``, in the order of its ``class_names``."""
+    counts = torch.bincount(source.labels, minlength=len(source.class_names)).tolist()
+    return [name for name, count in zip(source.class_names, counts, strict=True) if count]
+
+
+def without_classes(coarse: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, list[str]]:
+    """``coarse`` without the classes ``names``, and without the coarse classes that are then empty."""
+    gone = set(names)
+    left = {name: [member for member in members if member not in gone] for name, members in coarse.items()}
+    return {name: members for name, members in left.items() if members or not coarse[name]}
 
 
 def coarse_index(class_names: Sequence[str], coarse: Mapping[str, Sequence[str]]) -> Tensor:

@@ -62,11 +62,7 @@ def agree(given: Mapping[str, Any], module: Any, owner: str) -> Agreement:
     default, in_channels = getattr(encoder, "preprocessing", None), getattr(encoder, "in_channels", None)
     default = default if isinstance(default, Preprocessing) else None
     if isinstance(own, Preprocessing):
-        for name in own.differences(given):
-            raise ValueError(
-                f"{name} of {owner} must be that of the model's preprocessing, {_shown(getattr(own, name))}, "
-                f"got {_shown(given[name])}: leave it out"
-            )
+        own.check_arguments(given, owner)
         if own.mean is None:
             values = given if "mean" in given else vars(default or own)
             own = replace(own, mean=values["mean"], std=values["std"])
@@ -104,7 +100,3 @@ def warn_of_stem(encoder: Any, size: tuple[int, int]) -> None:
             f"the encoder's stem 'imagenet' suits images of about 224 px, not of {side} px: its last features have "
             f"{last} x {last} pixels; stem 'small' keeps more of the image"
         )
-
-
-def _shown(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

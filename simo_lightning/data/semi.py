@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simo_lightning.data.datamodule import PairDataModule
 from simo_lightning.data.labels import Relabelled
-from simo_lightning.data.sampler import ClassBalancedSampler
+from simo_lightning.data.sampler import ClassBalancedSampler, ClassSampling, SmallClasses
 from simo_lightning.data.sources import ImageSource, stratified_labelled
 
 
@@ -47,13 +47,11 @@ class SemiSupervisedPairDataModule(PairDataModule):
         super().__init__(**kwargs)
         if not 0 < label_fraction <= 1:
             raise ValueError(f"label_fraction must lie in (0, 1], got {label_fraction}")
-        if unlabelled_per_batch is None:
-            unlabelled_per_batch = self.classes_per_batch * self.samples_per_class
-        if unlabelled_per_batch < 0:
+        if unlabelled_per_batch is not None and unlabelled_per_batch < 0:
             raise ValueError(f"unlabelled_per_batch must be at least 0, got {unlabelled_per_batch}")
         self.label_fraction = label_fraction
         self.unlabelled_per_batch = unlabelled_per_batch if label_fraction < 1 else 0
-        if self.unlabelled_per_batch and self.views < 2:
+        if self.unlabelled_per_batch != 0 and self.views < 2:
             raise ValueError(
                 "views must be at least 2 with unlabelled images, whose views are their only positive pairs, got "
                 f"{self.views}; unlabelled_per_batch 0 trains only on the labelled images"
@@ -66,17 +64,24 @@ class SemiSupervisedPairDataModule(PairDataModule):
         kept = labelled.nonzero().flatten()
         self._labelled = labelled
         self._bank = train.subset(kept)
-        if self.unlabelled_per_batch:
-            own = len(train.class_names) + torch.arange(len(train))  # above every true or coarse class
+        if self.unlabelled_per_batch != 0:
+            own = max(self.num_classes, len(train.class_names)) + torch.arange(len(train))  # above every class
             self._training = Relabelled(train, torch.where(labelled, visible.labels, own), visible.class_names)
         else:
             self._training = Relabelled(self._bank, visible.labels[kept], visible.class_names)
 
+    def _number_classes(self, train: ImageSource) -> ImageSource:
+        train = super()._number_classes(train)
+        if self.unlabelled_per_batch is None:
+            assert self.classes_per_batch is not None
+            self.unlabelled_per_batch = self.classes_per_batch * self.samples_per_class
+        return train
+
     def _train_sampler(self) -> ClassBalancedSampler:
         if not self.unlabelled_per_batch:
             return super()._train_sampler()
-        batch = (self.classes_per_batch, self.samples_per_class, self.unlabelled_per_batch)
-        return SemiBalancedSampler(self._training.labels, self._labelled, *batch, self.seed, self.rank, self.world_size)
+        images = (self._training.labels, self._labelled)
+        return SemiBalancedSampler(*images, unlabelled_per_batch=self.unlabelled_per_batch, **self._sampling())
 
 
 class SemiBalancedSampler(ClassBalancedSampler):
@@ -86,8 +91,8 @@ class SemiBalancedSampler(ClassBalancedSampler):
     unlabelled ones into batches of U; of each, the last ``batches % world_size`` are dropped. An epoch is one pass over
     the part with more batches. The other part is repeated, in a new order for each pass, until the epoch ends. With few
     labels an epoch uses every unlabelled image once and every labelled one
-    ``(unlabelled / U) * (P * K / labelled)`` times. No image is repeated within a pass, nor within a step of all ranks,
-    because a step never spans two passes.
+    ``(unlabelled / U) * (P * K / labelled)`` times. Where ``class_sampling`` is "natural" and no class is smaller than
+    K, no image is repeated within a pass, nor within a step of all ranks, because a step never spans two passes.
 
     The order depends only on ``(seed, epoch, world_size)``: a pass ends at a multiple of the number of ranks.
 
@@ -100,6 +105,8 @@ class SemiBalancedSampler(ClassBalancedSampler):
         seed: Non-negative.
         rank: This process, ``0..world_size - 1``.
         world_size: Number of processes.
+        small_classes: As for ``ClassBalancedSampler``.
+        class_sampling: As for ``ClassBalancedSampler``; it defines a pass over the labelled images.
 
     Raises:
         ValueError: As ``ClassBalancedSampler``; or if ``labelled`` is not bool ``(N,)``, or there are fewer unlabelled
@@ -122,13 +129,16 @@ class SemiBalancedSampler(ClassBalancedSampler):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        small_classes: SmallClasses = "error",
+        class_sampling: ClassSampling = "natural",
     ) -> None:
         if labelled.dtype != torch.bool or labelled.shape != labels.shape:
             raise ValueError(
                 f"labelled must be bool {tuple(labels.shape)} to match labels, "
                 f"got {labelled.dtype} {tuple(labelled.shape)}"
             )
-        super().__init__(labels[labelled], classes_per_batch, samples_per_class, seed, rank, world_size)
+        sampling = (seed, rank, world_size, small_classes, class_sampling)
+        super().__init__(labels[labelled], classes_per_batch, samples_per_class, *sampling)
         self.labelled_indices = labelled.nonzero().flatten().numpy()
         self.unlabelled_indices = (~labelled).nonzero().flatten().numpy()
         if not 1 <= unlabelled_per_batch * world_size <= len(self.unlabelled_indices):

@@ -1,16 +1,16 @@
-"""Labelled images: the interface of a source, images in memory, stratified splits and channel statistics."""
+"""Labelled images: the interface of a source, images in memory, joined sources, splits and channel statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Source = TypeVar("Source", bound="ImageSource")
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "query", "gallery", "unknown"]
 
 
 class ImageSource(Protocol):
@@ -93,6 +93,77 @@ class LabelledImages:
     def subset(self, indices: Tensor) -> LabelledImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order, copied."""
         return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedImages:
+    """The images of several sources, one source after the other, or a choice of them; images are not copied.
+
+    Args:
+        sources: At least one, with images of one shape and labels that index ``class_names``.
+        class_names: One name per class.
+        index: The images chosen, as indices of all images of the sources, int64 ``(N,)``; None: all.
+
+    Attributes:
+        labels: Class index of each image, int64 ``(N,)``.
+
+    Raises:
+        ValueError: If there is no source.
+
+    Example:
+        >>> first = LabelledImages(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ["cat", "dog"])
+        >>> joined = JoinedImages([first, first.subset(torch.tensor([1]))], ["cat", "dog"])
+        >>> joined.labels, joined.__getitems__([2, 0])[1]
+        (tensor([0, 1, 1]), tensor([1, 0]))
+    """
+
+    sources: Sequence[ImageSource]
+    class_names: list[str]
+    index: Tensor | None = None
+    labels: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources must hold at least one source of images, got none")
+        labels = torch.cat([source.labels for source in self.sources])
+        object.__setattr__(self, "labels", labels if self.index is None else labels[self.index])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        place = chosen if self.index is None else self.index[chosen]
+        ends = torch.tensor([len(source) for source in self.sources]).cumsum(0)
+        owner = torch.bucketize(place, ends, right=True)
+        images = torch.empty(0, dtype=torch.uint8)
+        for number in owner.unique().tolist():
+            mine = (owner == number).nonzero().flatten()
+            source = self.sources[number]
+            part = source.__getitems__((place[mine] - ends[number] + len(source)).tolist())[0]
+            if not len(images):
+                images = part.new_empty(len(chosen), *part.shape[1:])
+            images[mine] = part
+        return images, self.labels[chosen]
+
+    def subset(self, indices: Tensor) -> JoinedImages:
+        """The images at ``indices`` (int64 ``(M,)``), in that order."""
+        return JoinedImages(self.sources, self.class_names, indices if self.index is None else self.index[indices])
+
+
+def join_images(sources: Sequence[ImageSource], class_names: list[str]) -> ImageSource:
+    """The images of several sources with the same class indices: in memory if all of them are, else where they are."""
+    if len(sources) == 1:
+        return sources[0]
+    memory = [source for source in sources if isinstance(source, LabelledImages)]
+    if len(memory) == len(sources) and len({source.images.shape[1:] for source in memory}) == 1:
+        images = torch.cat([source.images for source in memory])
+        return LabelledImages(images, torch.cat([source.labels for source in memory]), class_names)
+    return JoinedImages(sources, class_names)
 
 
 # The three functions below do not use scikit-learn's train_test_split(stratify=...): it raises if a class has one image

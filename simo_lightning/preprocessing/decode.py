@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "TIFF",
-    "GIF",
-    "BMP",
-    "PPM",
-    "JPEG2000",
-)  # without those whose decoder starts a program
+try:
+    from PIL import AvifImagePlugin  # noqa: F401  # since Pillow 11.3
+
+    AVIF: tuple[str, ...] = ("AVIF",)
+except ImportError:
+    AVIF = ()
+
+# without those whose decoder starts a program
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", *AVIF)
 UPRIGHT = {  # EXIF orientation to the transpose that turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,6 +29,7 @@ UPRIGHT = {  # EXIF orientation to the transpose that turns the stored pixels up
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PROFILE_OF = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode to the colours of an ICC profile
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value for inverted grey
 
 
@@ -40,7 +42,8 @@ class Decoder:
     - 32-bit integers, signed integers and floats have no nominal range: each image is scaled from its own minimum and
       maximum to 0..255. NaN and infinite pixels become 0 and are left out of the range.
     - Transparent pixels are composited on ``background``.
-    - CMYK, YCbCr and CIELAB become RGB. Embedded colour profiles are not applied.
+    - CMYK, YCbCr and CIELAB become RGB. An embedded colour profile, such as Display P3 of a telephone, is applied: the
+      result is sRGB. Profiles that are sRGB, within two levels of 255, change nothing.
 
     Args:
         background: Colour behind transparent pixels, a name or ``#rrggbb``.
@@ -119,7 +122,8 @@ class Decoder:
             image = self._eight_bits(image, stored, changes)
         elif ";16" in stored:
             changes.append("16-bit, upper byte kept")
-        image = self._opaque(image, stored, changes)
+        profile = image.info.get("icc_profile")
+        image = self._opaque(_in_srgb(self._layer(image, stored), profile, changes), changes)
         if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
             changes.append(image.mode)
         if image.mode == "LAB":
@@ -160,15 +164,21 @@ class Decoder:
             result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
         return result
 
-    def _opaque(self, image: Any, stored: str, changes: list[str]) -> Any:
-        """Composite the image on the background if any pixel is transparent."""
+    def _layer(self, image: Any, stored: str) -> Any:
+        """The image with an alpha channel if a colour or entries of its palette are transparent."""
         transparent = image.info.get("transparency")
-        if transparent is None and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
-            return image
+        if transparent is None:
+            return image.convert("RGBA") if image.mode in ("PA", "La", "RGBa") else image
         if isinstance(transparent, tuple) and ";16" in stored:
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
         if stored in ("L;2", "L;4"):  # pixels are scaled to 0..255, the transparent value is not
             image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[stored]
+        return image.convert("RGBA")
+
+    def _opaque(self, image: Any, changes: list[str]) -> Any:
+        """Composite the image on the background if any pixel is transparent."""
+        if image.mode not in ("LA", "RGBA"):
+            return image
         layer = image.convert("RGBA")
         if layer.getextrema()[3][0] == 255:
             return layer
@@ -176,6 +186,45 @@ class Decoder:
         canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(self.background)[:3])
         canvas.alpha_composite(layer)
         return canvas
+
+
+def _in_srgb(image: Any, profile: bytes | None, changes: list[str]) -> Any:
+    """The image in sRGB if an embedded colour profile says that it is not."""
+    if profile is None:
+        return image
+    image = image.convert("RGB") if image.mode == "P" else image
+    colours = {"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)
+    if colours not in PROFILE_OF:
+        return image
+    try:
+        transform = _to_srgb(profile, colours)
+        if transform is None:
+            return image
+        result = transform.apply(image.convert(colours))
+    except Exception:  # ImageCms raises several exception types on damaged profiles
+        changes.append("damaged colour profile, not applied")
+        return image
+    changes += ["colour profile applied"] + ["CMYK"] * (colours == "CMYK")
+    if colours != image.mode:
+        result.putalpha(image.getchannel("A"))
+    return result
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Transform of a colour profile to sRGB; None if it is of other colours than ``mode``, or sRGB itself."""
+    own = ImageCms.ImageCmsProfile(BytesIO(profile))
+    if own.profile.xcolor_space.strip() != PROFILE_OF[mode]:
+        return None
+    transform = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "CMYK":
+        return transform
+    steps = np.arange(0, 256, 1 if mode == "L" else 15, dtype=np.uint8)
+    colours = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    before = Image.fromarray(colours)
+    after = transform.apply(before)
+    difference = np.asarray(after).astype(int) - np.asarray(before.convert("RGB"))
+    return None if np.abs(difference).max() <= 2 else transform
 
 
 def _depth(image: Any, stored: str) -> str:

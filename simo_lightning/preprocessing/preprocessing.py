@@ -230,6 +230,16 @@ class Preprocessing:
                 found.append(name)
         return found
 
+    def check_arguments(
+        self, arguments: Mapping[str, Any], owner: str, whose: str = "the model's preprocessing"
+    ) -> None:
+        """Raise ValueError if one of the `arguments` of an `owner` has another value; `whose` names this object."""
+        for name in self.differences(arguments):
+            own, other = (
+                list(value) if isinstance(value, tuple) else value for value in (getattr(self, name), arguments[name])
+            )
+            raise ValueError(f"{name} of {owner} must be that of {whose}, {own}, got {other}: leave it out")
+
 
 def takes_preprocessing(module: object) -> bool:
     """Whether a module has an attribute ``preprocessing`` that is None or a :class:`Preprocessing`."""

@@ -31,6 +31,8 @@ class EmbeddingCollector(EvaluationCallback):
             embeddings.
     """
 
+    required = False  # write_report names what is missing
+
     def __init__(self, max_images: int = 20_000) -> None:
         super().__init__()
         self.max_images = max_images

@@ -45,8 +45,8 @@ def write_report(
     """Draw the embeddings of a split into one page, with the metrics.
 
     Runs the validation or test loop once, with any module whose steps return ``embeddings`` and ``labels``; kNN
-    requires ``embed`` and a data module with a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The
-    trainer's own callbacks that evaluate embeddings are not called.
+    requires a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The trainer's own callbacks that evaluate
+    embeddings are not called.
 
     Args:
         trainer: Runs the loop; its ``default_root_dir`` is the folder of the run.
@@ -110,12 +110,11 @@ def _embed(
 ) -> tuple[EmbeddedImages, float, int]:
     """The split's embeddings, the accuracy of kNN on it, and its k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
-    has_bank = all(callable(getattr(datamodule, name, None)) for name in ("bank_dataloader", "prepare"))
     callbacks: list[EvaluationCallback] = [collector]
-    if has_bank and callable(getattr(model, "embed", None)):
+    if knn.bank is not None or callable(getattr(datamodule, "bank_dataloader", None)):
         callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
-    with _evaluation_callbacks(trainer, callbacks), mismatch_in_one_line(ckpt_path):
+    with _evaluation_callbacks(trainer, model, callbacks), mismatch_in_one_line(ckpt_path):
         run(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
     if collector.result is None:
         raise ValueError(
@@ -126,9 +125,11 @@ def _embed(
 
 
 @contextmanager
-def _evaluation_callbacks(trainer: Any, evaluation: list[EvaluationCallback]) -> Iterator[None]:
+def _evaluation_callbacks(trainer: Any, model: Any, evaluation: list[EvaluationCallback]) -> Iterator[None]:
     """The trainer with these callbacks instead of its own that evaluate embeddings or write checkpoints."""
-    callbacks = trainer.callbacks
+    callbacks, defaults = trainer.callbacks, getattr(model, "default_callbacks", False)
+    if defaults:
+        model.default_callbacks = False
     trainer.callbacks = [
         each for each in callbacks if not isinstance(each, EvaluationCallback | Checkpoint)
     ] + evaluation
@@ -139,6 +140,8 @@ def _evaluation_callbacks(trainer: Any, evaluation: list[EvaluationCallback]) ->
             yield
     finally:
         trainer.callbacks = callbacks
+        if defaults:
+            model.default_callbacks = True
 
 
 def _find(trainer: Any, default: CallbackT) -> CallbackT:
@@ -167,8 +170,8 @@ def _short(folder: Path) -> str:
 
 
 def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
-    names = getattr(datamodule, "class_names", None) or range(int(labels.max()) + 1)
-    return [str(name) for name in names]
+    names = [str(name) for name in getattr(datamodule, "class_names", None) or []]
+    return names + [str(label) for label in range(len(names), int(labels.max()) + 1)]
 
 
 def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:

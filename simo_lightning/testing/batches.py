@@ -42,12 +42,12 @@ def check_batch_composition(
         >>> from simo_lightning import DigitsPairDataModule
         >>> check_batch_composition(DigitsPairDataModule(samples_per_class=10))
     """
-    p = datamodule.classes_per_batch if classes_per_batch is None else classes_per_batch
-    k = datamodule.samples_per_class if samples_per_class is None else samples_per_class
-    u = getattr(datamodule, "unlabelled_per_batch", 0) if unlabelled_per_batch is None else unlabelled_per_batch
     with quiet_and_seeded():
         datamodule.prepare_data()
         datamodule.setup("fit")
+        p = datamodule.classes_per_batch if classes_per_batch is None else classes_per_batch
+        k = datamodule.samples_per_class if samples_per_class is None else samples_per_class
+        u = getattr(datamodule, "unlabelled_per_batch", 0) if unlabelled_per_batch is None else unlabelled_per_batch
         loader = datamodule.train_dataloader()
         orders = [_order(loader, epoch) for epoch in range(epochs)]
         for epoch, order in enumerate(orders):

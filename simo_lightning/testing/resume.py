@@ -49,7 +49,7 @@ def check_resume(
     Example:
         >>> from simo_lightning import DigitsPairDataModule, ImageEncoder, SimOModule
         >>> def make_module():
-        ...     return SimOModule(ImageEncoder("resnet10", width=0.125, in_channels=1))
+        ...     return SimOModule(ImageEncoder("resnet10", width=0.125, stem="small", in_channels=1))
         >>> def make_data():
         ...     return DigitsPairDataModule(samples_per_class=60)
         >>> check_resume(make_module, make_data)

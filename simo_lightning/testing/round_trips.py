@@ -30,7 +30,7 @@ def check_checkpoint_round_trip(
 
     Example:
         >>> from simo_lightning import ImageEncoder, SimOModule
-        >>> check_checkpoint_round_trip(SimOModule(ImageEncoder("resnet10", width=0.125)))
+        >>> check_checkpoint_round_trip(SimOModule(ImageEncoder("resnet10", width=0.125, stem="small")))
     """
     if images is None:
         channels = getattr(getattr(module, "encoder", None), "in_channels", None) or 3
