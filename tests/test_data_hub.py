@@ -180,7 +180,7 @@ def test_splits_by_name_and_a_single_split(tmp_path: Path) -> None:
         module(tmp_path / "saved").setup("fit")
     with pytest.raises(ValueError, match=r"must name splits of .*, which has one, two, got val: three"):
         module(tmp_path / "saved", splits={"train": "one", "val": "three"}).setup("fit")
-    with pytest.raises(ValueError, match=r"splits must have keys among train, test, val, query.*, got valid"):
+    with pytest.raises(ValueError, match=r"splits must have keys among train, val, test, query.*, got valid"):
         module(tmp_path / "saved", splits={"valid": "one"})
     data = module(tmp_path / "saved", splits={"train": "two", "val": "one", "test": None})
     data.setup()
@@ -333,7 +333,10 @@ def test_semi_supervised_and_the_command(tmp_path: Path, capsys: pytest.CaptureF
         "model": {
             "class_path": "SimOModule",
             "init_args": {
-                "encoder": {"class_path": "ImageEncoder", "init_args": {"backbone": "resnet10", "width": 0.125}}
+                "encoder": {
+                    "class_path": "ImageEncoder",
+                    "init_args": {"backbone": "resnet10", "width": 0.125, "stem": "small"},
+                }
             },
         },
         "data": {"class_path": "HubPairDataModule", "init_args": {"image_size": 16, "classes_per_batch": 3}},

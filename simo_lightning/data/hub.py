@@ -30,13 +30,8 @@ from simo_lightning.preprocessing import Decoder, Preprocessing
 
 SECONDS_TO_ANSWER = 4.0  # that the Hub has before it counts as not reachable
 # The usual names of the splits of a data set.
-NAMES: dict[str, tuple[str, ...]] = {
-    "train": SPLIT_NAMES["train"],
-    "test": SPLIT_NAMES["test"],
-    "val": (*SPLIT_NAMES["val"], "dev"),
-    **{name: (name,) for name in ("query", "gallery", "unknown")},
-}
-EXTRA = ("query", "gallery", "unknown")
+NAMES: dict[Split, tuple[str, ...]] = {**SPLIT_NAMES, "val": (*SPLIT_NAMES["val"], "dev")}
+EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +133,6 @@ class HubPairDataModule(PairDataModule):
         ValueError: If an argument is out of range, or there is no such column or split; the message lists them.
     """
 
-    extra_splits: tuple[Any, ...] = ()
-
     def __init__(
         self,
         path: str | Path | list[str],
@@ -184,7 +177,7 @@ class HubPairDataModule(PairDataModule):
         if self._parts is None:
             found = open_splits(self.path, self.name, self.revision)
             self._parts = _by_use(found, self.splits, self.path)
-            self.extra_splits = tuple(name for name in EXTRA if name in self._parts)
+            self.extra_splits = tuple(split for split in EXTRA_SPLITS if split in self._parts)
         return self._parts
 
     def load(self, split: Split) -> ImageSource | None:
