@@ -4,12 +4,15 @@ from simo_lightning.data import (
     CIFAR10PairDataModule,
     CIFAR100PairDataModule,
     DigitsPairDataModule,
+    HubPairDataModule,
     ImageFolderPairDataModule,
     PairDataModule,
 )
 from simo_lightning.encoders import ImageEncoder
-from simo_lightning.losses import SimOLoss
+from simo_lightning.losses import ClassifierLoss, MetricLearningLoss, SimOLoss
 from simo_lightning.module import SimOModule
+from simo_lightning.parameter_groups import ParameterGroups
+from simo_lightning.preprocessing import Preprocessing
 from simo_lightning.probe import ProbeModule
 from simo_lightning.schedules import OneCycle
 from simo_lightning.version import __version__
@@ -17,11 +20,16 @@ from simo_lightning.version import __version__
 __all__ = [
     "CIFAR10PairDataModule",
     "CIFAR100PairDataModule",
+    "ClassifierLoss",
     "DigitsPairDataModule",
+    "HubPairDataModule",
     "ImageEncoder",
     "ImageFolderPairDataModule",
+    "MetricLearningLoss",
     "OneCycle",
     "PairDataModule",
+    "ParameterGroups",
+    "Preprocessing",
     "ProbeModule",
     "SimOLoss",
     "SimOModule",
