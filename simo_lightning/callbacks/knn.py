@@ -157,7 +157,7 @@ def _datamodule(trainer: Trainer) -> Any:
 
 
 def class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Means (C, D) of the unit embeddings of each class, C - 1 the largest label; nan for a class without embeddings."""
+    """Means (C, D) of unit embeddings by class, C - 1 the largest label; nan for a class without embeddings."""
     counts = torch.bincount(labels)
     embeddings = unit_vectors(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
