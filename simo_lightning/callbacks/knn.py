@@ -13,7 +13,7 @@ from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
 from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
 from simo_lightning.distributed import gather_rows, sum_over_ranks
 from simo_lightning.functional.geometry import nearest_class_mean_predict
-from simo_lightning.functional.knn import knn_predict
+from simo_lightning.functional.knn import knn_predict, unit_vectors
 from simo_lightning.functional.moments import class_sums
 from simo_lightning.functional.retrieval import average_scores
 
@@ -28,7 +28,8 @@ class OnlineKNN(EvaluationCallback):
     its own queries.
 
     From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
-    class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
+    class whose mean has the largest cosine, the mean of the bank's embeddings at length 1
+    (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
     Both are means over images; ``val/knn_macro`` and ``val/nearest_class_mean_macro`` are means over classes of the
     accuracy on their images. Images of a class that the bank lacks do not count; if no image is left, nothing is
     logged. One line states how many images and classes the values are over.
@@ -124,7 +125,7 @@ class OnlineKNN(EvaluationCallback):
         queries, asked = queries[known], labels[known]
         predictions = {
             "knn": knn_predict(queries, bank, bank_labels, self.k),
-            "nearest_class_mean": nearest_class_mean_predict(queries, class_means(bank, bank_labels)),
+            "nearest_class_mean": nearest_class_mean_predict(queries, class_means(bank, bank_labels), "cosine"),
         }
         correct = torch.stack([(predicted == asked).float() for predicted in predictions.values()], dim=1)
         correct, asked, labels = gather_rows(correct), gather_rows(asked), gather_rows(labels)
@@ -156,7 +157,7 @@ def _datamodule(trainer: Trainer) -> Any:
 
 
 def class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Class means (C, D), where C - 1 is the largest label; nan for a class without embeddings."""
+    """Means (C, D) of the unit embeddings of each class, C - 1 the largest label; nan for a class without embeddings."""
     counts = torch.bincount(labels)
-    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    embeddings = unit_vectors(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)
