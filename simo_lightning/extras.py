@@ -16,6 +16,7 @@ EXTRAS = {
     "pyarrow": "parquet",
     "peft": "lora",
     "safetensors": "timm",
+    "shtab": "completion",
     "timm": "timm",
     "umap": "umap",
 }

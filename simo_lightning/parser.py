@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import SUPPRESS
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from simo_lightning.completion import SHELLS, PrintCompletion
 from simo_lightning.extras import missing_extra
 from simo_lightning.help import ShortHelpFormatter, explain, with_help_of_class
 
@@ -32,6 +34,14 @@ class SimoParser(LightningArgumentParser):
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         """Add subcommands, and keep the action so that further ones can be added."""
         self.commands = super().add_subcommands(*args, **kwargs)
+        self.add_argument(
+            "--print_completion",
+            action=PrintCompletion,
+            choices=SHELLS,
+            default=SUPPRESS,
+            dest=SUPPRESS,
+            help="Print the script by which a shell completes arguments.",
+        )
         return self.commands
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:

@@ -32,8 +32,9 @@ LAYERS = {
     },
     3: {"callbacks", "export", "probe", "semi_supervised"},
     4: {"help", "module", "report"},
-    5: {"parser", "testing"},
-    6: {"cli"},
+    5: {"completion", "testing"},
+    6: {"parser"},
+    7: {"cli"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
