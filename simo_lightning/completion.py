@@ -76,14 +76,16 @@ def _classes(option: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _options(option: str, cls: type) -> Iterator[tuple[str, list[str]]]:
-    """The options that set the arguments of a class."""
+    """The options that set the arguments of a class, each with its choices."""
     for name, annotation in _arguments(cls).items():
         types = [*get_args(annotation), annotation]
         if annotation is not str and (name == "optimizer" or own_classes(name)):
             yield from _classes(f"{option}.{name}")
             continue
-        yield f"{option}.{name}", [choice for each in types for choice in _choices(each)]
-        for each in filter(is_dataclass, types):
+        parts = list(filter(is_dataclass, types))
+        names = [each.__name__ for each in parts if len(parts) > 1]
+        yield f"{option}.{name}", names + [value for each in types for value in _choices(each)]
+        for each in parts:
             yield from _options(f"{option}.{name}", each)
 
 

@@ -43,6 +43,9 @@ LONGEST = [
     "test_hostile_files.py",
     "test_callbacks.py",
     "test_run_folder.py",
+    "test_backbones.py",
+    "test_finetuning.py",
+    "test_callbacks_default.py",
 ]
 
 

@@ -242,7 +242,8 @@ def test_a_checkpoint_needs_neither_the_file_nor_the_network(name: str, tmp_path
     path = write(trained(model).state_dict(), tmp_path / "a.safetensors")
     seed_everything(0)
     size = 8 if name == "resnet18" else 32
-    module = SimOModule(ImageEncoder(name, str(path), image_size=size, in_channels=1))
+    stem = {"stem": "small"} if name == "resnet18" else {}
+    module = SimOModule(ImageEncoder(name, str(path), image_size=size, in_channels=1, **stem))
     if name == "resnet18":
         fit(module, tmp_path, max_steps=1, limit_val_batches=0).save_checkpoint(tmp_path / "a.ckpt")
     else:

@@ -66,6 +66,7 @@ def test_subcommands(script: Path) -> None:
         ("fit --model.loss Simo", set()),
         ("fit --model.loss SimO", {"SimOLoss"}),
         ("fit --model.loss.form ", {"ratio", "log", "softmax"}),
+        ("fit --data.augment ", {"auto", "BatchAugment", "PhotoAugment"}),
         ("fit --data.small_classes ", {"repeat", "skip", "error"}),
         ("fit --model.compile ", {"true", "false"}),
         ("fit --probe n", {"null"}),

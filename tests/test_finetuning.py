@@ -52,7 +52,8 @@ def run(
     trained, snapshots = module(**arguments), Snapshots()
     each_epoch = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     callbacks = [callback, snapshots, each_epoch]
-    fit(trained, folder, last, max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=True)
+    few = {"limit_train_batches": 3, "limit_val_batches": 0}
+    fit(trained, folder, last, max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=True, **few)
     return trained, snapshots
 
 

@@ -32,7 +32,7 @@ def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--model.optimizer.help", "AdamW"], ["--model.optimizer.weight_decay"], 120),
         (["--data.help"], ["ImageFolderPairDataModule ", "CIFAR10PairDataModule "], 25),
         (["--data.help", "ImageFolderPairDataModule"], ["--data.data_dir", "--data.samples_per_class"], 250),
-        (["--data", "DigitsPairDataModule", "--data.augment.help"], ["--data.augment.flip"], 80),
+        (["--data", "DigitsPairDataModule", "--data.augment.help", "BatchAugment"], ["--data.augment.flip"], 80),
         (["--config", CONFIG, "--data.help"], ["--data.val_fraction"], 150),
         (["--knn.help"], ["--knn.k K", "--knn.bank_size"], 80),
     ],

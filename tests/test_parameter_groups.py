@@ -115,10 +115,10 @@ def test_layers_of_other_backbones_follow_their_order(name: str, first: str, mid
 
 def test_the_default_is_one_group_and_spares_the_parameters_of_the_loss(tmp_path: Path) -> None:
     module = digits(optimizer=MAKE)
-    fit(module, tmp_path, max_steps=1)
+    fit(module, tmp_path, max_steps=1, limit_val_batches=0)
     assert len(module.optimizers().param_groups) == 1  # type: ignore[union-attr]
     module = digits(loss=Proxies(), optimizer=MAKE)
-    fit(module, tmp_path, max_steps=1)
+    fit(module, tmp_path, max_steps=1, limit_val_batches=0)
     groups = by_name(module, module.optimizers().param_groups)  # type: ignore[union-attr]
     assert {name: group["weight_decay"] for name, group in groups.items() if group["weight_decay"] != 0.05} == {
         "loss.vectors": 0
@@ -140,7 +140,13 @@ def test_schedules_keep_the_factors_and_rates_are_logged_by_name(schedule: str, 
     choice = ParameterGroups(backbone_lr_factor=0.1, loss_lr_factor=5)
     module = digits(loss=Proxies(), optimizer=MAKE, lr_scheduler=SCHEDULES[schedule], parameter_groups=choice)
     logger = CSVLogger(tmp_path)
-    options = {"logger": logger, "log_every_n_steps": 1, "max_epochs": 3}
+    options = {
+        "logger": logger,
+        "log_every_n_steps": 1,
+        "max_epochs": 3,
+        "limit_train_batches": 3,
+        "limit_val_batches": 0,
+    }
     trainer = fit(module, tmp_path, callbacks=[LearningRateMonitor()], **options)
     with Path(logger.log_dir, "metrics.csv").open(newline="") as file:
         rows = [{key: value for key, value in row.items() if key.startswith("lr-")} for row in csv.DictReader(file)]

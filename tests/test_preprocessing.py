@@ -95,7 +95,7 @@ def test_every_way_to_open_a_checkpoint_knows_its_preprocessing(tmp_path: Path) 
         SimOModule(ImageEncoder("resnet10", width=0.125, in_channels=1), preprocessing=GREY), tmp_path / "a.ckpt"
     )
     stored = torch.load(path, weights_only=True)["simo_module"]["init_args"]["preprocessing"]
-    assert stored["class_path"] == "simo_lightning.preprocessing.Preprocessing"
+    assert stored["class_path"] == "simo_lightning.Preprocessing"
     assert (stored["init_args"]["image_size"], stored["init_args"]["mean"]) == (8, (0.3,))
     images = uint8(3, 1, 12, 12)
     again = [SimOModule.load_from_checkpoint(path).eval(), load_module(path).eval()]
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_an_older_version_says_what_to_pass(tmp_path: Path) -> N
     assert SimOModule.load_from_checkpoint(path, trusted=Flat, preprocessing=GREY).preprocessing == GREY
 
 
-CLASS = "simo_lightning.preprocessing.Preprocessing"
+CLASS = "simo_lightning.Preprocessing"
 
 
 @pytest.mark.parametrize(

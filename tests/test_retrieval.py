@@ -266,7 +266,7 @@ def measure(folder, world: int) -> None:
         torch.distributed.init_process_group("gloo")
         rank = torch.distributed.get_rank()
     embeddings, labels = ragged()
-    cuts = {1: [len(labels)], 2: [len(labels) - 20, 20], 3: [len(labels) - 20, 20, 0]}[world]
+    cuts = {1: [len(labels)], 3: [len(labels) - 20, 20, 0]}[world]
     rows, row_labels = embeddings.split(cuts)[rank], labels.split(cuts)[rank]
     found = {}
     for average in ("micro", "macro", "none"):
@@ -285,8 +285,8 @@ def measure(folder, world: int) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_with_uneven_shares_score_as_one(tmp_path, world):
+def test_processes_with_uneven_shares_score_as_one(tmp_path):
+    world = 3
     measure(tmp_path, 1)
     assert start_ranks(world, measure, tmp_path, world) == [0] * world
     (one,) = saved(tmp_path, "scores1", 1)
