@@ -181,7 +181,9 @@ class SimoCLI(FunctionCLI):
         """Whether the config sets none of a callback's arguments."""
         given = self.config[self.config.subcommand][name].get("init_args") or {}
         parameters = inspect.signature(CALLBACKS[name]).parameters
-        return all(value == parameters[argument].default for argument, value in given.items())
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        # a tuple is a list in a config
+        return all(value in (defaults[argument], _as_list(defaults[argument])) for argument, value in given.items())
 
     def _note(self, line: str) -> None:
         if self.subcommand == "fit":
@@ -390,6 +392,10 @@ def _check_settings(command: str, config: Any) -> None:
                 "--best monitors val/knn or val/map_at_r, which --knn null and --retrieval null switch off: pass "
                 "--best.monitor METRIC or --best null"
             )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _expand_home(values: Any) -> None:
