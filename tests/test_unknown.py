@@ -131,7 +131,8 @@ def test_the_callback_logs_what_scikit_learn_computes_on_one_and_two_processes(t
             net((part.tensors[0].float() / 255 - 0.5).double()).float() for part in (data.train, data.val, data.strange)
         )
     labels = data.train.tensors[1]
-    means = torch.stack([bank[labels == label].mean(dim=0) for label in range(3)])
+    unit = bank / bank.norm(dim=1, keepdim=True)
+    means = torch.stack([unit[labels == label].mean(dim=0) for label in range(3)])
     for name, score in {
         "cosine": lambda rows: class_mean_similarity(rows, means),
         "span": lambda rows: span_energy(rows, means),
