@@ -28,7 +28,7 @@ from simo_lightning.data.sources import ImageSource, Split, name_list
 from simo_lightning.extras import missing_extra
 from simo_lightning.preprocessing import Decoder, Preprocessing
 
-SECONDS_TO_ANSWER = 4.0  # that the Hub has before it counts as not reachable
+SECONDS_TO_ANSWER = 2.5  # that the Hub has before it counts as not reachable
 # The usual names of the splits of a data set.
 NAMES: dict[Split, tuple[str, ...]] = {**SPLIT_NAMES, "val": (*SPLIT_NAMES["val"], "dev")}
 EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
