@@ -73,12 +73,19 @@ def check_finetuning(trainer: pl.Trainer, lr_scheduler: LRSchedulerCallable | No
             f"{name} needs a single process, since gradients of what is unfrozen later are not averaged, got "
             f"{trainer.world_size}: {instead}"
         )
-    scheduler: Any = getattr(lr_scheduler, "func", lr_scheduler)
+    scheduler = _scheduler_of(lr_scheduler)
     if scheduler is not None and not (isinstance(scheduler, type) and issubclass(scheduler, OneCycle)):
         raise ValueError(
             f"{name} adds a parameter group, which the schedule must allow: OneCycle or none, got "
             f"{getattr(scheduler, '__name__', scheduler)}; or {instead}"
         )
+
+
+def _scheduler_of(lr_scheduler: Any) -> Any:
+    """The class or function that makes the scheduler; a config gives a partial whose arguments include the class."""
+    if not hasattr(lr_scheduler, "func"):
+        return lr_scheduler
+    return next((each for each in lr_scheduler.args if isinstance(each, type)), lr_scheduler.func)
 
 
 class OneCycle(LambdaLR):

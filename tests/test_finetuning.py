@@ -1,5 +1,6 @@
 """A backbone that is frozen in the first epochs: by this package's callback and by Lightning's, with exact resume."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,11 @@ def test_what_cannot_be_frozen_is_refused(tmp_path: Path) -> None:
     other = SimOModule(module().encoder, lr_scheduler=lambda optimizer: ExponentialLR(optimizer, 0.9))
     with pytest.raises(ValueError, match="BackboneFinetuning adds a parameter group, which the schedule must allow"):
         fit(other, tmp_path, callbacks=[slow()])
+
+
+def test_the_schedule_of_a_config_is_recognised(tmp_path: Path) -> None:
+    """The command passes a partial whose arguments hold the class."""
+    run = trainer(tmp_path, callbacks=[slow()])
+    check_finetuning(run, partial(lambda make, *args: make(*args), OneCycle))
+    with pytest.raises(ValueError, match="OneCycle or none, got ExponentialLR"):
+        check_finetuning(run, partial(lambda make, *args: make(*args), ExponentialLR, gamma=0.9))
