@@ -84,7 +84,7 @@ def test_without_every_n_steps_nothing_is_kept(tmp_path):
     assert monitor._window is None
     assert not [name for name in run.callback_metrics if name.removeprefix("train/") in GEOMETRY]
     run = trainer(tmp_path, GeometryMonitor(every_n_steps=1), max_epochs=1)
-    with pytest.raises(ValueError, match="training_step returns loss, embeddings .*, got a dictionary with loss"):
+    with pytest.raises(ValueError, match=r"training_step returns loss, embeddings .*, got a dictionary with loss"):
         run.fit(Encoder(), Pictures())
 
 
