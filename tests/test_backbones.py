@@ -236,6 +236,7 @@ def test_a_vit_without_weights_states_its_size() -> None:
     assert ImageEncoder("timm/test_resnet").preprocessing is None
 
 
+@pytest.mark.filterwarnings("ignore:the encoder's stem 'imagenet' suits")  # digits have 8 px
 @pytest.mark.parametrize("name", ["resnet18", "timm/test_vit"])
 def test_a_checkpoint_needs_neither_the_file_nor_the_network(name: str, tmp_path: Path) -> None:
     model = torchvision.models.resnet18() if name == "resnet18" else timm.create_model("test_vit")
