@@ -58,7 +58,7 @@ def completion_script(commands: Mapping[str, argparse.ArgumentParser], shell: st
 
 def _options_of_command(command: argparse.ArgumentParser) -> dict[str, list[str]]:
     """Options of a subcommand, each with its choices."""
-    options = {}
+    options: dict[str, list[str]] = {}
     for action in command._actions:
         options |= {option: list(map(str, action.choices or ())) for option in action.option_strings}
         if isinstance(action.default, Namespace) and "class_path" in action.default:  # a callback
@@ -82,7 +82,7 @@ def _options(option: str, cls: type) -> Iterator[tuple[str, list[str]]]:
         if annotation is not str and (name == "optimizer" or own_classes(name)):
             yield from _classes(f"{option}.{name}")
             continue
-        parts = list(filter(is_dataclass, types))
+        parts = [each for each in types if isinstance(each, type) and is_dataclass(each)]
         names = [each.__name__ for each in parts if len(parts) > 1]
         yield f"{option}.{name}", names + [value for each in types for value in _choices(each)]
         for each in parts:
@@ -93,12 +93,10 @@ def _arguments(cls: type) -> dict[str, Any]:
     """Annotations of a class's arguments, and of those that it passes on to its bases."""
     found: dict[str, Any] = {}
     for base in inspect.getmro(cls):
-        if "__init__" in vars(base):
-            hints, parameters = (
-                get_type_hints(base.__init__),
-                list(inspect.signature(base.__init__).parameters.values()),
-            )
-            found = {each.name: hints.get(each.name) for each in parameters[1:]} | found
+        init: Any = vars(base).get("__init__")
+        if init is not None:
+            hints, names = get_type_hints(init), list(inspect.signature(init).parameters)[1:]
+            found = {name: hints.get(name) for name in names} | found
             if found.pop("kwargs", False) is False:  # none are passed on
                 break
     return {name: hint for name, hint in found.items() if name != "params" and hint is not Optimizer}
