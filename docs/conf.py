@@ -42,7 +42,7 @@ napoleon_custom_sections = ["Source"]
 # Names of other projects: resolving them needs the network, which a build must not.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|lightning|torchmetrics|torchvision|jsonargparse|matplotlib|numpy|PIL)\..*"),
-    ("py:.*", r"(collections|pathlib|datetime|types|typing)\..*"),
+    ("py:.*", r"(argparse|collections|pathlib|datetime|types|typing)\..*"),
     ("py:.*", r"Tensor|SIGTERMException|.*\.lightning_private\.\w+|.*\._\w+|.*\.T"),  # private names and type variables
 ]
 

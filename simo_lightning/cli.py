@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -175,13 +176,17 @@ class SimoCLI(FunctionCLI):
             why = "--last null" if not off else "--trainer.enable_checkpointing false"
             self._note(f"{why}: no last.ckpt is written, so a run that ends early cannot be resumed")
         callbacks += [callback for callback in named.values() if callback is not None]
+        if config.log_every_n_steps is None:
+            callbacks.append(_LogEveryEpoch())
         return [*callbacks, GracefulShutdown(save=named["last"] is not None), ImagesPerSecond(), EmbeddingWriter()]
 
     def _is_default(self, name: str) -> bool:
         """Whether the config sets none of a callback's arguments."""
         given = self.config[self.config.subcommand][name].get("init_args") or {}
         parameters = inspect.signature(CALLBACKS[name]).parameters
-        return all(value == parameters[argument].default for argument, value in given.items())
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        # a tuple is a list in a config
+        return all(value in (defaults[argument], _as_list(defaults[argument])) for argument, value in given.items())
 
     def _note(self, line: str) -> None:
         if self.subcommand == "fit":
@@ -370,6 +375,15 @@ def main(args: Any = None) -> None:
         raise SystemExit(1) from None
 
 
+class _LogEveryEpoch(pl.Callback):
+    """Log at least once per epoch, where that has fewer batches than Lightning's interval of 50 steps."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isfinite(trainer.num_training_batches):
+            steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
+            trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]
+
+
 def _check_settings(command: str, config: Any) -> None:
     """Raise ValueError for settings that contradict each other."""
     if command != "fit":
@@ -390,6 +404,10 @@ def _check_settings(command: str, config: Any) -> None:
                 "--best monitors val/knn or val/map_at_r, which --knn null and --retrieval null switch off: pass "
                 "--best.monitor METRIC or --best null"
             )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _expand_home(values: Any) -> None:
@@ -426,6 +444,9 @@ def _filter_messages() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # another run_dir for validate or test; and the command logs the last batch of an epoch, see _LogEveryEpoch
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 

@@ -93,10 +93,10 @@ def _arguments(cls: type) -> dict[str, Any]:
     """Annotations of a class's arguments, and of those that it passes on to its bases."""
     found: dict[str, Any] = {}
     for base in inspect.getmro(cls):
-        init: Any = vars(base).get("__init__")
-        if init is not None:
-            hints, names = get_type_hints(init), list(inspect.signature(init).parameters)[1:]
-            found = {name: hints.get(name) for name in names} | found
+        if "__init__" in vars(base):
+            init: Any = vars(base)["__init__"]
+            hints, parameters = get_type_hints(init), list(inspect.signature(init).parameters.values())
+            found = {each.name: hints.get(each.name) for each in parameters[1:]} | found
             if found.pop("kwargs", False) is False:  # none are passed on
                 break
     return {name: hint for name, hint in found.items() if name != "params" and hint is not Optimizer}

@@ -20,7 +20,7 @@ from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss, configure_loss
 from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing, encoder_input
-from simo_lightning.schedules import check_finetuning, with_schedule
+from simo_lightning.schedules import with_schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -275,7 +275,6 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer of the parameters that require a gradient, in their groups, and its schedule."""
-        check_finetuning(self.trainer, self.lr_scheduler)
         groups = self.parameter_groups
         if groups is None and any(parameter.requires_grad for parameter in self.loss.parameters()):
             groups = ParameterGroups(norm_weight_decay=None)

@@ -22,10 +22,14 @@ def with_schedule(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None
 
     Returns:
         The optimizer, or a dictionary of it and the scheduler.
+
+    Raises:
+        ValueError: As :func:`check_finetuning`.
     """
+    scheduler: Any = None if lr_scheduler is None else lr_scheduler(optimizer)
+    check_finetuning(trainer, scheduler)
     if lr_scheduler is None:
         return optimizer
-    scheduler: Any = lr_scheduler(optimizer)
     if isinstance(getattr(lr_scheduler, "keywords", {}).get("max_lr"), int | float):
         _keep_factors(scheduler)
     config = {"scheduler": scheduler, "interval": "epoch"}
@@ -53,12 +57,12 @@ def _keep_factors(scheduler: Any) -> None:
     scheduler._last_lr = [group["lr"] for group in groups]
 
 
-def check_finetuning(trainer: pl.Trainer, lr_scheduler: LRSchedulerCallable | None) -> None:
+def check_finetuning(trainer: pl.Trainer, scheduler: Any) -> None:
     """Refuse Lightning's finetuning callbacks where they fail or train wrongly.
 
     Args:
         trainer: Has the callbacks.
-        lr_scheduler: As in :func:`with_schedule`.
+        scheduler: The learning-rate scheduler, or None.
 
     Raises:
         ValueError: If there is such a callback, and several processes or a scheduler that takes no further parameter
@@ -73,11 +77,10 @@ def check_finetuning(trainer: pl.Trainer, lr_scheduler: LRSchedulerCallable | No
             f"{name} needs a single process, since gradients of what is unfrozen later are not averaged, got "
             f"{trainer.world_size}: {instead}"
         )
-    scheduler: Any = getattr(lr_scheduler, "func", lr_scheduler)
-    if scheduler is not None and not (isinstance(scheduler, type) and issubclass(scheduler, OneCycle)):
+    if scheduler is not None and not isinstance(scheduler, OneCycle):
         raise ValueError(
             f"{name} adds a parameter group, which the schedule must allow: OneCycle or none, got "
-            f"{getattr(scheduler, '__name__', scheduler)}; or {instead}"
+            f"{type(scheduler).__name__}; or {instead}"
         )
 
 

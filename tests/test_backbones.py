@@ -242,7 +242,7 @@ def test_a_checkpoint_needs_neither_the_file_nor_the_network(name: str, tmp_path
     model = torchvision.models.resnet18() if name == "resnet18" else timm.create_model("test_vit")
     path = write(trained(model).state_dict(), tmp_path / "a.safetensors")
     seed_everything(0)
-    size = 8 if name == "resnet18" else 32
+    size = 64 if name == "resnet18" else 32
     module = SimOModule(ImageEncoder(name, str(path), image_size=size, in_channels=1))
     if name == "resnet18":
         fit(module, tmp_path, max_steps=1, limit_val_batches=0).save_checkpoint(tmp_path / "a.ckpt")

@@ -83,9 +83,9 @@ def test_without_every_n_steps_nothing_is_kept(tmp_path):
     run.fit(SimOModule(layer()), Shares())
     assert monitor._window is None
     assert not [name for name in run.callback_metrics if name.removeprefix("train/") in GEOMETRY]
-    silent = GeometryMonitor(every_n_steps=1)
-    trainer(tmp_path, silent, max_epochs=1).fit(Encoder(), Pictures())  # its training step returns a loss alone
-    assert silent._window is None
+    run = trainer(tmp_path, GeometryMonitor(every_n_steps=1), max_epochs=1)
+    with pytest.raises(ValueError, match=r"training_step returns loss, embeddings .*, got a dictionary with loss"):
+        run.fit(Encoder(), Pictures())
 
 
 def test_a_number_of_steps_below_one_is_named():

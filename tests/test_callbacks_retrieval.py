@@ -142,10 +142,11 @@ def test_knn_is_over_the_classes_of_the_bank(tmp_path, caplog):
     with torch.no_grad():
         bank = Encoder().eval().embed(data.prepare(data.train.tensors, False)[0])
     bank_labels, known = data.train.tensors[1], labels < 3
-    means = torch.stack([bank[bank_labels == label].mean(dim=0) for label in range(3)])
+    unit = bank / bank.norm(dim=1, keepdim=True)
+    means = torch.stack([unit[bank_labels == label].mean(dim=0) for label in range(3)])
     predicted = {
         "knn": knn_predict(rows[known], bank, bank_labels),
-        "nearest_class_mean": nearest_class_mean_predict(rows[known], means),
+        "nearest_class_mean": nearest_class_mean_predict(rows[known], means, "cosine"),
     }
     for name, classes in predicted.items():
         correct = (classes == labels[known]).double()

@@ -168,6 +168,8 @@ def test_every_config_makes_its_parts(config: Path, digits_run: Path, parse: Cal
     words = ["fit", "--config", str(config)]
     if config.stem.endswith("probe"):
         words += ["--model.checkpoint", str(digits_run / "checkpoints" / "best.ckpt")]
+    if config.stem in ("photos", "photos_cpu", "unseen"):  # without a default folder, and without network
+        words += ["--data.data_dir", "photos", "--model.encoder.weights", "null"]
     parse(*words)
 
 
@@ -196,7 +198,7 @@ def test_a_wrong_argument_is_reported_in_one_line(
     [
         (["--data.classes_per_batch", "11"], "classes_per_batch must"),
         (["--data.samples_per_class", "1"], "samples_per_class must"),
-        (["--data.samples_per_class", "1000"], "smallest class"),
+        (["--data.samples_per_class", "1000", "--data.small_classes", "error"], "smallest class"),
         (["--run_dir", "file/run"], "the run's folder file/run cannot be written"),
         (["--run_dir", "used"], "--run_dir used holds a run already: pass --ckpt_path last"),
         (["--ckpt_path", "none.ckpt"], "no checkpoint at none.ckpt"),

@@ -287,7 +287,7 @@ def test_queries_gallery_and_unknown_images(caplog: pytest.LogCaptureFixture) ->
     assert seen_in(data, data.test_dataloader()) == {(3, 2, 0), (3, 2, 1), (3, 9, 0)}
     assert {code[:2] for code in seen_in(data, data.gallery_dataloader())} == {(4, 2), (4, 9)}
     assert data.unseen_class_names == ["class 9"]
-    assert "query split: only 1 of its 2 classes has training images, not 'class 9'" in caplog.text
+    assert "query split: 1 of its 2 classes without training images ('class 9')" in caplog.text
     assert data.known_dataloader("test") is None  # these are in the test split
     with pytest.raises(ValueError, match="unseen_classes must be null where the data set has a split 'query'"):
         ready(Coded(splits, unseen_classes=1))
@@ -310,7 +310,7 @@ def test_without_further_splits_there_are_no_such_loaders() -> None:
 
 def test_a_test_split_of_other_classes_is_named(caplog: pytest.LogCaptureFixture) -> None:
     data = ready(Coded({"train": dict.fromkeys(range(5), 4), "test": dict.fromkeys(range(5, 10), 2)}))
-    assert "test split: none of its 5 classes has training images" in caplog.text
+    assert "test split: 5 of its 5 classes without training images" in caplog.text
     assert data.unseen_class_names == NAMES[5:]
     assert data.train_class_names == NAMES[:5]
 
@@ -336,7 +336,7 @@ def test_small_classes_are_repeated_and_counted_once(caplog: pytest.LogCaptureFi
     data = ready(Coded({"train": TAIL}, classes_per_batch=3, samples_per_class=4, val_fraction=0), "fit")
     data.setup("fit")
     line = (
-        "small_classes 'repeat': 3 of 6 training classes have fewer than samples_per_class = 4 images (smallest: "
+        "small_classes 'repeat': 3 of 6 training classes with fewer than samples_per_class = 4 images (smallest: "
         "'class 1' with 1): filled with copies (augment is null) of their images, 6 for all of these classes once"
     )
     assert caplog.text.count(line) == 1

@@ -101,3 +101,9 @@ def test_what_cannot_be_frozen_is_refused(tmp_path: Path) -> None:
     other = SimOModule(module().encoder, lr_scheduler=lambda optimizer: ExponentialLR(optimizer, 0.9))
     with pytest.raises(ValueError, match="BackboneFinetuning adds a parameter group, which the schedule must allow"):
         fit(other, tmp_path, callbacks=[slow()])
+
+
+def test_a_schedule_may_be_made_by_a_function_as_by_the_command(tmp_path: Path) -> None:
+    trained = SimOModule(module().encoder, lr_scheduler=lambda optimizer: OneCycle(optimizer))
+    fit(trained, tmp_path, max_epochs=1, callbacks=[slow()])
+    assert trained.trainer.global_step > 0

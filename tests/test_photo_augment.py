@@ -8,7 +8,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from simo_lightning.data import Crop, PhotoAugment
+from simo_lightning.data.folder import FolderImages
+from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.pictures import augment_one
+from simo_lightning.data.sources import JoinedImages
 from simo_lightning.preprocessing import Decoder, Preprocessing
 
 SMALL = Preprocessing(image_size=(24, 32))
@@ -158,3 +161,17 @@ def test_a_large_picture_of_another_format_is_decoded_whole():
     asked = []
     picture = Decoder()(buffer, lambda width, height: asked.append((width, height)) or (30, 20))[0]
     assert (picture.size, asked) == ((300, 200), [(300, 200)])
+
+
+def test_a_transform_that_fails_names_the_file(tmp_path):
+    def fails(picture):
+        raise KeyError("colour")
+
+    names = np.array(["0.png", "1.png"])
+    for name in names:
+        photo(20, 10).save(tmp_path / name)
+    files = FolderImages(tmp_path, names, torch.tensor([0, 1]), ["a", "b"], SMALL)
+    joined = JoinedImages([files.subset(torch.tensor([0])), files], ["a", "b"])
+    for source, index in ((files, 1), (joined, 2), (Relabelled(files, files.labels, ["a", "b"]), 1)):
+        with pytest.raises(RuntimeError, match=r"augment fails failed on '.*1\.png', a picture of 20 x 10: KeyError"):
+            augment_one(source, index, fails, SMALL, [0])

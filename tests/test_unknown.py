@@ -8,7 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from simo_lightning.callbacks import UnknownMonitor
+from simo_lightning.callbacks import OnlineKNN, UnknownMonitor
 from simo_lightning.functional import (
     class_mean_similarity,
     fpr_at_recall,
@@ -131,7 +131,8 @@ def test_the_callback_logs_what_scikit_learn_computes_on_one_and_two_processes(t
             net((part.tensors[0].float() / 255 - 0.5).double()).float() for part in (data.train, data.val, data.strange)
         )
     labels = data.train.tensors[1]
-    means = torch.stack([bank[labels == label].mean(dim=0) for label in range(3)])
+    unit = bank / bank.norm(dim=1, keepdim=True)
+    means = torch.stack([unit[labels == label].mean(dim=0) for label in range(3)])
     for name, score in {
         "cosine": lambda rows: class_mean_similarity(rows, means),
         "span": lambda rows: span_energy(rows, means),
@@ -165,3 +166,27 @@ def test_loaders_of_a_user_and_images_without_a_known_class(tmp_path):
     assert run.validate(Encoder(), loaders["unknown"], verbose=False) == [{}]
     with pytest.raises(ValueError, match="UnknownMonitor requires a bank of known classes"):
         trainer(tmp_path, UnknownMonitor(unknown=loaders["val"])).validate(Encoder(), loaders["val"])
+
+
+class Counting(WithUnknown):
+    """Counts how often the bank is read, and passes a limit on."""
+
+    banks, limits = 0, ()
+
+    def bank_dataloader(self, limit: int | None = None) -> DataLoader:
+        self.banks += 1
+        return super().bank_dataloader(limit)
+
+    def unknown_dataloader(self, limit: int | None = None) -> DataLoader:
+        self.limits = (*self.limits, limit)
+        return super().unknown_dataloader()
+
+
+def test_the_bank_is_embedded_once_and_unknown_images_are_limited(tmp_path, caplog):
+    data = Counting()
+    run = trainer(tmp_path, OnlineKNN(), UnknownMonitor(max_images=100), limit_val_batches=1)
+    for count in (1, 2):
+        run.validate(Encoder(), data, verbose=False)
+        assert (data.banks, data.limits) == (count, (100,) * count)
+    size = len(next(iter(data.unknown_dataloader()))[1])
+    assert f"and {size} of no class of it" in caplog.text

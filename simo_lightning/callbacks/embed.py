@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -85,6 +86,52 @@ def embed_loader(
         embeddings.append(torch.zeros(0, dim, device=device, dtype=torch.float64 if is_double else torch.float32))
         labels.append(torch.zeros(0, dtype=torch.long, device=device))
     return gather_rows(torch.cat(embeddings)), gather_rows(torch.cat(labels).long())
+
+
+# Embeddings of the data modules' banks in the evaluation that runs, so that several callbacks embed each once.
+_BANKS: WeakKeyDictionary[Trainer, dict[tuple[int | None, int], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def embed_bank(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    bank: DataLoader | None = None,
+    limit: int | None = None,
+    embed: EmbedBatch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels of the bank, as :func:`embed_loader`; callbacks of one evaluation share them.
+
+    Args:
+        trainer: In validation or test.
+        pl_module: Embeds.
+        bank: A loader of the whole bank, which is not shared; None: the data module's ``bank_dataloader``.
+        limit: Of that method.
+        embed: As for :func:`embed_loader`.
+
+    Returns:
+        ``(N, D)`` and ``(N,)``. They must not be changed.
+    """
+    if bank is not None:
+        return embed_loader(trainer, pl_module, bank_batches(trainer, bank), embed)
+    banks = _BANKS.setdefault(trainer, {})
+    key = (limit, id(embed))
+    if key not in banks:
+        banks[key] = embed_loader(trainer, pl_module, bank_batches(trainer, None, limit), embed)
+    return banks[key]
+
+
+def bank_batches(trainer: Trainer, bank: DataLoader | None, limit: int | None = None) -> Iterable[Any]:
+    """This process's share of a bank that was given, else of the data module's with at most ``limit`` images."""
+    if bank is not None:
+        return own_batches(trainer, bank)
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    loader: Iterable[Any] = datamodule.bank_dataloader(limit=limit)
+    return loader
+
+
+def forget_banks(trainer: Trainer) -> None:
+    """Drop the embeddings that :func:`embed_bank` shares, because the evaluation begins or has ended."""
+    _BANKS.pop(trainer, None)
 
 
 def own_batches(trainer: Trainer, loader: Iterable[Any]) -> Iterable[Any]:

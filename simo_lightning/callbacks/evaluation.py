@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from simo_lightning.callbacks.embed import forget_banks
 from simo_lightning.distributed import gather_rows, world_size
 
 
@@ -183,6 +184,7 @@ class EvaluationCallback(Callback):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found_embeddings = False
+        forget_banks(trainer)
         self.reset(trainer)
 
     @override
@@ -209,7 +211,12 @@ class EvaluationCallback(Callback):
             stage = "test" if trainer.testing else "val"
             self.log_values(trainer, pl_module, stage, self.compute(trainer, pl_module, stage))
 
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        forget_banks(trainer)
+
     on_test_start = on_validation_start
+    on_test_end = on_validation_end
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

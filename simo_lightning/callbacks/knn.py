@@ -1,6 +1,6 @@
 """Evaluate the encoder by nearest neighbours among the training images during training."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
+from simo_lightning.callbacks.embed import EmbedBatch, bank_batches, embed_bank
 from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
 from simo_lightning.distributed import gather_rows, sum_over_ranks
 from simo_lightning.functional.geometry import nearest_class_mean_predict
-from simo_lightning.functional.knn import knn_predict
+from simo_lightning.functional.knn import knn_predict, unit_vectors
 from simo_lightning.functional.moments import class_sums
 from simo_lightning.functional.retrieval import average_scores
 
@@ -28,7 +28,8 @@ class OnlineKNN(EvaluationCallback):
     its own queries.
 
     From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
-    class whose mean over the bank is nearest (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
+    class whose mean has the largest cosine, the mean of the bank's embeddings at length 1
+    (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
     Both are means over images; ``val/knn_macro`` and ``val/nearest_class_mean_macro`` are means over classes of the
     accuracy on their images. Images of a class that the bank lacks do not count; if no image is left, nothing is
     logged. One line states how many images and classes the values are over.
@@ -87,17 +88,10 @@ class OnlineKNN(EvaluationCallback):
         super().on_fit_start(trainer, pl_module)
         if self.k is None or not self.required or not trainer.enable_validation:
             return
-        loader = self._bank_loader(trainer)
+        loader = bank_batches(trainer, self.bank, self.bank_size)
         if isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized):  # else the size is not known yet
             share = torch.tensor(len(loader.sampler), device=trainer.strategy.root_device)
             self._check_k(int(sum_over_ranks(share)) if self.bank is None else len(loader.sampler))
-
-    def _bank_loader(self, trainer: Trainer) -> Iterable[Any]:
-        """This process's share of the bank."""
-        if self.bank is not None:
-            return own_batches(trainer, self.bank)
-        loader: Iterable[Any] = _datamodule(trainer).bank_dataloader(limit=self.bank_size)
-        return loader
 
     def _check_k(self, bank_size: int) -> None:
         if self.k is not None and self.k > bank_size:
@@ -116,7 +110,7 @@ class OnlineKNN(EvaluationCallback):
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
         if not self._queries:
             return {}
-        bank, bank_labels = embed_loader(trainer, pl_module, self._bank_loader(trainer), self.embed)
+        bank, bank_labels = embed_bank(trainer, pl_module, self.bank, self.bank_size, self.embed)
         self._check_k(len(bank))
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
@@ -124,7 +118,7 @@ class OnlineKNN(EvaluationCallback):
         queries, asked = queries[known], labels[known]
         predictions = {
             "knn": knn_predict(queries, bank, bank_labels, self.k),
-            "nearest_class_mean": nearest_class_mean_predict(queries, class_means(bank, bank_labels)),
+            "nearest_class_mean": nearest_class_mean_predict(queries, class_means(bank, bank_labels), "cosine"),
         }
         correct = torch.stack([(predicted == asked).float() for predicted in predictions.values()], dim=1)
         correct, asked, labels = gather_rows(correct), gather_rows(asked), gather_rows(labels)
@@ -148,6 +142,8 @@ class OnlineKNN(EvaluationCallback):
             line = f"{stage}/knn and {stage}/nearest_class_mean are over {described_images(asked)}, with {bank}"
             if len(missing):
                 line += f"; {described_images(missing)} that the bank lacks do not count"
+            if len(bank_labels.unique()) == 1:
+                line += "; with a bank of one class every value is 1"
         self._tell_once(f"OnlineKNN: {line}")
 
 
@@ -156,7 +152,7 @@ def _datamodule(trainer: Trainer) -> Any:
 
 
 def class_means(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Class means (C, D), where C - 1 is the largest label; nan for a class without embeddings."""
+    """Means (C, D) of unit embeddings by class, C - 1 the largest label; nan for a class without embeddings."""
     counts = torch.bincount(labels)
-    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    embeddings = unit_vectors(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
     return class_sums(embeddings, labels, len(counts)) / counts.unsqueeze(1)

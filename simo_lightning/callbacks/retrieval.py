@@ -143,6 +143,8 @@ class RetrievalMonitor(EvaluationCallback):
             line = f"{names} are not logged: no image has another of its class among {searched}"
         else:
             line = f"{names} are over {described_images(counted)}, each compared with {searched}"
+            if len((everything if gallery_labels is None else gallery_labels).unique()) == 1:
+                line += "; among images of one class every value is 1"
             if len(asked) < len(everything):
                 line += (
                     f"; max_queries={self.max_queries} of {described_images(everything)} are queries, the classes in "

@@ -1,6 +1,9 @@
 """Evaluate whether embeddings tell images of known classes from others."""
 
-from collections.abc import Callable, Iterable
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
+from simo_lightning.callbacks.embed import EmbedBatch, embed_bank, embed_loader, own_batches
 from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
 from simo_lightning.callbacks.knn import class_means
 from simo_lightning.distributed import gather_rows, rank, world_size
@@ -33,6 +36,9 @@ class UnknownMonitor(EvaluationCallback):
     Args:
         k: Neighbour whose similarity is the score ``knn``; None: 5, or the size of the bank if that is smaller.
         bank_size: Number of training images in the bank; None: all.
+        max_images: Largest number of unknown images, and of images of a ``known_dataloader``, over all processes. It is
+            passed to these methods as ``limit`` if they have such an argument; those of this package then take the
+            classes in proportion. None: all.
         every_n_epochs: Epochs of training from one evaluation to the next. ``trainer.validate`` and ``trainer.test``
             always evaluate.
         unknown: Loader of images of unknown classes; None: the data module's ``unknown_dataloader``, if it has one.
@@ -48,19 +54,21 @@ class UnknownMonitor(EvaluationCallback):
         self,
         k: int | None = None,
         bank_size: int | None = None,
+        max_images: int | None = 20_000,
         every_n_epochs: int = 1,
         unknown: DataLoader | None = None,
         bank: DataLoader | None = None,
         embed: EmbedBatch | None = None,
     ) -> None:
         super().__init__(every_n_epochs)
-        for name, value in (("k", k), ("bank_size", bank_size)):
+        for name, value in (("k", k), ("bank_size", bank_size), ("max_images", max_images)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if bank_size is not None and bank is not None:
             raise ValueError(f"bank_size must be None with a bank, which is used as it is, got {bank_size}")
         self.k = k
         self.bank_size = bank_size
+        self.max_images = max_images
         self.unknown = unknown
         self.bank = bank
         self.embed = embed
@@ -85,13 +93,11 @@ class UnknownMonitor(EvaluationCallback):
     @override
     @torch.no_grad()
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
-        unknown_loader = _loader(trainer, self.unknown, "unknown_dataloader")
+        unknown_loader = _loader(trainer, self.unknown, "unknown_dataloader", self.max_images)
         if unknown_loader is None or not self._batches:
             return {}
-        unknown, _ = embed_loader(trainer, pl_module, unknown_loader, self.embed)
-        bank_loader = _loader(trainer, self.bank, "bank_dataloader", limit=self.bank_size)
-        assert bank_loader is not None, "missing() has looked"
-        bank, bank_labels = embed_loader(trainer, pl_module, bank_loader, self.embed)
+        unknown, _ = embed_loader(trainer, pl_module, _batches_of_split(trainer, unknown_loader), self.embed)
+        bank, bank_labels = embed_bank(trainer, pl_module, self.bank, self.bank_size, self.embed)
         known, known_labels = self._known(trainer, pl_module, bank_labels)
         line = f"UnknownMonitor: {stage}/unknown_auroc and {stage}/unknown_fpr95"
         if not len(known):
@@ -111,9 +117,9 @@ class UnknownMonitor(EvaluationCallback):
         """Embeddings and labels of held-out images of known classes, of all processes."""
         embeddings, labels = (gather_rows(torch.cat(parts)) for parts in zip(*self._batches, strict=True))
         self.reset(trainer)
-        loader = _loader(trainer, None, "known_dataloader") if self.unknown is None else None
+        loader = _loader(trainer, None, "known_dataloader", self.max_images) if self.unknown is None else None
         if loader is not None:
-            embeddings, labels = embed_loader(trainer, pl_module, loader, self.embed)
+            embeddings, labels = embed_loader(trainer, pl_module, _batches_of_split(trainer, loader), self.embed)
         is_known = torch.isin(labels, bank_labels)
         return embeddings[is_known], labels[is_known]
 
@@ -140,10 +146,21 @@ def _method(trainer: Trainer, name: str) -> Callable[..., Any] | None:
     return method if callable(method) else None
 
 
-def _loader(trainer: Trainer, given: DataLoader | None, name: str, **options: Any) -> Iterable[Any] | None:
+def _loader(trainer: Trainer, given: DataLoader | None, name: str, limit: int | None) -> Iterable[Any] | None:
     """This process's share of a loader that was given, else of the data module's; None if there is none."""
     if given is not None:
         return own_batches(trainer, given)
     method = _method(trainer, name)
-    loader: Iterable[Any] | None = None if method is None else method(**options)
+    if method is None:
+        return None
+    takes_limit = "limit" in inspect.signature(method).parameters
+    loader: Iterable[Any] | None = method(limit=limit) if takes_limit else method()
     return loader
+
+
+def _batches_of_split(trainer: Trainer, loader: Iterable[Any]) -> Iterable[Any]:
+    """The batches within ``limit_val_batches`` or ``limit_test_batches``, as the trainer reads the split itself."""
+    limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    if isinstance(limit, float):
+        return islice(loader, math.ceil(limit * len(loader))) if isinstance(loader, Sized) and limit < 1 else loader
+    return islice(loader, limit)

@@ -352,7 +352,7 @@ class PairDataModule(LightningDataModule):
             self._coarse = without_classes(self.coarse, splits.unseen)
         rank_zero_info(
             f"unseen_classes: training sees {_counted(splits.train)}; validation has {_counted(splits.val)} and test "
-            f"{_counted(splits.test)}, {len(drawn):,} classes held out"
+            f"{_counted(splits.test)}, {_classes(len(drawn))} held out"
         )
         return splits.train, splits.val
 
@@ -397,7 +397,7 @@ class PairDataModule(LightningDataModule):
             )
         classes = sum(count > 0 for count in counts.values())
         found = (
-            f"small_classes {self.small_classes!r}: {len(small):,} of {classes:,} training classes have fewer than "
+            f"small_classes {self.small_classes!r}: {len(small):,} of {classes:,} training classes with fewer than "
             f"samples_per_class = {k} {images} (smallest: {smallest!r} with {small[smallest]})"
         )
         if self.small_classes == "skip":
@@ -421,10 +421,9 @@ class PairDataModule(LightningDataModule):
         names, seen = present_classes(source), set(present_classes(self._bank))
         unseen = [name for name in names if name not in seen]
         if unseen and self.unseen_classes is None:
-            of = "none" if len(unseen) == len(names) else f"only {len(names) - len(unseen):,}"
             rank_zero_info(
-                f"{split} split: {of} of its {len(names):,} classes has training images, not {name_list(unseen)}: kNN "
-                "against training images and probes do not apply to these; retrieval metrics do"
+                f"{split} split: {len(unseen):,} of its {_classes(len(names))} without training images "
+                f"({name_list(unseen)}): retrieval metrics count them, kNN against training images and probes do not"
             )
         return index_by_name(source, self.class_names)
 
@@ -556,10 +555,7 @@ class PairDataModule(LightningDataModule):
             Loader of uint8 batches for ``prepare(batch, augment=False)``.
         """
         self._need("train")
-        bank = self._bank
-        if limit is not None and limit < len(bank):
-            bank = bank.subset(stratified_subset(bank.labels, limit, self.split_seed))
-        return self._evaluation_loader(bank, rank, world_size)
+        return self._evaluation_loader(self._limited(self._bank, limit), rank, world_size)
 
     def gallery_dataloader(self) -> DataLoader | None:
         """This rank's share of the gallery, the raw images among which those of the test split find their class.
@@ -573,7 +569,9 @@ class PairDataModule(LightningDataModule):
             return None
         return None if gallery is None else self._evaluation_loader(gallery)
 
-    def unknown_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+    def unknown_dataloader(
+        self, split: Literal["val", "test"] | None = None, limit: int | None = None
+    ) -> DataLoader | None:
         """This rank's share of the raw images that belong to no class of training.
 
         They are the images of the split ``unknown``, with labels of at least ``num_classes``; if the data set has no
@@ -581,15 +579,18 @@ class PairDataModule(LightningDataModule):
 
         Args:
             split: "val" or "test"; None: "test" while the trainer tests, else "val".
+            limit: Number of images over all ranks, the classes in proportion, drawn by ``split_seed``; None: all.
 
         Returns:
             Loader of uint8 batches for ``prepare(batch, augment=False)``; None if there are no such images, or no
             held-out images of known classes to tell them from.
         """
         known, unknown = self._known_and_unknown(split or self._evaluated())
-        return None if known is None or unknown is None else self._evaluation_loader(unknown)
+        return None if known is None or unknown is None else self._evaluation_loader(self._limited(unknown, limit))
 
-    def known_dataloader(self, split: Literal["val", "test"] | None = None) -> DataLoader | None:
+    def known_dataloader(
+        self, split: Literal["val", "test"] | None = None, limit: int | None = None
+    ) -> DataLoader | None:
         """This rank's share of the held-out raw images of classes of training, where validation or test has none.
 
         That is so with ``unseen_classes``. They are then the data set's validation (test) images of the other classes,
@@ -597,6 +598,7 @@ class PairDataModule(LightningDataModule):
 
         Args:
             split: "val" or "test"; None: "test" while the trainer tests, else "val".
+            limit: As for :meth:`unknown_dataloader`.
 
         Returns:
             Loader of uint8 batches for ``prepare(batch, augment=False)``; None where the images of the split whose
@@ -604,7 +606,13 @@ class PairDataModule(LightningDataModule):
         """
         self._need("train")
         known = self._known.get(split or self._evaluated())
-        return None if known is None else self._evaluation_loader(known)
+        return None if known is None else self._evaluation_loader(self._limited(known, limit))
+
+    def _limited(self, source: ImageSource, limit: int | None) -> ImageSource:
+        """At most ``limit`` images, the classes in proportion."""
+        if limit is None or limit >= len(source):
+            return source
+        return source.subset(stratified_subset(source.labels, limit, self.split_seed))
 
     def _evaluated(self) -> Literal["val", "test"]:
         return "test" if self.trainer is not None and self.trainer.testing else "val"
@@ -704,4 +712,10 @@ def _chosen(source: ImageSource, mask: Tensor) -> ImageSource | None:
 
 
 def _counted(source: ImageSource | None) -> str:
-    return "none" if source is None else f"{len(present_classes(source)):,} classes ({len(source):,} images)"
+    if source is None:
+        return "none"
+    return f"{_classes(len(present_classes(source)))} ({len(source):,} image{'s' * (len(source) != 1)})"
+
+
+def _classes(number: int) -> str:
+    return f"{number:,} class{'es' * (number != 1)}"

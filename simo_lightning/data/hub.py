@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from simo_lightning.data.datamodule import PairDataModule
 from simo_lightning.data.folder import SPLIT_NAMES
+from simo_lightning.data.pictures import Augment
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
 from simo_lightning.data.sources import ImageSource, Split, name_list
 from simo_lightning.extras import missing_extra
 from simo_lightning.preprocessing import Decoder, Preprocessing
 
-SECONDS_TO_ANSWER = 4.0  # that the Hub has before it counts as not reachable
+SECONDS_TO_ANSWER = 2.5  # that the Hub has before it counts as not reachable
 # The usual names of the splits of a data set.
 NAMES: dict[Split, tuple[str, ...]] = {**SPLIT_NAMES, "val": (*SPLIT_NAMES["val"], "dev")}
 EXTRA_SPLITS: tuple[Split, ...] = ("query", "gallery", "unknown")
@@ -125,7 +126,8 @@ class HubPairDataModule(PairDataModule):
             that of the model, or 224.
         background: Colour behind transparent pixels, a name or #rrggbb; null: that of the model, or white.
         max_value: Grey value that becomes white in grey images of more than 8 bits; null: see ``Decoder``.
-        **kwargs: Arguments of ``PairDataModule``.
+        augment: As for ``PairDataModule``.
+        **kwargs: Its further arguments.
 
     Raises:
         FileNotFoundError: If the data are not there; without network after 5 seconds, unless they are in the cache.
@@ -145,9 +147,10 @@ class HubPairDataModule(PairDataModule):
         image_size: int | None = None,
         background: str | None = None,
         max_value: float | None = None,
+        augment: Augment | Literal["auto"] | None = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(augment=augment, **kwargs)
         if coarse_column is not None and self.coarse is not None:
             raise ValueError(f"coarse must be None with coarse_column, got {self.coarse} and {coarse_column!r}")
         unknown = sorted(set(splits or {}) - NAMES.keys())

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.photo_augment import Crop, PhotoAugment, in_channels
-from simo_lightning.data.sources import ImageSource, whole_picture
+from simo_lightning.data.sources import ImageSource, JoinedImages, whole_picture
 from simo_lightning.preprocessing import Preprocessing
 
 # Dataclasses of which a config may give another class by class_path
@@ -85,6 +85,7 @@ def augment_one(
         uint8 ``(channels, height, width)`` for each view.
 
     Raises:
+        RuntimeError: If the callable raises; the message names it and the file.
         ValueError: If the callable returns anything else; the message names it.
     """
     if isinstance(augment, PhotoAugment):
@@ -93,8 +94,28 @@ def augment_one(
     views = []
     for seed in seeds:
         seed_all(seed)
-        views.append(_fitted(augment(picture.copy() if len(seeds) > 1 else picture), augment, preprocessing))
+        try:
+            result = augment(picture.copy() if len(seeds) > 1 else picture)
+        except Exception as error:
+            raise RuntimeError(
+                f"augment {_name(augment)} failed on {_where(source, index)}, a picture of {picture.width} x "
+                f"{picture.height}: {type(error).__name__}: {error}"
+            ) from error
+        views.append(_fitted(result, augment, preprocessing))
     return views
+
+
+def _where(source: Any, index: int) -> str:
+    """The file of a picture, or its position where it has none."""
+    while True:
+        if callable(getattr(source, "path", None)):
+            return repr(str(source.path(index)))
+        if isinstance(source, JoinedImages):
+            source, index = source.locate(index)
+        elif any(hasattr(source, name) for name in ("files", "source")):
+            source = getattr(source, "files", None) or source.source
+        else:
+            return f"image {index} of {getattr(source, 'where', 'the training split')}"
 
 
 def _photo(

@@ -224,12 +224,16 @@ class JoinedImages:
 
     def picture(self, index: int, size: PictureSize = None) -> Image.Image:
         """One whole picture; see :func:`whole_picture`."""
+        return whole_picture(*self.locate(index), size)
+
+    def locate(self, index: int) -> tuple[ImageSource, int]:
+        """The source that holds an image, and the image's position there."""
         place = index if self.index is None else int(self.index[index])
         for source in self.sources:
             if place < len(source):
                 break
             place -= len(source)
-        return whole_picture(source, place, size)
+        return source, place
 
     def subset(self, indices: Tensor) -> JoinedImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""
