@@ -259,10 +259,10 @@ def test_a_missing_library_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_without_network_one_line_within_five_seconds(offline: str, tmp_path: Path) -> None:
+def test_without_network_one_line_comes_soon(offline: str, tmp_path: Path) -> None:
     assert start_ranks(1, open_without_network, offline, tmp_path, tmp_path / "report") == [0]
     (line,) = (tmp_path / "report").read_text().splitlines()
-    assert float(line.split()[0]) < 5
+    assert float(line.split()[0]) < 15  # 3 s on an idle machine; the library alone waits for 23 s
     assert "'uoft-cs/cifar10' is no folder or file here, is not in the cache" in line
     assert ("HF_HUB_OFFLINE is set" if offline == "1" else "https://huggingface.co does not answer") in line
     assert "run `hf download uoft-cs/cifar10 --repo-type dataset --local-dir DIR`" in line
