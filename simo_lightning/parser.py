@@ -52,6 +52,8 @@ class SimoParser(LightningArgumentParser):
                 print(text)
                 if not args:
                     self.exit()
+        elif args and len(args) == 1 and args[0].endswith("=None"):  # jsonargparse has read null, and writes None
+            args = [args[0].removesuffix("None") + "null"]
         return super().parse_args(args, *others, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Any:

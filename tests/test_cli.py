@@ -179,6 +179,22 @@ def test_every_config_makes_its_parts(config: Path, digits_run: Path, parse: Cal
 
 
 @pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("model.encoder.weights", "encoder"),
+        ("model.encoder.stem", "encoder"),
+        ("model.parameter_groups.norm_weight_decay", "parameter_groups"),
+    ],
+)
+def test_null_on_the_command_line_is_none(option: str, part: str, parse: Callable[..., ParseOnly]) -> None:
+    """jsonargparse makes the word None of a null that is two classes deep."""
+    name = option.rsplit(".", 1)[1]
+    groups = ["--model.parameter_groups.norm_weight_decay", "0.1"]
+    config = parse("fit", *SMALL, *groups, f"--{option}", "null").config["fit"].model.init_args[part]
+    assert config.get("init_args", config)[name] is None
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["fit", "--config", "none.yaml"], "none.yaml"),
