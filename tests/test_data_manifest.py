@@ -247,7 +247,7 @@ def test_missing_and_broken_files_are_left_out_on_request(root: Path, lines: lis
     (root / "images" / "2.png").write_bytes(b"no image")
     data = ImageFolderPairDataModule(manifest=write_csv(root / "m.csv"), on_broken="skip", **ARGUMENTS)
     assert content(data.load("train")) == [("car", 3), ("cat", 1), ("dog", 4), ("dog", 5)]
-    assert lines[-1].endswith("left out: 1 missing files ('images/0.png'); 1 broken files ('images/2.png')")
+    assert lines[-1].endswith("left out: 1 missing file ('images/0.png'); 1 broken file ('images/2.png')")
 
 
 # ---- coarse classes

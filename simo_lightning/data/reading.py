@@ -307,8 +307,10 @@ def _resizing(decoder: Preprocessing) -> str:
 
 def _left_out(listing: Listing, broken: dict[str, str]) -> Sequence[str]:
     found = [_counted(listing.left_out)] if listing.left_out else []
-    kinds = {"empty class folders": listing.empty, "missing files": listing.missing, "broken files": list(broken)}
-    return found + [f"{len(names):,} {kind} ({name_list(names)})" for kind, names in kinds.items() if names]
+    kinds = {"empty class folder": listing.empty, "missing file": listing.missing, "broken file": list(broken)}
+    return found + [
+        f"{len(names):,} {kind}{'s' * (len(names) > 1)} ({name_list(names)})" for kind, names in kinds.items() if names
+    ]
 
 
 def _counted(counts: dict[str, int], most: int = 8) -> str:

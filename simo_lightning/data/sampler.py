@@ -99,7 +99,7 @@ class ClassBalancedSampler(DistributedSampler):
         if not 1 <= classes_per_batch <= classes:
             which = f"of at least {samples_per_class} images" if small_classes == "skip" else ""
             raise ValueError(
-                f"classes_per_batch must lie in 1..{classes}, the number of classes{which and ' ' + which}, "
+                f"classes_per_batch must lie in 1..{classes}, the number of training classes{which and ' ' + which}, "
                 f"got {classes_per_batch}"
             )
         if seed < 0:
