@@ -140,7 +140,7 @@ def test_small_classes_are_left_out():
         counts = appearances(torch.cat([blocks_of(sampler, epoch) for epoch in range(5)]))
         assert counts[5:] == [0, 0]
         assert min(counts[label] for label in (0, 1, 2, 4)) > 0
-    with pytest.raises(ValueError, match=r"lie in 1..4, the number of classes of at least 4 images, got 5"):
+    with pytest.raises(ValueError, match=r"lie in 1..4, the number of training classes of at least 4 images, got 5"):
         tail_sampler("skip", classes=5)
 
 
@@ -234,7 +234,7 @@ def test_lightning_takes_them_for_distributed_samplers():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((UNEQUAL, 6, 2), r"classes_per_batch must lie in 1..5, the number of classes, got 6"),
+        ((UNEQUAL, 6, 2), r"classes_per_batch must lie in 1..5, the number of training classes, got 6"),
         ((UNEQUAL, 0, 2), "classes_per_batch"),
         ((UNEQUAL, 2, 1), "samples_per_class must be at least 2"),
         ((UNEQUAL, 2, 5), "class 3 has 4 images, got 5"),
