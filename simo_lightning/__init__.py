@@ -8,6 +8,7 @@ from simo_lightning.data import (
     ImageFolderPairDataModule,
     PairDataModule,
 )
+from simo_lightning.embedder import Embedder
 from simo_lightning.encoders import ImageEncoder
 from simo_lightning.losses import ClassifierLoss, MetricLearningLoss, SimOLoss
 from simo_lightning.module import SimOModule
@@ -22,6 +23,7 @@ __all__ = [
     "CIFAR100PairDataModule",
     "ClassifierLoss",
     "DigitsPairDataModule",
+    "Embedder",
     "HubPairDataModule",
     "ImageEncoder",
     "ImageFolderPairDataModule",

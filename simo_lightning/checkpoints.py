@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +152,19 @@ class CheckpointMixin(InitArgumentsMixin):
         return module.to(_device(weights))
 
 
+class TrainingClasses(NamedTuple):
+    """The classes that a model was trained on.
+
+    Attributes:
+        names: C names.
+        means: Mean of the embeddings of each class at length 1, float32 ``(C, D)``; nan for a class without training
+            images. None: not known for these weights.
+    """
+
+    names: list[str]
+    means: Tensor | None = None
+
+
 def read_checkpoint(
     path: File, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None
 ) -> dict[str, Any]:
@@ -224,7 +237,8 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
 
     Returns:
         The module's ``encoder``. Its attribute ``preprocessing`` is that of the module, if the checkpoint has one:
-        ``encoder(encoder.preprocessing(images))`` are the embeddings of uint8 images of any size.
+        ``encoder(encoder.preprocessing(images))`` are the embeddings of uint8 images of any size. Its attribute
+        ``classes`` holds the :class:`TrainingClasses`, if the checkpoint has them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -236,7 +250,37 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
     encoder = _encoder(checkpoint, arguments.get("encoder"), path, map_location, trusted)
     if preprocessing is not None:
         setattr(encoder, "preprocessing", preprocessing)  # noqa: B010  # nn.Module declares only tensors and modules
+    classes = training_classes(checkpoint, path)
+    if classes is not None:
+        setattr(encoder, "classes", classes)  # noqa: B010
     return encoder
+
+
+def training_classes(checkpoint: Mapping[str, Any], path: File) -> TrainingClasses | None:
+    """The classes that the model of a checkpoint was trained on.
+
+    Args:
+        checkpoint: As :func:`read_checkpoint` returns it.
+        path: Its file, for the message.
+
+    Returns:
+        Names and means; None if the checkpoint does not hold them.
+
+    Raises:
+        ValueError: If they are not names and a matrix of as many rows.
+    """
+    stored = checkpoint.get(_KEY)
+    found = stored.get("classes") if isinstance(stored, dict) else None
+    if found is None:
+        return None
+    names, means = (found.get("names"), found.get("means")) if isinstance(found, dict) else (None, None)
+    sound = isinstance(names, list) and all(type(name) is str for name in names)
+    if means is not None:
+        sound = sound and isinstance(means, Tensor) and means.is_floating_point() and means.ndim == 2
+        sound = sound and len(means) == len(names) and not means.isinf().any()
+    if not sound:
+        raise ValueError(f"classes of checkpoint {path} must hold names and their means, got {str(found)[:100]}")
+    return TrainingClasses(names, None if means is None else means.detach().float().cpu())
 
 
 def _encoder(

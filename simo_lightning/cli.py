@@ -39,6 +39,7 @@ from simo_lightning.callbacks import (
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import adopt_preprocessing, read_checkpoint
+from simo_lightning.commands import COMMANDS, run_command
 from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
 from simo_lightning.parser import SimoParser, user_error
@@ -350,6 +351,9 @@ def main(args: Any = None) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         forget_run_folder()
     _filter_messages()
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        return run_command(words[0], words[1:])
     try:
         SimoCLI(
             pl.LightningModule,

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
-from simo_lightning.checkpoints import CheckpointMixin, MemoryLimit, known_preprocessing
+from simo_lightning.checkpoints import (
+    CheckpointMixin,
+    MemoryLimit,
+    TrainingClasses,
+    known_preprocessing,
+    training_classes,
+)
 from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss, configure_loss
@@ -64,6 +70,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     Attributes:
         default_callbacks: Whether to add callbacks to the trainer that are missing there.
+        classes: Names of the classes of training, from the data module, and the means of their embeddings, which
+            :class:`~simo_lightning.callbacks.OnlineKNN` computes. A checkpoint stores the names, and the means if they
+            are of its weights. None: not known.
 
     Raises:
         ValueError: If ``micro_batch_size`` is less than 1.
@@ -110,6 +119,8 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.preprocessing = preprocessing
         self.loss_sizes: dict[str, int | None] | None = None  # what the loss was configured with
         self.parameter_groups = parameter_groups
+        self.classes: TrainingClasses | None = None
+        self._step_of_class_means: int | None = None  # at which they were computed
 
     @property
     def backbone(self) -> nn.Module:
@@ -118,9 +129,25 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         return backbone
 
     def setup(self, stage: str) -> None:
-        """Compile the encoder for a fit; the names of its weights stay."""
+        """Compile the encoder for a fit; the names of its weights stay. Take the names of the classes."""
         if self.compile_encoder and stage == "fit":
             self.encoder.compile()
+        names = getattr(getattr(attached_trainer(self), "datamodule", None), "class_names", None)
+        if stage == "fit" and names:
+            self.classes = TrainingClasses([str(name) for name in names])
+
+    def set_class_means(self, means: Tensor) -> None:
+        """Set the means of the classes for the weights as they are.
+
+        Args:
+            means: Of the training embeddings at length 1, ``(C, D)``; nan for a class without images. Further classes
+                of the data module have none.
+        """
+        names = [] if self.classes is None else self.classes.names
+        names = names[: len(means)] + [str(label) for label in range(len(names), len(means))] + names[len(means) :]
+        filled = means.new_full((len(names), means.shape[1]), torch.nan, dtype=torch.float32, device="cpu")
+        filled[: len(means)] = means
+        self.classes, self._step_of_class_means = TrainingClasses(names, filled), self.global_step
 
     def configure_model(self) -> None:
         """Give the loss the number of classes of training and the dimension of the embeddings."""
@@ -134,14 +161,21 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.loss_sizes = {"num_classes": num_classes, "embedding_dim": embedding_dim}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the loss was configured with."""
+        """Add the classes, and what the loss was configured with."""
         super().on_save_checkpoint(checkpoint)
+        if self.classes is not None:
+            of_these_weights = self._step_of_class_means == checkpoint.get("global_step")
+            means = self.classes.means if of_these_weights else None
+            checkpoint["simo_module"]["classes"] = {"names": self.classes.names, "means": means}
         if self.loss_sizes is not None:
             checkpoint["simo_module"]["loss_sizes"] = self.loss_sizes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Configure the loss as it was, unless the data of this fit have configured it."""
+        """Configure the loss as it was, unless the data of this fit have configured it; take the classes."""
         stored = checkpoint.get("simo_module")
+        classes = training_classes(checkpoint, "that is loaded")
+        if classes is not None and (self.classes is None or self.classes.names == classes.names):
+            self.classes, self._step_of_class_means = classes, checkpoint.get("global_step")
         sizes = stored.get("loss_sizes") if isinstance(stored, dict) else None
         if sizes is not None and self.loss_sizes is None:
             sizes = _checked_sizes(sizes)

@@ -31,10 +31,11 @@ LAYERS = {
         "schedules",
     },
     3: {"callbacks", "export", "probe", "semi_supervised"},
-    4: {"help", "module", "report"},
+    4: {"embedder", "help", "module", "report"},
     5: {"completion", "testing"},
     6: {"parser"},
-    7: {"cli"},
+    7: {"commands"},
+    8: {"cli"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

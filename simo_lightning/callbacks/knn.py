@@ -31,7 +31,8 @@ class OnlineKNN(EvaluationCallback):
     class whose mean has the largest cosine, the mean of the bank's embeddings at length 1
     (:func:`~simo_lightning.functional.geometry.nearest_class_mean_predict`).
     Both are means over images; ``val/knn_macro`` and ``val/nearest_class_mean_macro`` are means over classes of the
-    accuracy on their images. Images of a class that the bank lacks do not count; if no image is left, nothing is
+    accuracy on their images. A validation passes the class means to the module's ``set_class_means``, if it has that,
+    so that checkpoints hold them. Images of a class that the bank lacks do not count; if no image is left, nothing is
     logged. One line states how many images and classes the values are over.
 
     Args:
@@ -112,13 +113,16 @@ class OnlineKNN(EvaluationCallback):
             return {}
         bank, bank_labels = embed_bank(trainer, pl_module, self.bank, self.bank_size, self.embed)
         self._check_k(len(bank))
+        means = class_means(bank, bank_labels)
+        if stage == "val" and self.bank is None and callable(getattr(pl_module, "set_class_means", None)):
+            pl_module.set_class_means(means)
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
         known = torch.isin(labels, bank_labels)
         queries, asked = queries[known], labels[known]
         predictions = {
             "knn": knn_predict(queries, bank, bank_labels, self.k),
-            "nearest_class_mean": nearest_class_mean_predict(queries, class_means(bank, bank_labels), "cosine"),
+            "nearest_class_mean": nearest_class_mean_predict(queries, means, "cosine"),
         }
         correct = torch.stack([(predicted == asked).float() for predicted in predictions.values()], dim=1)
         correct, asked, labels = gather_rows(correct), gather_rows(asked), gather_rows(labels)
