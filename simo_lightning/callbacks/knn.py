@@ -114,8 +114,9 @@ class OnlineKNN(EvaluationCallback):
         bank, bank_labels = embed_bank(trainer, pl_module, self.bank, self.bank_size, self.embed)
         self._check_k(len(bank))
         means = class_means(bank, bank_labels)
-        if stage == "val" and self.bank is None and callable(getattr(pl_module, "set_class_means", None)):
-            pl_module.set_class_means(means)
+        set_class_means: Any = getattr(pl_module, "set_class_means", None)
+        if stage == "val" and self.bank is None and callable(set_class_means):
+            set_class_means(means)
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
         known = torch.isin(labels, bank_labels)
