@@ -15,6 +15,7 @@ from simo_lightning.extras import import_extra
 from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.sharing.card import CardFields
 from simo_lightning.sharing.files import download_pretrained, pretrained_config
+from simo_lightning.tensor_files import first_line
 
 CARD_FILE = "README.md"
 
@@ -100,15 +101,20 @@ class SharingMixin:
             OSError: If the Hub cannot be reached or refuses the upload.
             ValueError: As :meth:`save_pretrained`.
         """
-        found: str = self._hub_model(card, repo_id).push_to_hub(
-            repo_id,
-            private=private,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
-        return found
+        model = self._hub_model(card, repo_id)
+        try:
+            commit: str = model.push_to_hub(
+                repo_id,
+                private=private,
+                token=token,
+                branch=branch,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+        except Exception as error:  # the library and its HTTP client raise many exception types
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"{repo_id!r} cannot be uploaded to the Hugging Face Hub: {first_line(error)}") from error
+        return commit
 
     @classmethod
     def from_pretrained(
