@@ -25,6 +25,7 @@ from simo_lightning.cli import main
 from simo_lightning.export import exported_metadata
 from simo_lightning.sharing import CardFields
 from tests.checkpoint_parts import OwnEncoder, fit, save
+from tests.digits_run import DIGITS
 from tests.hub_server import TOKEN, hub_server
 
 pytest.importorskip("huggingface_hub", reason="needs the extra hub: pip install 'simo_lightning[hub]'")
@@ -281,7 +282,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "config.json cannot be used"),
     "a list": ("[]", "config.json cannot be used: SimOModule.save_pretrained did not write it"),
     "deep": ("[" * 100_000, "config.json cannot be used"),
-    "long": (" " * (2**26 + 1), "config.json cannot be used: it must have at most 67,108,864 bytes"),
+    "long": (2**26 + 1, "config.json cannot be used: it must have at most 67,108,864 bytes"),
     "bytes": (b"\xff\xfe{", "config.json cannot be used"),
     "later": ({"format": 2}, "its format must be 1, got 2"),
     "arguments": ({"init_args": [1]}, "init_args must hold arguments by name, got list"),
@@ -318,7 +319,10 @@ def test_a_hostile_config_is_refused_in_one_line(name: str, shared: Path) -> Non
     content, message = CONFIGS[name]
     if isinstance(content, dict):
         content = json.dumps({**json.loads((shared / "config.json").read_text()), **content})
-    (shared / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(content, int):
+        os.truncate(shared / "config.json", content)  # to a file with a hole, which takes no time to write
+    else:
+        (shared / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_refused(shared, message)
 
 
@@ -371,6 +375,14 @@ def test_what_is_missing_is_named(shared: Path, tmp_path: Path) -> None:
     (shared / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file of weights at .*model\.safetensors"):
         SimOModule.from_pretrained(shared)
+
+
+def test_a_folder_is_no_checkpoint_of_a_run(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["test", "--config", DIGITS, "--ckpt_path", str(shared), "--run_dir", "run"])
+    error = capsys.readouterr().err.strip()
+    assert f"--ckpt_path must be a checkpoint file, got the folder {shared} of a shared model" in error
+    assert len(error.splitlines()) == 1
 
 
 WITHOUT = """

@@ -16,6 +16,7 @@ from simo_lightning.losses import SimOLoss
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 TAGS = ["image-embeddings", "contrastive-learning", "metric-learning", "simo-loss", "pytorch-lightning"]
+TAGS += ["model_hub_mixin"]  # by which the Hub knows models that its library uploads
 MOST_CLASSES = 200  # that the card lists; config.json has all
 # Metrics that answer first how good the embeddings are, with their meaning; those of the geometry declare theirs.
 HEADLINE = {

@@ -11,7 +11,7 @@ from simo_lightning.sharing.card import TAGS, CardFields, model_card
 from simo_lightning.sharing.files import write_pretrained
 
 
-class HubModel(ModelHubMixin, library_name="simo_lightning", tags=TAGS, pipeline_tag="image-feature-extraction"):
+class HubModel(ModelHubMixin, library_name="simo_lightning", tags=[*TAGS], pipeline_tag="image-feature-extraction"):
     """A module with the methods ``save_pretrained`` and ``push_to_hub`` of huggingface_hub.
 
     Args:

@@ -25,7 +25,7 @@ class SharingMixin:
 
     The folder holds plain data: ``model.safetensors`` (the weights, and the means of the classes), ``config.json`` (the
     class and its arguments, the preprocessing, the names of the classes, versions) and ``README.md``, the model card.
-    :class:`~simo_lightning.embedder.Embedder`, :func:`~simo_lightning.checkpoints.load_encoder` and the ``simo``
+    ``Embedder.load``, :func:`~simo_lightning.checkpoints.load_encoder` and the ``simo``
     commands for a trained model take it in place of a checkpoint.
     """
 
