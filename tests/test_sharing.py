@@ -153,6 +153,8 @@ def test_the_card_is_made_from_the_run(tmp_path: Path) -> None:
     assert "max_epochs: 3" in card
     assert "data_dir: fruit" in card
     assert "``bee `x` ``" in card or "`` bee `x` ``" in card
+    again = SimOModule.from_pretrained(folder).save_pretrained(tmp_path / "again", CardFields(run))
+    assert "| val | `knn` | 0.9 |" in (again / "README.md").read_text(encoding="utf-8")  # the step is not known
     assert "/home/me" not in card
     assert "secret" not in card
 

@@ -184,4 +184,4 @@ class SharingMixin:
         trainer = attached_trainer(self)
         steps = trainer.global_step if trainer is not None else 0  # 0: that trainer has changed no weights
         config, weights = pretrained_config(self, steps or self._step_of_class_means)
-        return HubModel(self, config, weights, card, repo_id, steps or self._loaded_step)
+        return HubModel(self, config, weights, card, repo_id, steps or self._loaded_step or None)
