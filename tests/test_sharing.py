@@ -387,6 +387,23 @@ def test_a_folder_is_no_checkpoint_of_a_run(shared: Path, capsys: pytest.Capture
     assert len(error.splitlines()) == 1
 
 
+def test_wrong_arguments_of_the_command_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(trained(), tmp_path / "a.ckpt")
+    for words, message in (
+        (["none/checkpoints/best.ckpt", "--out", "new"], "no checkpoint at none/checkpoints/best.ckpt"),
+        (["a.ckpt", "--out", "new", "--license", "CC BY"], "license must be abbreviated as on the Hub"),
+        (["a.ckpt", "--out", "new", "--run_dir", "none"], "run_dir must be the folder of a run, got 'none'"),
+        (["a.ckpt", "--out", "a.ckpt"], "out must be a folder, got the file a.ckpt"),
+        (["a.ckpt"], "the following arguments are required: out"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["share", *words])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("simo share: error: ")
+        assert message in error
+    assert not Path("new").exists()
+
+
 WITHOUT = """
 import sys
 import simo_lightning

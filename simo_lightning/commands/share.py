@@ -39,6 +39,10 @@ def run(
         trusted: Import paths of classes or packages of your own that the checkpoint names.
     """
     folder = Path(out)
+    if not Path(checkpoint).exists():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {out}")
     found = Path(run_dir) if run_dir is not None else run_folder_of(Path(checkpoint))
     card = CardFields(found, license, license_name, license_link, data, dataset or ())
     module = load_module(checkpoint, "cpu", trusted or ())
