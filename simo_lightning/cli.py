@@ -38,7 +38,7 @@ from simo_lightning.callbacks import (
 )
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.checkpoints import adopt_preprocessing, read_checkpoint
+from simo_lightning.checkpoints import CONFIG_FILE, adopt_preprocessing, read_checkpoint
 from simo_lightning.commands import COMMANDS, command_parser, run_command
 from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
@@ -328,6 +328,8 @@ class SimoCLI(FunctionCLI):
             if not path.is_file() and fitting:
                 _print(f"no checkpoint at {path} yet: starting from the beginning")
                 return None
+        if path.is_dir() and (path / CONFIG_FILE).is_file():
+            raise ValueError(f"--ckpt_path must be a checkpoint file, got the folder {path} of a shared model")
         # a damaged file is reported now, not after the data are read; `plot` has no weights_only
         weights_only = self.config[self.config.subcommand].get("weights_only")
         checkpoint = read_checkpoint(path, map_location="cpu", weights_only=weights_only)

@@ -27,11 +27,12 @@ from simo_lightning.losses import SimOLoss, configure_loss
 from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing, encoder_input
 from simo_lightning.schedules import with_schedule
+from simo_lightning.sharing import SharingMixin
 
 Batch = tuple[Tensor, Tensor]
 
 
-class SimOModule(CheckpointMixin, pl.LightningModule):
+class SimOModule(SharingMixin, CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
     All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps
@@ -172,6 +173,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Configure the loss as it was, unless the data of this fit have configured it; take the classes."""
+        self._loaded_step = checkpoint.get("global_step")
         stored = checkpoint.get("simo_module")
         classes = training_classes(checkpoint)
         if classes is not None and (self.classes is None or self.classes.names == classes.names):

@@ -30,7 +30,7 @@ LAYERS = {
         "run_folder",
         "schedules",
     },
-    3: {"callbacks", "export", "probe", "semi_supervised"},
+    3: {"callbacks", "export", "probe", "semi_supervised", "sharing"},
     4: {"embedder", "help", "module", "report"},
     5: {"completion", "testing"},
     6: {"parser"},

@@ -14,7 +14,10 @@ from simo_lightning.extras import missing_extra
 from simo_lightning.parser import in_one_line, user_error
 
 # Modules of this package by the name of their command, with what the command does.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "export": "Write the encoder of a checkpoint as ONNX or .pt2, and check the file.",
+    "share": "Write a model as a folder with a model card, and upload it to the Hugging Face Hub.",
+}
 
 
 class CommandParser(ArgumentParser):
