@@ -330,9 +330,9 @@ def training_classes(checkpoint: Mapping[str, Any]) -> TrainingClasses | None:
     names = found.get("names") if isinstance(found, dict) else None
     means = found.get("means") if isinstance(found, dict) else None
     sound = isinstance(names, list) and all(type(name) is str for name in names)
-    if sound and means is not None:
-        sound = isinstance(means, Tensor) and means.is_floating_point() and means.ndim == 2
-        sound = sound and len(means) == len(names) and not bool(means.isinf().any())
+    if isinstance(names, list) and means is not None:
+        sound = sound and isinstance(means, Tensor) and means.is_floating_point() and means.ndim == 2
+        sound = sound and len(means) == len(names) and not means.isinf().any()
     if not sound:
         raise ValueError(f"its classes must have names and one mean for each, got {str(found)[:100]}")
     return TrainingClasses(list(names or []), None if means is None else means.detach().float().cpu())
