@@ -211,12 +211,15 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         """
         if reduce not in get_args(Reduce):
             raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}")
-        if reduce == "sums" and (self.level == "pair" or self._compiled is not None):
+        needs_rows = self.level == "pair" or self._compiled is not None
+        if reduce == "sums" and needs_rows:
             found = "level 'pair'" if self.level == "pair" else "a compiled loss"
             raise ValueError(f"reduce='sums' requires level centroid, class or group and no compile(), got {found}")
         check_embeddings(embeddings, labels)
+        if reduce == "gather" or needs_rows:
+            return self.terms(gather_rows(embeddings), gather_rows(labels))
         shared, numbers = _classes_of_all(labels, self.level in ("group", "class"))
-        if reduce == "gather" or not (reduce == "sums" or self._sums_send_less(shared, embeddings.shape[1])):
+        if reduce == "auto" and not self._sums_send_less(shared, embeddings.shape[1]):
             return self.terms(gather_rows(embeddings), gather_rows(labels))
         if len(numbers) == 0:
             return {"softmax" if self.form == "softmax" else "similar": embeddings.sum()}
@@ -232,8 +235,6 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
 
         A ring sends (W - 1) / W of a tensor to gather it, and twice as much to reduce it.
         """
-        if self.level == "pair" or self._compiled is not None:
-            return False
         per_class = 1 if self.level == "centroid" else 1 + dim
         return 4 * len(classes.counts) * per_class < 3 * int(classes.counts.sum())
 
