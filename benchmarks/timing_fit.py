@@ -250,7 +250,7 @@ def loss_over_ranks_case(steps: int) -> None:
     """One process of the loss; rank 0 prints the medians.
 
     ``step_ms`` is the wall time of forward and backward pass. ``own_ms`` is the CPU time of the thread that computes,
-    without the waiting for a core and for the other processes, which two cores cannot avoid with eight of them. ``kb`` is
+    without the waiting for a core and for other processes, which two cores cannot avoid with eight of them. ``kb`` is
     what this process hands to collectives.
     """
     torch.set_num_threads(1)
