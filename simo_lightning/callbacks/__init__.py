@@ -7,6 +7,7 @@ of ``trainer.datamodule`` where it has them.
 
 from simo_lightning.callbacks.alarm import CollapseAlarm
 from simo_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from simo_lightning.callbacks.class_table import ClassTable
 from simo_lightning.callbacks.defaults import default_callbacks
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.callbacks.freeze import FreezeBackbone
@@ -24,6 +25,7 @@ from simo_lightning.callbacks.unknown import UnknownMonitor
 __all__ = [
     "BestCheckpoint",
     "ClassMomentsCallback",
+    "ClassTable",
     "CollapseAlarm",
     "EmbeddingPlots",
     "EmbeddingWriter",
