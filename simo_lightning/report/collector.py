@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from typing_extensions import override
 
 from simo_lightning.callbacks.evaluation import EvaluationCallback, gather_in_order
-from simo_lightning.distributed import world_size
+from simo_lightning.distributed import gather_rows, rank, world_size
 from simo_lightning.report.pictures import EmbeddedImages
 
 _LARGEST_SIDE = 64  # pixels of an image that is kept
@@ -24,7 +24,7 @@ class EmbeddingCollector(EvaluationCallback):
     the data module's ``mean`` and ``std`` if it has them, else each image is scaled from its minimum to its maximum.
 
     Args:
-        max_images: Images to keep over all processes, the first of the split; the embeddings of all images are kept.
+        max_images: Images to keep over all processes; of more every n-th is kept. The embeddings of all are kept.
 
     Attributes:
         result: Embeddings and images of the last pass, on every process; None before it, or if the steps returned no
@@ -39,12 +39,13 @@ class EmbeddingCollector(EvaluationCallback):
         self.result: EmbeddedImages | None = None
         self._embeddings: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._images: list[Tensor] = []
-        self._has_images = True
+        self._images: list[Tensor] = []  # every self._step-th image of this process
+        self._has_images, self._step, self._seen = True, 1, 0
 
     @override
     def reset(self, trainer: Trainer) -> None:
-        self._embeddings, self._labels, self._images, self._has_images = [], [], [], True
+        self._embeddings, self._labels, self._images = [], [], []
+        self._has_images, self._step, self._seen = True, 1, 0
 
     @override
     def update(self, trainer: Trainer, embeddings: Tensor, labels: Tensor, batch: Any, index: tuple[int, int]) -> None:
@@ -52,9 +53,12 @@ class EmbeddingCollector(EvaluationCallback):
         self._labels.append(labels.cpu())
         images: Any = batch[0] if isinstance(batch, (list, tuple)) and batch else None
         self._has_images &= _are_images(images, len(labels))
-        left = math.ceil(self.max_images / world_size()) - sum(map(len, self._images))
-        if self._has_images and left > 0:
-            self._images.append(as_pixels(images[:left], getattr(trainer, "datamodule", None)).cpu())
+        if self._has_images:
+            kept = images[-self._seen % self._step :: self._step]
+            self._images.append(as_pixels(kept, getattr(trainer, "datamodule", None)).cpu())
+            while sum(map(len, self._images)) > math.ceil(self.max_images / world_size()):
+                self._images, self._step = [torch.cat(self._images)[::2]], 2 * self._step
+        self._seen += len(labels)
 
     @override
     @torch.no_grad()
@@ -63,11 +67,19 @@ class EmbeddingCollector(EvaluationCallback):
             return {}
         device = trainer.strategy.root_device
         embeddings, labels = gather_in_order(self._embeddings, device), gather_in_order(self._labels, device)
-        # each process keeps equally many of its first images, so together they are the first of the split
-        images = gather_in_order(self._images, device) if self._has_images and self._images else None
+        images, index = self._gather_images(device) if self._has_images and self._images else (None, None)
         self.reset(trainer)
-        self.result = EmbeddedImages(embeddings, labels, images)
+        self.result = EmbeddedImages(embeddings, labels, images, index)
         return {}
+
+    def _gather_images(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The kept images of all processes and their positions in the split, both in its order."""
+        images = torch.cat(self._images)
+        # of the data set, process r of W evaluates r, r + W, r + 2 W, ...
+        index = rank() + world_size() * self._step * torch.arange(len(images))
+        index, images = gather_rows(index.to(device)).cpu(), gather_rows(images.to(device)).cpu()
+        order = index.argsort()
+        return images[order], index[order]
 
 
 def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:
