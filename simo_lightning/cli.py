@@ -27,6 +27,7 @@ from simo_lightning.callbacks import (
     ClassTable,
     CollapseAlarm,
     EmbeddingPlots,
+    EmbeddingProjector,
     EmbeddingWriter,
     GeometryMonitor,
     GracefulShutdown,
@@ -70,6 +71,7 @@ CALLBACKS: dict[str, type[pl.Callback]] = {
     "geometry": GeometryMonitor,
     "alarm": CollapseAlarm,
     "plots": EmbeddingPlots,
+    "projector": EmbeddingProjector,
 }
 
 

@@ -17,6 +17,7 @@ from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.predictions import EmbeddingWriter
 from simo_lightning.callbacks.probe import OnlineProbe
+from simo_lightning.callbacks.projector import EmbeddingProjector
 from simo_lightning.callbacks.retrieval import RetrievalMonitor
 from simo_lightning.callbacks.shutdown import GracefulShutdown
 from simo_lightning.callbacks.speed import ImagesPerSecond
@@ -28,6 +29,7 @@ __all__ = [
     "ClassTable",
     "CollapseAlarm",
     "EmbeddingPlots",
+    "EmbeddingProjector",
     "EmbeddingWriter",
     "EvaluationCallback",
     "FreezeBackbone",
