@@ -220,17 +220,17 @@ def test_tensorboard_serves_embeddings_scalars_and_images_of_a_run(tmp_path):
         assert json.loads(get(f"{projector}/runs")) == ["."]
         (info,) = json.loads(get(f"{projector}/info", run="."))["embeddings"]
         name = info["tensorName"]
-        assert (name, info["tensorShape"]) == ("val:00012", [359, 64])
+        assert (name, info["tensorShape"]) == ("val:00012", [143, 16])
         assert info["sprite"]["singleImageDim"] == [48, 48]
-        served = np.frombuffer(get(f"{projector}/tensor", run=".", name=name), np.float32).reshape(-1, 64)
+        served = np.frombuffer(get(f"{projector}/tensor", run=".", name=name), np.float32).reshape(-1, 16)
         rows, _ = read(Path("run/00012/val"))
         assert np.array_equal(served, rows.astype(np.float32))
         lines = get(f"{projector}/metadata", run=".", name=name).decode().splitlines()
         assert lines[0] == "class\tindex"
         assert {tuple(line.split("\t")) for line in lines[1:]} == {(str(label), str(label)) for label in range(10)}
-        assert len(lines) == 1 + 359
+        assert len(lines) == 1 + 143
         sprite = Image.open(BytesIO(get(f"{projector}/sprite_image", run=".", name=name)))
-        assert sprite.size == (19 * 48, 19 * 48)
+        assert sprite.size == (12 * 48, 12 * 48)
         logged = {}
         with Path("run/metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
