@@ -24,8 +24,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from simo_lightning.callbacks import (
     BestCheckpoint,
+    ClassTable,
     CollapseAlarm,
     EmbeddingPlots,
+    EmbeddingProjector,
     EmbeddingWriter,
     GeometryMonitor,
     GracefulShutdown,
@@ -69,6 +71,7 @@ CALLBACKS: dict[str, type[pl.Callback]] = {
     "geometry": GeometryMonitor,
     "alarm": CollapseAlarm,
     "plots": EmbeddingPlots,
+    "projector": EmbeddingProjector,
 }
 
 
@@ -84,6 +87,7 @@ class SimoCLI(FunctionCLI):
         self._is_new = False  # whether this start created the run's folder
         self._missing: list[Path] = []  # folders that did not exist before it
         self._resumed_step = 0
+        self._class_table = ClassTable()
         with tempfile.TemporaryDirectory(prefix="simo_") as self._scratch:  # for a trial (fast_dev_run)
             try:
                 super().__init__(*args, **kwargs)
@@ -184,6 +188,8 @@ class SimoCLI(FunctionCLI):
         callbacks += [callback for callback in named.values() if callback is not None]
         if config.log_every_n_steps is None:
             callbacks.append(_LogEveryEpoch())
+        if self.subcommand in ("validate", "test"):
+            callbacks.append(self._class_table)
         return [*callbacks, GracefulShutdown(save=named["last"] is not None), ImagesPerSecond(), EmbeddingWriter()]
 
     def _is_default(self, name: str) -> bool:
@@ -222,9 +228,14 @@ class SimoCLI(FunctionCLI):
         _print("", *lines)
 
     def after_validate(self) -> None:
-        """Print the folder of the pictures."""
-        if (self.run_dir / "plots").exists() and not self._is_trial():
-            _print("", f"plots       {self.run_dir / 'plots'}")
+        """Print the folder of the pictures, and the table of the classes with the worst of them."""
+        if self._is_trial():
+            return
+        lines = self._class_table.summary()
+        if (self.run_dir / "plots").exists():
+            lines.insert(0, f"plots       {self.run_dir / 'plots'}")
+        if lines:
+            _print("", *lines)
 
     after_test = after_validate
 

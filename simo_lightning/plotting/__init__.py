@@ -1,6 +1,7 @@
 """Tensors to matplotlib figures, without pyplot: no global state and no display."""
 
 from simo_lightning.plotting.colors import class_colors, class_markers
+from simo_lightning.plotting.curves import Curve, curves_figure, describe_curves
 from simo_lightning.plotting.neighbors import describe_neighbors, neighbors_figure
 from simo_lightning.plotting.norms import describe_norms, norms_figure
 from simo_lightning.plotting.projections import Projection, project_2d, project_sequence, star_coordinates
@@ -11,12 +12,15 @@ from simo_lightning.plotting.snapshots import Snapshot, load_snapshots, pick_sna
 from simo_lightning.plotting.spectrum import describe_spectrum, spectrum_figure
 
 __all__ = [
+    "Curve",
     "Projection",
     "Snapshot",
     "class_colors",
     "class_cosines",
     "class_markers",
     "class_similarity_figure",
+    "curves_figure",
+    "describe_curves",
     "describe_neighbors",
     "describe_norms",
     "describe_scatter",
