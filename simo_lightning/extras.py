@@ -7,6 +7,7 @@ from types import ModuleType
 EXTRAS = {
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
+    "faiss": "search",
     "datasets": "hub",
     "huggingface_hub": "hub",
     "pytorch_metric_learning": "losses",
