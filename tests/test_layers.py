@@ -34,7 +34,7 @@ LAYERS = {
     3: {"callbacks", "export", "probe", "semi_supervised"},
     4: {"embedder", "help", "module", "report"},
     5: {"completion", "embed_files", "search", "testing"},
-    6: {"parser"},
+    6: {"explain", "parser"},
     7: {"commands"},
     8: {"cli"},
 }

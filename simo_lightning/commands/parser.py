@@ -16,6 +16,7 @@ from simo_lightning.parser import in_one_line, user_error
 # Modules of this package by the name of their command, with what the command does.
 COMMANDS: dict[str, str] = {
     "embed": "Write the embeddings of image files to a Parquet or .npz file.",
+    "explain": "Show which classes an image leans to, its nearest images, and where in it a similarity comes from.",
     "search": "Find the nearest images of a file of embeddings.",
 }
 

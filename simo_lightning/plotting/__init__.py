@@ -1,5 +1,6 @@
 """Tensors to matplotlib figures, without pyplot: no global state and no display."""
 
+from simo_lightning.plotting.attribution import attribution_figure, describe_attribution
 from simo_lightning.plotting.colors import class_colors, class_markers
 from simo_lightning.plotting.neighbors import describe_neighbors, neighbors_figure
 from simo_lightning.plotting.norms import describe_norms, norms_figure
@@ -21,11 +22,13 @@ from simo_lightning.plotting.spectrum import describe_spectrum, spectrum_figure
 __all__ = [
     "Projection",
     "Snapshot",
+    "attribution_figure",
     "class_colors",
     "class_cosines",
     "class_markers",
     "class_shares_figure",
     "class_similarity_figure",
+    "describe_attribution",
     "describe_class_shares",
     "describe_neighbors",
     "describe_norms",
