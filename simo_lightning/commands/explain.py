@@ -69,7 +69,7 @@ def printable_lines(explanation: Explanation) -> list[str]:
                 lines.append(f"  {name:{width}} {percent(row.value):>7} {'#' * round(_BAR * row.value)}".rstrip())
     if explanation.nearest:
         nearest = ", ".join(f"{printable(name)} {cosine:.3f}" for name, cosine in explanation.nearest)
-        lines.append(f"nearest class means: {nearest}")
+        lines.append(f"nearest class means of {printable(explanation.views[0].name)}: {nearest}")
     lines.append(
         "no shares: the checkpoint holds no class means"
         if explanation.basis is None

@@ -85,7 +85,12 @@ def attribution(
     images = images.detach().clone().requires_grad_()
 
     def cosine(batch: Tensor) -> Tensor:
-        return cosine_similarity(encoder(batch), direction.unsqueeze(0), dim=1)
+        embeddings = encoder(batch)
+        if embeddings.shape[1] != len(direction):
+            raise ValueError(
+                f"direction must have the {embeddings.shape[1]} dimensions of the embeddings, got {len(direction)}"
+            )
+        return cosine_similarity(embeddings, direction.unsqueeze(0), dim=1)
 
     training = {module: module.training for module in encoder.modules()}
     encoder.eval()

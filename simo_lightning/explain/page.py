@@ -48,7 +48,7 @@ def write_explanation(explanation: Explanation, folder: str | Path) -> Path:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # a macro gives Markup
     )
     page = environment.get_template("page.html").render(
         views=views,
@@ -75,12 +75,15 @@ def about_shares(basis: OrthogonalBasis) -> str:
     """
     classes, dim = int(basis.vectors.any(dim=1).sum()), basis.vectors.shape[1]
     if basis.rank == classes:
-        text = f"The means of {classes:,} classes are {float(basis.deviation):.2f} from orthogonal (root mean square)."
+        text = (
+            f"The means of {classes:,} classes are {float(basis.deviation):.2f} from orthogonal directions (root mean "
+            "square)."
+        )
     else:
         text = (
             f"The means of {classes:,} classes span {basis.rank:,} dimensions, so they cannot be orthogonal "
-            f"({float(basis.deviation):.2f} from it, root mean square), and the largest possible share of a class is "
-            f"{100 * basis.rank / classes:.0f} % on average."
+            f"({float(basis.deviation):.2f} from the nearest directions, root mean square), and the largest possible "
+            f"share of a class is {100 * basis.rank / classes:.0f} % on average."
         )
     if basis.rank == dim:
         text += f" They span all {dim:,} dimensions: nothing can belong to no class."
