@@ -17,6 +17,8 @@ from simo_lightning.checkpoints import TrainingClasses
 from simo_lightning.functional.decomposition import orthogonal_shares
 from simo_lightning.functional.knn import unit_vectors
 
+_ROWS = 2**14  # embeddings whose shares are computed at a time, in float64
+
 
 class EmbeddingWriter(BasePredictionWriter):
     """Writes ``<run folder>/predictions/embeddings.npz``, in the order of the data set, on any number of processes.
@@ -60,7 +62,7 @@ class EmbeddingWriter(BasePredictionWriter):
         embeddings = embeddings.float()
         arrays = {"embeddings": embeddings.numpy(), "labels": labels.numpy(), "class_names": np.array(names)}
         arrays |= _by_classes(embeddings, getattr(pl_module, "classes", None))
-        np.savez(path, allow_pickle=False, **arrays)
+        np.savez(path, **arrays)
         rank_zero_info(f"{len(labels)} embeddings written to {path}")
 
 
@@ -71,11 +73,12 @@ def _by_classes(embeddings: Tensor, classes: TrainingClasses | None) -> dict[str
     means = classes.means.cpu()
     cosines = unit_vectors(embeddings) @ unit_vectors(means.nan_to_num(nan=0.0)).mT
     largest = cosines.masked_fill(means.isnan().any(dim=1), -torch.inf).max(dim=1)
-    shares, rest = orthogonal_shares(embeddings, means)
+    parts = [orthogonal_shares(part, means) for part in embeddings.split(_ROWS)]
+    shares, rest = (torch.cat([values.float() for values in each]) for each in zip(*parts, strict=True))
     return {
         "known_classes": np.array(classes.names),
         "nearest": largest.indices.numpy(),
         "cosine": largest.values.numpy(),
-        "shares": shares.float().numpy(),
-        "rest": rest.float().numpy(),
+        "shares": shares.numpy(),
+        "rest": rest.numpy(),
     }
