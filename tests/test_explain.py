@@ -17,11 +17,13 @@ from torchvision.models import convnext_tiny, densenet121, mobilenet_v3_small, v
 
 from simo_lightning import ImageEncoder, Preprocessing
 from simo_lightning.checkpoints import TrainingClasses
+from simo_lightning.cli import main
 from simo_lightning.embedder import Embedder
 from simo_lightning.explain import attribution, explain, last_feature_map, write_explanation
 from simo_lightning.explain.page import about_shares
 from simo_lightning.functional import orthogonal_basis
 from simo_lightning.plotting import attribution_figure, describe_attribution
+from tests.digits_run import SIMO
 
 SIZE, PATCH = 32, 8
 
@@ -242,7 +244,7 @@ def test_against_another_image_both_are_explained(files):
     first, second = explain(model, files[0], against=files[1], steps=8).views
     one, other = model(files[:2])
     expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
-    assert [first.target, second.target] == ["image1.png", "image0.png"]
+    assert [first.target, second.target] == [f"{path.parent.name}/{path.name}" for path in (files[1], files[0])]
     assert first.cosine == pytest.approx(expected, abs=1e-5)
     assert second.cosine == pytest.approx(expected, abs=1e-5)
 
@@ -321,16 +323,12 @@ def test_the_figure_shows_each_image_and_its_maps():
 # The command
 
 
-def simo(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    program = f"{code}\nimport sys\nfrom simo_lightning.cli import main\nmain(sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
-
-
 def test_the_command_explains_an_image_of_a_run(digits_run, tmp_path):
     image = Path(tmp_path, "seven.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(image)
     checkpoint = str(next((digits_run / "checkpoints").glob("last.ckpt")))
-    done = simo("explain", checkpoint, str(image), "--gallery", str(tmp_path), "--out", str(tmp_path / "out"))
+    words = ["explain", checkpoint, str(image), "--gallery", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run([SIMO, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no class" in done.stdout
     assert "Integrated gradients sum to" in done.stdout
@@ -338,16 +336,18 @@ def test_the_command_explains_an_image_of_a_run(digits_run, tmp_path):
     assert (tmp_path / "out" / "index.html").is_file()
 
 
-def test_a_missing_captum_is_one_line():
-    hide = """
-import sys
-class Hidden:
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "captum":
-            raise ModuleNotFoundError("No module named 'captum'", name="captum")
-sys.meta_path.insert(0, Hidden)
-"""
-    done = simo("explain", "missing.ckpt", "missing.png", code=hide)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "simo explain: error: captum is missing: pip install 'simo_lightning[explain]'" in done.stderr
+def test_a_missing_captum_is_one_line(monkeypatch, capfd):
+    class Hidden:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.split(".")[0] == "captum":
+                raise ModuleNotFoundError("No module named 'captum'", name="captum")
+
+    for name in [each for each in sys.modules if each.split(".")[0] == "captum"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hidden, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", "missing.ckpt", "missing.png"])
+    assert ended.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("simo explain: error: captum is missing: pip install 'simo_lightning[explain]'")

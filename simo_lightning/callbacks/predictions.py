@@ -60,7 +60,11 @@ class EmbeddingWriter(BasePredictionWriter):
         path.parent.mkdir(parents=True, exist_ok=True)
         names = getattr(getattr(trainer, "datamodule", None), "class_names", [])
         embeddings = embeddings.float()
-        arrays = {"embeddings": embeddings.numpy(), "labels": labels.numpy(), "class_names": np.array(names)}
+        arrays: dict[str, Any] = {
+            "embeddings": embeddings.numpy(),
+            "labels": labels.numpy(),
+            "class_names": np.array(names),
+        }
         arrays |= _by_classes(embeddings, getattr(pl_module, "classes", None))
         np.savez(path, **arrays)
         rank_zero_info(f"{len(labels)} embeddings written to {path}")

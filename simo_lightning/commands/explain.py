@@ -34,7 +34,7 @@ def run(
         against: Another image file: explain the similarity of the two.
         class_name: Explain the similarity to the mean of this class. Default: the nearest one.
         gallery: File that simo embed wrote, or a folder of images, in which the nearest images are found.
-        out: Folder of the page and its pictures. Default: explained/NAME, after the image.
+        out: Folder of the page and its pictures. Default: explained/FOLDER/NAME, after the image.
         k: Nearest images, at most.
         steps: Steps of integrated gradients; more are closer to the integral, and take longer.
         device: auto, cpu, cuda, ...
@@ -45,7 +45,7 @@ def run(
     print("\n".join(printable_lines(explanation)))
     if gallery is None:
         print("nearest images: none without --gallery, a file that simo embed wrote or a folder of images")
-    folder = Path("explained", Path(image).stem) if out is None else Path(out)
+    folder = Path("explained", Path(image).parent.name, Path(image).stem) if out is None else Path(out)
     print(f"pictures in {printable(str(write_explanation(explanation, folder)))}")
 
 

@@ -150,7 +150,8 @@ def explain(
 
 
 def _name(picture: Picture | None) -> str:
-    return Path(picture).name if isinstance(picture, str | Path) else "image"
+    """File name with its folder, which often is the class."""
+    return "/".join(Path(picture).parts[-2:]) if isinstance(picture, str | Path) else "image"
 
 
 def _read(embedder: Embedder, picture: Picture) -> Tensor:

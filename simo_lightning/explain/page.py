@@ -39,7 +39,7 @@ def write_explanation(explanation: Explanation, folder: str | Path) -> Path:
     for view, name in zip(views, ("shares.png", "shares_against.png"), strict=False):
         if view.shares is not None and explanation.classes is not None:
             names = explanation.classes.names
-            figure = shares_figure(*view.shares, names, title=f"Shares of {view.name}")
+            figure = shares_figure(*view.shares, names, title=f"Shares of {printable(view.name)}")
             pictures.append(_picture(figure, folder / name, describe_shares(*view.shares, names)))
     neighbors = [(each, thumbnail(each.path)) for each in explanation.neighbors]
     environment = Environment(
@@ -122,7 +122,7 @@ def _names(view: View) -> list[str]:
 def _attribution_figure(views: list[View]) -> Figure:
     images = torch.stack([view.pixels if len(view.pixels) in (1, 3) else view.pixels[:1] for view in views])
     maps = [torch.cat(each) for each in zip(*(_maps(view) for view in views), strict=True)]
-    titles = [f"{view.name}: cosine {view.cosine:.3f} with {view.target}" for view in views]
+    titles = [f"{printable(view.name)}\ncosine {view.cosine:.3f} with {printable(view.target)}" for view in views]
     return attribution_figure(images, maps, _names(views[0]), titles)
 
 

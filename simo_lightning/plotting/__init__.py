@@ -9,6 +9,7 @@ from simo_lightning.plotting.reliability import describe_reliability, reliabilit
 from simo_lightning.plotting.scatter import describe_scatter, scatter_figure
 from simo_lightning.plotting.sequence import describe_sequence, save_animation, small_multiples_figure
 from simo_lightning.plotting.shares import (
+    ShareRow,
     class_shares_figure,
     describe_class_shares,
     describe_shares,
@@ -21,6 +22,7 @@ from simo_lightning.plotting.spectrum import describe_spectrum, spectrum_figure
 
 __all__ = [
     "Projection",
+    "ShareRow",
     "Snapshot",
     "attribution_figure",
     "class_colors",

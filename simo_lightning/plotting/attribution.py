@@ -11,6 +11,8 @@ from simo_lightning.plotting import canvas
 
 _SMOOTHING = 1 / 48  # standard deviation of the smoothing of signed maps, of the shorter side
 
+_LONGEST_LINE = 60  # characters of a title
+
 
 def attribution_figure(images: Tensor, maps: Sequence[Tensor], names: Sequence[str], titles: Sequence[str]) -> Figure:
     """Each image in colour and, beside it, in grey below each of its maps.
@@ -23,7 +25,7 @@ def attribution_figure(images: Tensor, maps: Sequence[Tensor], names: Sequence[s
         images: uint8 ``(N, 1 or 3, H, W)``.
         maps: One ``(N, H, W)`` for each column after the first.
         names: Of the maps, above the columns.
-        titles: Of the images, N, above the rows.
+        titles: Of the images, N, above the rows, with line breaks as they are.
 
     Returns:
         Figure of N rows and ``1 + len(maps)`` columns.
@@ -42,7 +44,7 @@ def attribution_figure(images: Tensor, maps: Sequence[Tensor], names: Sequence[s
     maps = [canvas.on_cpu("maps", each).float() for each in maps]
     _check(images, maps, names, titles)
     rows, columns = len(images), 1 + len(maps)
-    height = canvas.WIDTH / columns * images.shape[2] / images.shape[3] + 0.42
+    height = canvas.WIDTH / columns * images.shape[2] / images.shape[3] + 0.6
     figure = canvas.new_figure(max(1.0, rows * height))
     panels = figure.subplots(rows, columns, squeeze=False)
     grey = (rgb_to_grayscale(images) if images.shape[1] == 3 else images)[:, 0].numpy()
@@ -58,7 +60,8 @@ def attribution_figure(images: Tensor, maps: Sequence[Tensor], names: Sequence[s
             canvas.remove_ticks(axes)
             axes.set_xlabel(name, **canvas.LITERAL)
         middle = line[len(line) // 2] if columns % 2 else line[0]
-        canvas.set_title(middle, titles[row], size=10)
+        lines = titles[row].splitlines()
+        canvas.set_title(middle, "\n".join(canvas.drawable(line, _LONGEST_LINE) for line in lines), size=10)
     return figure
 
 
