@@ -7,6 +7,8 @@ from types import ModuleType
 EXTRAS = {
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
+    "faiss": "search",
+    "captum": "explain",
     "datasets": "hub",
     "huggingface_hub": "hub",
     "pytorch_metric_learning": "losses",

@@ -396,9 +396,7 @@ def _add_interactive(
 
 def _present(labels: Tensor, colors: Sequence[str]) -> list[tuple[int, str, int]]:
     found, counts = labels.unique(return_counts=True)
-    return [
-        (label, colors[label], count) for label, count in zip(found.tolist(), counts.tolist(), strict=True)
-    ]
+    return [(label, colors[label], count) for label, count in zip(found.tolist(), counts.tolist(), strict=True)]
 
 
 def _title(index: int, files: Sequence[str] | None) -> str:

@@ -127,9 +127,7 @@ def draw_similarity(folder: Path, means: Tensor, class_names: Sequence[str], ord
         "Off the diagonal 0 is best: such classes are orthogonal. Near 1 two classes share a direction; where all do, "
         "the embedding has collapsed."
     )
-    return Picture(
-        path, "Cosine between class means", plotting.describe_similarity(means[order], ordered), text
-    )
+    return Picture(path, "Cosine between class means", plotting.describe_similarity(means[order], ordered), text)
 
 
 def draw_norms(folder: Path, moments: ClassMoments, class_names: Sequence[str]) -> Picture:
