@@ -137,7 +137,7 @@ def embed_files(
             another call writes to ``out``, parts of a call with other arguments are there, or no image can be read.
     """
     out, checkpoint = Path(out).expanduser(), Path(checkpoint).expanduser()
-    _check(out, devices)
+    _check(out, devices, num_workers)
     options = {"device": device, "precision": precision, "batch_size": batch_size}
     embedder = Embedder.load(checkpoint, **options)
     if embedder.preprocessing.channels not in (1, 3):
@@ -145,7 +145,7 @@ def embed_files(
     _check_devices(embedder.device, devices)
     threads = torch.get_num_threads() if devices == 1 else max(1, torch.get_num_threads() // devices)
     workers = default_workers(most=16 * devices) // devices if num_workers is None else num_workers
-    embedder.num_workers = max(workers, 0)
+    embedder.num_workers = workers
     notes = []
     if classes is not None:
         embedder.classes = read_classes(classes, embedder, sha256_of(checkpoint))
@@ -185,13 +185,15 @@ def embed_files(
     return EmbeddedFiles(out, listed.count - broken, broken, embedded, seconds, notes)
 
 
-def _check(out: Path, devices: int) -> None:
+def _check(out: Path, devices: int, num_workers: int | None) -> None:
     if out.suffix not in WRITERS:
         raise ValueError(f"out must end in {' or '.join(WRITERS)}, got {str(out)!r}")
     if out.suffix == ".parquet":
         import_extra("pyarrow.parquet")
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
 
 
 def _check_devices(device: torch.device, devices: int) -> None:
