@@ -1,7 +1,5 @@
 """Embeddings of image files on disk, written to a file: any number of images, on several processes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing as mp
@@ -138,7 +136,7 @@ def embed_files(
     """
     out, checkpoint = Path(out).expanduser(), Path(checkpoint).expanduser()
     _check(out, devices, num_workers)
-    options = {"device": device, "precision": precision, "batch_size": batch_size}
+    options: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
     embedder = Embedder.load(checkpoint, **options)
     if embedder.preprocessing.channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3 to read image files, got {embedder.preprocessing.channels}")
