@@ -25,7 +25,7 @@ from benchmarks.timing_decode import make_photographs
 from simo_lightning import Embedder, ImageEncoder, Preprocessing, SimOModule
 from simo_lightning.checkpoints import TrainingClasses
 from simo_lightning.data.loader import keep_batch
-from simo_lightning.embed_files import embed_files
+from simo_lightning.embed_files import EmbeddedFiles, embed_files
 
 FILES = 64  # generated; the others are hard links to them
 BATCH = 64
@@ -75,11 +75,18 @@ def as_the_command() -> None:
     torch.set_num_threads(1)
 
 
-def rate(images: int, work: Callable[[], Any]) -> float:
-    """Images a second."""
-    start = time.perf_counter()
+def cpu_seconds() -> float:
+    """CPU time of this process and of its workers that have ended; other processes of the machine hardly change it."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def timed(name: str, images: int, work: Callable[[], Any]) -> Row:
+    """Images a second, and microseconds of CPU time per image."""
+    start, cpu = time.perf_counter(), cpu_seconds()
     work()
-    return images / (time.perf_counter() - start)
+    rate = images / (time.perf_counter() - start)
+    return {name: rate, f"{name} CPU us": 1e6 * (cpu_seconds() - cpu) / images}
 
 
 def floor_case(checkpoint: str, sources: list[str], images: int, workers: int) -> Row:
@@ -104,21 +111,26 @@ def floor_case(checkpoint: str, sources: list[str], images: int, workers: int) -
             embedder.embed(batch)
 
     encode()
-    encode_rate = rate(images, encode)
-    decode_rate = rate(images, lambda: [len(batch) for batch in read()])
-    return {"encode": encode_rate, "decode": decode_rate, "loop": rate(images, loop)}
+    works = {"encode": encode, "decode": lambda: [len(batch) for batch in read()], "loop": loop}
+    return {key: value for name, work in works.items() for key, value in timed(name, images, work).items()}
 
 
-def embed_case(checkpoint: str, images: list[str], out: str, workers: int) -> Row:
+def embed_case(checkpoint: str, images: str, count: int, out: str, workers: int) -> Row:
     """The whole of ``embed_files``, with the peak memory of its process and of its largest worker."""
     as_the_command()
     before = memory_mib("VmRSS")
-    start = time.perf_counter()
-    done = embed_files(checkpoint, images, out, batch_size=BATCH, num_workers=workers, device="cpu")
-    seconds = time.perf_counter() - start
+    done: list[EmbeddedFiles] = []
+    work = timed(
+        "embed",
+        count,
+        lambda: done.append(
+            embed_files(checkpoint, [images], out, batch_size=BATCH, num_workers=workers, device="cpu")
+        ),
+    )
+    assert done[0].images == count
     return {
-        "images": done.images,
-        "embed": done.images / seconds,
+        "images": count,
+        **work,
         "before_mib": before,
         "peak_mib": memory_mib(),
         "worker_peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
@@ -144,6 +156,11 @@ def killed(checkpoint: Path, images: Path, out: Path, workers: int, after: int) 
     return {"parts_at_kill": found, "same_bytes": same, "second_start": done.stdout.strip().rpartition("(")[2][:-1]}
 
 
+def _middle(name: str, one: float, other: float) -> float:
+    """Mean of two times, or of two rates by their times."""
+    return (one + other) / 2 if name.endswith("us") else 2 / (1 / one + 1 / other)
+
+
 def embed(given: argparse.Namespace) -> list[Row]:
     """A tenth of the images, all, and a table of a million rows that name 64 files of 8 x 8 pixels."""
     count, floor_images, listed = (2_000, 640, 4_000) if given.quick else (100_000, 12_800, 1_000_000)
@@ -162,14 +179,19 @@ def embed(given: argparse.Namespace) -> list[Row]:
             bare: Row = {**words, "sources": [str(path) for path in sources], "images": floor_images}
             before = in_process(floor_case, **bare) if images == count else {}
             found = in_process(
-                embed_case, **words, images=[str(folder / f"{images}")], out=str(folder / f"{images}.parquet")
+                embed_case,
+                **words,
+                images=str(folder / f"{images}"),
+                count=images,
+                out=str(folder / f"{images}.parquet"),
             )
             after = in_process(floor_case, **bare) if images == count else {}
             # the machine may be shared: the mean of before and after
-            floor = {name: 2 / (1 / before[name] + 1 / after[name]) for name in before}
+            floor = {name: _middle(name, before[name], after[name]) for name in before}
             if floor:
                 floor["apart"] = 1 / (1 / floor["encode"] + 1 / floor["decode"])
                 floor |= {f"embed / {name}": found["embed"] / floor[name] for name in ("apart", "loop")}
+                floor["CPU: loop / embed"] = floor["loop CPU us"] / found["embed CPU us"]
             rows.append({**case, **found, **floor})
             print(rows[-1], flush=True)
         rows[-1] |= killed(folder / "32.ckpt", folder / f"{count // 10}", folder, workers, 2 if not given.quick else 1)
@@ -180,7 +202,7 @@ def embed(given: argparse.Namespace) -> list[Row]:
             writer.writerow(["path"])
             writer.writerows([str(small[number % FILES])] for number in range(listed))
         found = in_process(
-            embed_case, checkpoint=str(folder / "8.ckpt"), images=[str(folder / "list.csv")],
+            embed_case, checkpoint=str(folder / "8.ckpt"), images=str(folder / "list.csv"), count=listed,
             out=str(folder / "list.parquet"), workers=workers,
         )  # fmt: skip
         rows.append({"pixels": 8, "files": "rows of a table", "workers": workers, **found})
