@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from simo_lightning import Embedder
 from simo_lightning.cli import main
@@ -200,7 +199,6 @@ def test_a_killed_command_continues_to_the_same_file(
 
 def test_two_processes_give_the_same_as_one(checkpoint: Path, tmp_path: Path) -> None:
     many_images(tmp_path, 1100)
-    torch.set_num_threads(1)
     for devices in (1, 2):
         embed_files(checkpoint, ["many"], f"{devices}.npz", devices=devices, batch_size=64, **OPTIONS)
     with np.load("1.npz") as one, np.load("2.npz") as two:

@@ -297,7 +297,7 @@ def _embed_missing(
     with bar:
         start = time.perf_counter()
         if devices == 1 or len(missing) < 2:
-            embed_parts(embedder, parts, listed, missing, settings, bar.update)
+            _embed_parts(embedder, parts, listed, missing, settings, bar.update)
         else:
             del embedder
             shares = [missing[rank::devices] for rank in range(min(devices, len(missing)))]
@@ -305,7 +305,7 @@ def _embed_missing(
         return listed.count - done, time.perf_counter() - start
 
 
-def embed_parts(
+def _embed_parts(
     embedder: Embedder,
     parts: Parts,
     listed: ImageList,
@@ -450,7 +450,7 @@ def _embed_in_process(
                 os._exit(1)
             messages.put(images)
 
-        embed_parts(embedder, parts, listed, numbers, settings, count)
+        _embed_parts(embedder, parts, listed, numbers, settings, count)
         messages.put(None)
     except KeyboardInterrupt:
         sys.exit(130)
