@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,6 +124,10 @@ class EmbeddingsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_dim(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"embeddings of {str(self.path)!r} must have at least 1 dimension, got {self.dim}")
+
     def _chunk_rows(self) -> int:
         return max(1, _CHUNK_BYTES // (4 * self.dim))
 
@@ -143,6 +148,7 @@ class _ParquetFile(EmbeddingsFile):
                 f"{str(path)!r} must have a column embedding, fixed-size lists, got {', '.join(schema.names)}"
             )
         self.dim = schema.field("embedding").type.list_size
+        self._check_dim()
         self.info = _json((schema.metadata or {}).get(b"simo_lightning", b"{}"), path)
         counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self.ends = np.cumsum(counts)  # row after the last of each row group
@@ -198,6 +204,7 @@ class _NpzFile(EmbeddingsFile):
         if embeddings is None or embeddings.ndim != 2 or embeddings.dtype.kind != "f":
             raise ValueError(f"{str(path)!r} must have an array embeddings of floats (N, D), got {', '.join(names)}")
         self.rows, self.dim = embeddings.shape
+        self._check_dim()
         self.columns = [name for name, values in self.arrays.items() if values.shape[:1] == (self.rows,)]
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -227,7 +234,7 @@ def _mapped(path: Path, name: str) -> np.ndarray:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version in read_header and entry.compress_type == zipfile.ZIP_STORED:
             shape, fortran, dtype = read_header[version](member)
-            length = int(np.prod(shape)) * dtype.itemsize
+            length = math.prod(shape) * dtype.itemsize
             if dtype.hasobject or entry.file_size != member.tell() + length:
                 raise ValueError(f"array {name} must hold plain values of shape {shape}")
             if length == 0:
