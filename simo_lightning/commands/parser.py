@@ -14,7 +14,9 @@ from simo_lightning.extras import missing_extra
 from simo_lightning.parser import in_one_line, user_error
 
 # Modules of this package by the name of their command, with what the command does.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "compare": "Show the reports of two or more runs side by side in one HTML file.",
+}
 
 
 class CommandParser(ArgumentParser):

@@ -24,6 +24,7 @@ from simo_lightning.plotting import Projection, load_snapshots
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.contents import make_contents
 from simo_lightning.report.curves import read_curves
+from simo_lightning.report.file_names import file_names
 from simo_lightning.report.page import write_page
 from simo_lightning.report.pictures import EmbeddedImages
 from simo_lightning.report.record import Record, save_record
@@ -106,6 +107,7 @@ def write_report(
             queries,
             max_points,
             read_curves(run),
+            _file_names(trainer, stage, len(data.labels)),
         )
         title = f"{details['Config']}: embeddings of the {_SPLITS[stage]} split"
         write_page(folder, title, details, contents)
@@ -199,6 +201,12 @@ def _short(folder: Path) -> str:
 def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
     names = [str(name) for name in getattr(datamodule, "class_names", None) or []]
     return names + [str(label) for label in range(len(names), int(labels.max()) + 1)]
+
+
+def _file_names(trainer: Any, stage: str, count: int) -> list[str] | None:
+    loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+    source = getattr(loaders, "dataset", None)
+    return None if source is None or len(source) != count else file_names(source, count)
 
 
 def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:
