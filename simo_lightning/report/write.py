@@ -138,7 +138,9 @@ def _embed(
 ) -> tuple[EmbeddedImages, dict[str, float], int | None]:
     """The split's embeddings, the accuracy of kNN and the retrieval scores on it, and kNN's k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
-    callbacks: list[EvaluationCallback] = [collector, _find(trainer, RetrievalMonitor())]
+    retrieval = RetrievalMonitor()
+    retrieval.required = False  # what is missing is reported below
+    callbacks: list[EvaluationCallback] = [collector, _find(trainer, retrieval)]
     if knn.bank is not None or callable(getattr(datamodule, "bank_dataloader", None)):
         callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
