@@ -62,7 +62,13 @@ def test_all_pictures_are_in_the_folder_of_the_run_by_default(digits_run: Path) 
     folder = run / "plots" / "report"
     names = ["curves", "norms", "pca", "similarity", "spectrum", "training_points", "training_similarity", "tsne"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["index.html", "report.json", "report.npz", "training.gif", *(f"{name}.{kind}" for name in names for kind in ("png", "svg"))]
+        [
+            "index.html",
+            "report.json",
+            "report.npz",
+            "training.gif",
+            *(f"{name}.{kind}" for name in names for kind in ("png", "svg")),
+        ]
     )
     page = Page(folder / "index.html")
     assert len(pictures(page)) == 6  # without the matrix and the maps

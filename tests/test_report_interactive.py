@@ -115,9 +115,12 @@ def test_the_page_fits_and_everything_has_a_name(few: Path, browser: Any, width:
     page = opened(browser, few, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("[...document.images].filter((i) => !i.alt.trim() || !i.naturalWidth).length") == 0
-    assert page.evaluate(
-        "[...document.querySelectorAll('input, button')].filter((e) => !(e.labels?.length || e.textContent.trim())).length"
-    ) == 0
+    assert (
+        page.evaluate(
+            "[...document.querySelectorAll('input, button')].filter((e) => !(e.labels?.length || e.textContent.trim())).length"
+        )
+        == 0
+    )
     check_quiet(page, few)
     page.close()
 
@@ -130,7 +133,9 @@ def test_pointing_shows_the_image_and_its_class(few: Path, browser: Any):
     page.mouse.move(*points[index])
     tip = page.locator("#map .tip")
     tip.wait_for(state="visible")
-    labels = page.evaluate("Array.from(Bokeh.documents.map((d) => d.get_model_by_name('points')).find(Boolean).data.label)")
+    labels = page.evaluate(
+        "Array.from(Bokeh.documents.map((d) => d.get_model_by_name('points')).find(Boolean).data.label)"
+    )
     assert tip.locator("b").text_content() == data["names"][labels[index]]
     assert data["map"]["titles"][index] in tip.text_content()
     seen = tip.locator(".thumb").evaluate(

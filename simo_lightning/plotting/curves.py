@@ -68,7 +68,9 @@ def curves_figure(runs: Mapping[str, Mapping[str, Curve]], names: Sequence[str],
     for axes in panels[len(names) :]:
         axes.remove()
     if len(runs) > 1:
-        box = figure.legend(list(lines.values()), ["."] * len(lines), loc="outside lower center", ncols=1, frameon=False)
+        box = figure.legend(
+            list(lines.values()), ["."] * len(lines), loc="outside lower center", ncols=1, frameon=False
+        )
         for text, run in zip(box.get_texts(), lines, strict=True):
             text.set(text=canvas.drawable(run, 48), **canvas.LITERAL)
     return figure

@@ -76,8 +76,7 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path) -> Path:
         raise ValueError(f"runs must be different folders, got {', '.join(map(str, folders))}")
     reports = _find_reports(folders)
     compared = [
-        _load(name, folder, report)
-        for name, folder, report in zip(_names(folders), folders, reports, strict=True)
+        _load(name, folder, report) for name, folder, report in zip(_names(folders), folders, reports, strict=True)
     ]
     stages = {run.record.stage for run in compared}
     if len(stages) > 1:
@@ -147,7 +146,9 @@ def _find_reports(folders: Sequence[Path]) -> list[Path]:
         if report is not None:
             found.append(report)
         elif (folder / "config.yaml").is_file():
-            missing.append(f"{folder} has no report, simo plot --config {folder}/config.yaml --run_dir {folder} makes it")
+            missing.append(
+                f"{folder} has no report, simo plot --config {folder}/config.yaml --run_dir {folder} makes it"
+            )
         else:
             missing.append(f"{folder} is neither a run nor a report")
     if missing:

@@ -36,6 +36,7 @@ from simo_lightning.report.pictures import (
     draw_curves,
     draw_maps,
     draw_norms,
+    draw_shares,
     draw_similarity,
     draw_spectrum,
     draw_training,
@@ -127,6 +128,7 @@ def make_contents(
     max_points: int = 2000,
     curves: Mapping[str, Curve] | None = None,
     files: Sequence[str] | None = None,
+    training_means: Tensor | None = None,
 ) -> Contents:
     """Analyse the embeddings and draw all pictures.
 
@@ -144,6 +146,8 @@ def make_contents(
             has at least ten points.
         curves: What the run logged in training.
         files: Name of each image of the split; None: an image is called by its number.
+        training_means: Class means of the training images ``(C, D)``, for the orthogonal shares; None: those of the
+            split.
 
     Returns:
         The contents.
@@ -187,6 +191,7 @@ def make_contents(
             groups=metric_groups(rows),
         ),
         *compared.sections(chosen),
+        _shares(folder, compared, class_names, moments.means, training_means),
         Section("Use of dimensions", "How many directions are in use.", [draw_spectrum(folder, moments)]),
         Section("Norms", "How long the embeddings of each class are.", [draw_norms(folder, moments, class_names)]),
         Section("Training curves", "What the run logged.", draw_curves(folder, curves or {})),
@@ -308,6 +313,19 @@ class _Compared:
         )
 
 
+def _shares(
+    folder: Path, compared: _Compared, class_names: Sequence[str], means: Tensor, training_means: Tensor | None
+) -> Section:
+    of = "training images" if training_means is not None else "split's own images"
+    text = (
+        "The energy of an embedding is split into one share for each class direction, made orthogonal, and a rest. The "
+        f"directions are the class means of the {of}."
+    )
+    used = means if training_means is None else training_means
+    pictures = draw_shares(folder, compared.embeddings, compared.labels, class_names, used)
+    return Section("Orthogonal shares", text, pictures)
+
+
 def _chosen_queries(data: EmbeddedImages, queries: int | Sequence[int]) -> Tensor:
     """Positions of the queries among the images."""
     if data.images is None or len(data.images) < 2:
@@ -396,9 +414,7 @@ def _add_interactive(
 
 def _present(labels: Tensor, colors: Sequence[str]) -> list[tuple[int, str, int]]:
     found, counts = labels.unique(return_counts=True)
-    return [
-        (label, colors[label], count) for label, count in zip(found.tolist(), counts.tolist(), strict=True)
-    ]
+    return [(label, colors[label], count) for label, count in zip(found.tolist(), counts.tolist(), strict=True)]
 
 
 def _title(index: int, files: Sequence[str] | None) -> str:

@@ -34,7 +34,7 @@ def write_page(folder: Path, title: str, details: Mapping[str, str], contents: C
         OSError: If a picture cannot be read or the page cannot be written.
     """
     path = folder / "index.html"
-    bokeh = Markup(bokeh_script()) if contents.data else ""  # noqa: S704  # not of a user
+    bokeh = Markup(bokeh_script()) if contents.data else ""  # not of a user
     render_page(path, "page.html", title=title, details=details, contents=contents, bokeh=bokeh)
     return path
 
@@ -60,7 +60,7 @@ def render_page(path: Path, template: str, **values: Any) -> None:
         loader=FunctionLoader(lambda name: package.joinpath(name).read_text(encoding="utf-8")),
     )
     environment.filters["data_uri"] = _data_uri
-    environment.filters["as_json"] = lambda value: Markup(as_json(value))  # noqa: S704  # has no character of HTML
+    environment.filters["as_json"] = lambda value: Markup(as_json(value))  # has no character of HTML
     text = environment.get_template(template).render(verdicts=_VERDICTS, **values)
     path.write_text(text, encoding="utf-8")
 

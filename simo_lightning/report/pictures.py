@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from simo_lightning import plotting
+from simo_lightning.functional.calibration import reliability
+from simo_lightning.functional.decomposition import orthogonal_shares
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.plotting import Curve, Projection, Snapshot
 from simo_lightning.plotting.canvas import save, share
@@ -127,9 +129,7 @@ def draw_similarity(folder: Path, means: Tensor, class_names: Sequence[str], ord
         "Off the diagonal 0 is best: such classes are orthogonal. Near 1 two classes share a direction; where all do, "
         "the embedding has collapsed."
     )
-    return Picture(
-        path, "Cosine between class means", plotting.describe_similarity(means[order], ordered), text
-    )
+    return Picture(path, "Cosine between class means", plotting.describe_similarity(means[order], ordered), text)
 
 
 def draw_norms(folder: Path, moments: ClassMoments, class_names: Sequence[str]) -> Picture:
@@ -185,6 +185,44 @@ def draw_maps(
         save(plotting.scatter_figure(places, labels, class_names, title), path)
         pictures.append(Picture(path, name, plotting.describe_scatter(places, labels, class_names, title), text))
     return pictures
+
+
+def draw_shares(
+    folder: Path, embeddings: Tensor, labels: Tensor, class_names: Sequence[str], means: Tensor
+) -> list[Picture]:
+    """Orthogonal shares: of each class, and the accuracy by the largest of an image.
+
+    Args:
+        folder: Must exist; the pictures are written into it.
+        embeddings: ``(N, D)``.
+        labels: ``(N,)``.
+        class_names: C names.
+        means: Class means ``(C, D)``.
+
+    Returns:
+        Two pictures.
+    """
+    decomposed = orthogonal_shares(embeddings, means)
+    largest = decomposed.shares.max(dim=1)
+    result = reliability(largest.values.clamp(max=1), largest.indices == labels)
+    paths = [folder / "shares.png", folder / "reliability.png"]
+    save(plotting.class_shares_figure(decomposed, labels, class_names), paths[0])
+    save(plotting.reliability_figure(result), paths[1])
+    return [
+        Picture(
+            paths[0],
+            "Mean shares of each class",
+            plotting.describe_class_shares(decomposed, labels, class_names),
+            "How much of the energy of its embeddings lies along its own direction, along those of other classes, and "
+            "outside of all.",
+        ),
+        Picture(
+            paths[1],
+            "Accuracy by the largest share",
+            plotting.describe_reliability(result),
+            "How often the class with the largest share is the right one, by the size of that share.",
+        ),
+    ]
 
 
 def draw_curves(folder: Path, curves: Mapping[str, Curve]) -> list[Picture]:

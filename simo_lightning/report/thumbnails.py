@@ -108,8 +108,10 @@ def _grid(images: Tensor) -> Tensor:
     rows = -(-count // columns)
     cells = images.new_zeros(rows * columns, channels, height, width)
     cells[:count] = images
-    return cells.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4).reshape(
-        channels, rows * height, columns * width
+    return (
+        cells.view(rows, columns, channels, height, width)
+        .permute(2, 0, 3, 1, 4)
+        .reshape(channels, rows * height, columns * width)
     )
 
 

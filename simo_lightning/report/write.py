@@ -16,7 +16,7 @@ from torch import Tensor
 from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN, RetrievalMonitor
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.checkpoints import TrainingClasses, read_checkpoint
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
@@ -108,6 +108,7 @@ def write_report(
             max_points,
             read_curves(run),
             _file_names(trainer, stage, len(data.labels)),
+            _training_means(model, names),
         )
         title = f"{details['Config']}: embeddings of the {_SPLITS[stage]} split"
         write_page(folder, title, details, contents)
@@ -203,6 +204,14 @@ def _short(folder: Path) -> str:
 def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
     names = [str(name) for name in getattr(datamodule, "class_names", None) or []]
     return names + [str(label) for label in range(len(names), int(labels.max()) + 1)]
+
+
+def _training_means(model: Any, class_names: list[str]) -> Tensor | None:
+    """The class means that the checkpoint holds, if it has one for each class."""
+    classes = getattr(model, "classes", None)
+    if not isinstance(classes, TrainingClasses) or classes.means is None or list(classes.names) != class_names:
+        return None
+    return None if classes.means.isnan().any() else classes.means.detach().cpu()
 
 
 def _file_names(trainer: Any, stage: str, count: int) -> list[str] | None:
