@@ -198,7 +198,7 @@ def test_a_foreign_module_gets_a_page_with_its_own_numbers(page: Page, seeded: F
 
 
 def test_the_page_stands_alone(page: Page):
-    assert len(pictures(page)) == 2  # spectrum and norms; matrix and map are drawn by the browser
+    assert len(pictures(page)) == 4  # shares, spectrum and norms; matrix and map are drawn by the browser
     assert [tag for tag, _ in page.elements if tag in ("link", "iframe", "object", "base")] == []
     policy = page.all("meta")[-1]
     assert policy["http-equiv"] == "Content-Security-Policy"
@@ -298,6 +298,7 @@ def test_of_a_thousand_classes_a_map_shows_some_with_ten_points_each(tmp_path: P
         "Map",
         "Metrics",
         "Recall of each class",
+        "Orthogonal shares",
         "Use of dimensions",
         "Norms",
     ]
@@ -325,7 +326,7 @@ def test_the_rows_of_images_are_those_of_the_embeddings(tmp_path: Path):
     sections = {section.title: section for section in contents.sections}
     (suspect,) = sections["Likely wrong labels"].strips
     assert suspect.title == "Labelled class 1"
-    assert suspect.text.startswith("Perhaps class 4: 100 % of its neighbours, 0 % share its label")
+    assert suspect.text.startswith("Perhaps class 4: 100 % of the neighbours, 0 % its label")
     assert suspect.shots[0].alt == "Query: class 1, image 13"
     assert {shot.name for shot in suspect.shots[1:]} == {"class 4"}
     assert {shot.kind for shot in suspect.shots[1:]} == {"wrong"}
@@ -343,7 +344,7 @@ def test_the_rows_of_images_are_those_of_the_embeddings(tmp_path: Path):
         "0.81",
         "10",
         "class 4 (1)",
-    ]  # nine queries find 8 of 9: 0.9 * 8/9 + 0
+    ]
     assert rows_of["class 5"] == ["class 5", "1.00", "1.00", "10", "-"]
 
 
@@ -369,7 +370,6 @@ def test_the_record_holds_the_numbers_of_the_page(page: Page):
     assert math.isnan(next(row.value for row in record.rows if row.name == "knn"))
     assert sorted(record.points) == ["pca", "tsne"]
     assert record.points["pca"].shape == (24, 2)
-    rows, labels = Data().set.tensors
     assert len(record.headline) == 5
     assert record.headline[0].name == "MAP@R"
 
@@ -377,7 +377,7 @@ def test_the_record_holds_the_numbers_of_the_page(page: Page):
 @pytest.mark.parametrize("damage", [b"{", b"[]", b'{"format": 2}'])
 def test_a_damaged_record_is_reported(page: Page, damage: bytes, tmp_path: Path):
     (tmp_path / "report.json").write_bytes(damage)
-    with pytest.raises(ValueError, match="report.json must be a file that simo plot wrote"):
+    with pytest.raises(ValueError, match=r"report\.json must be a file that simo plot wrote"):
         load_record(tmp_path)
 
 

@@ -21,6 +21,7 @@ pytestmark = [
     # of playwright's own event loop
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
 ]
+MODEL = "Bokeh.documents.map((each) => each.get_model_by_name('%s')).find(Boolean)"
 _SECONDS = 120_000  # milliseconds that a step may take on a busy machine
 
 
@@ -117,7 +118,8 @@ def test_the_page_fits_and_everything_has_a_name(few: Path, browser: Any, width:
     assert page.evaluate("[...document.images].filter((i) => !i.alt.trim() || !i.naturalWidth).length") == 0
     assert (
         page.evaluate(
-            "[...document.querySelectorAll('input, button')].filter((e) => !(e.labels?.length || e.textContent.trim())).length"
+            """[...document.querySelectorAll('input, button')]
+            .filter((e) => !(e.labels?.length || e.textContent.trim())).length"""
         )
         == 0
     )
@@ -133,9 +135,7 @@ def test_pointing_shows_the_image_and_its_class(few: Path, browser: Any):
     page.mouse.move(*points[index])
     tip = page.locator("#map .tip")
     tip.wait_for(state="visible")
-    labels = page.evaluate(
-        "Array.from(Bokeh.documents.map((d) => d.get_model_by_name('points')).find(Boolean).data.label)"
-    )
+    labels = page.evaluate(f"Array.from({MODEL % 'points'}.data.label)")
     assert tip.locator("b").text_content() == data["names"][labels[index]]
     assert data["map"]["titles"][index] in tip.text_content()
     seen = tip.locator(".thumb").evaluate(
@@ -157,7 +157,7 @@ def test_pointing_shows_the_image_and_its_class(few: Path, browser: Any):
 
 def test_a_click_hides_a_class_and_the_buttons_all(few: Path, browser: Any):
     page = opened(browser, few, 1280)
-    shown = "Bokeh.documents.map((d) => d.get_model_by_name('shown')).find(Boolean).booleans.filter(Boolean).length"
+    shown = f"{MODEL % 'shown'}.booleans.filter(Boolean).length"
     assert page.evaluate(shown) == 120
     points = places(page)
     index = alone(points)
@@ -201,7 +201,10 @@ def test_the_keyboard_reaches_and_moves_everything(few: Path, browser: Any):
         page.keyboard.press("Tab")
         reached.add(
             page.evaluate(
-                "(() => { const e = document.activeElement; return e.id || e.name || e.value || e.textContent.trim(); })()"
+                """(() => {
+                  const e = document.activeElement;
+                  return e.id || e.name || e.value || e.textContent.trim();
+                })()"""
             )
         )
     assert {"map", "matrix", "projection", "0", "5", "Show all", "Hide all"} <= reached
@@ -244,7 +247,7 @@ def test_a_thousand_classes_and_ten_thousand_images(many: Path, browser: Any):
     boxes = page.locator("#marks li:visible")
     assert boxes.count() == 11  # 99 and 990 to 999
     page.get_by_label("class-with-a-long-name-994", exact=True).check()
-    marked = "Bokeh.documents.map((d) => d.get_model_by_name('marked')).find(Boolean).booleans.filter(Boolean).length"
+    marked = f"{MODEL % 'marked'}.booleans.filter(Boolean).length"
     assert page.evaluate(marked) == 10
     page.get_by_role("button", name="Highlight none").click()
     assert page.evaluate(marked) == 0

@@ -20,7 +20,8 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     A neighbour of another class than the query's has a thick border and a cross before its name.
 
     Args:
-        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Names take up to three lines.
+        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Names take
+            up to three lines.
         labels: Class of each image, ``(Q, 1 + K)``.
         class_names: Names of all classes.
 

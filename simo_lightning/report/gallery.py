@@ -140,7 +140,7 @@ class Gallery:
         """Images whose neighbours agree on another class, and how many there are."""
         found: WrongLabels = likely_wrong_labels(neighbors, labels)
         texts = [
-            f"Perhaps {self.class_names[other]}: {100 * share:.0f} % of its neighbours, {100 * own:.0f} % share its label"
+            f"Perhaps {self.class_names[other]}: {100 * share:.0f} % of the neighbours, {100 * own:.0f} % its label"
             for other, share, own in zip(
                 found.suggested.tolist(), found.share.tolist(), found.own_share.tolist(), strict=True
             )
