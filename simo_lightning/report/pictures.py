@@ -33,19 +33,19 @@ class EmbeddedImages(NamedTuple):
         embeddings: ``(N, D)``.
         labels: ``(N,)``.
         images: uint8 ``(M, C, H, W)`` of some embeddings, or None.
-        index: Which embeddings have images, ascending ``(M,)``; None: the first M.
+        indices: Which embeddings have images, ascending ``(M,)``; None: the first M.
     """
 
     embeddings: Tensor
     labels: Tensor
     images: Tensor | None = None
-    index: Tensor | None = None
+    indices: Tensor | None = None
 
     @property
     def pictured(self) -> Tensor:
         """Which embeddings have images, ``(M,)``."""
         count = 0 if self.images is None else len(self.images)
-        return torch.arange(count) if self.index is None else self.index
+        return torch.arange(count) if self.indices is None else self.indices
 
 
 class Picture(NamedTuple):
