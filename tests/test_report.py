@@ -337,10 +337,11 @@ def test_the_rows_of_images_are_those_of_the_embeddings(tmp_path: Path):
     assert confused.title == "class 1 and class 4"
     nearest = sections["Nearest neighbours"].strips
     assert [strip.title for strip in nearest] == ["class 0", "class 2", "class 4"]  # spread over the classes
-    rows_of = {row[0]: row for row in sections["Recall of each class"].table.rows}
+    table = sections["Recall of each class"].table
+    rows_of = {row[0]: [*row, note] for row, note in zip(table.rows, table.notes, strict=True)}
     # of class 1, nine images find 8 of their 9 others and one none: 0.9 * 8 / 9
-    assert rows_of["class 1"] == ["class 1", "0.90", "0.80", "10", "class 4 (1)"]
-    assert rows_of["class 5"] == ["class 5", "1.00", "1.00", "10", "-"]
+    assert rows_of["class 1"] == ["class 1", "0.90", "0.80", "10", "most often taken for class 4 (1)"]
+    assert rows_of["class 5"] == ["class 5", "1.00", "1.00", "10", ""]
 
 
 def test_of_many_images_every_nth_is_kept_over_the_whole_split():
@@ -486,3 +487,11 @@ def test_write_page_gives_the_file():
     path = write_page(Path(), "t", {"Config": "c"}, Contents())
     assert path == Path("index.html")
     assert pictures(Page(path)) == []
+
+
+def test_the_matrix_leaves_out_classes_without_images(tmp_path: Path):
+    labels = 2 * (torch.arange(48) % 12)  # every second of 24 classes
+    rows = torch.eye(12)[labels // 2] + 0.1 * torch.randn(48, 12, generator=torch.Generator().manual_seed(0))
+    contents = contents_of(tmp_path, EmbeddedImages(rows, labels), 24, projections=["pca"])
+    assert sorted(contents.order.tolist()) == list(range(0, 24, 2))
+    assert contents.sections[0].pictures[0].alt.startswith("Cosines between the means of 12 classes")

@@ -243,9 +243,10 @@ def _draw_pairs(folder: Path, runs: Sequence[ComparedRun]) -> list[tuple[str, st
 
 
 def _order(means: Tensor) -> Tensor:
-    if len(means) <= _MOST_UNORDERED:
-        return torch.arange(len(means))
-    return cluster_order(plotting.class_cosines(means))
+    """The order of the classes that have images."""
+    few = len(means) <= _MOST_UNORDERED
+    order = torch.arange(len(means)) if few else cluster_order(plotting.class_cosines(means))
+    return order[~means.isnan().any(dim=1)[order]]
 
 
 def _differing(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
