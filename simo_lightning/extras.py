@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 EXTRAS = {
+    "bokeh": "report",
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
     "faiss": "search",

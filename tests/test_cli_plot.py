@@ -60,14 +60,21 @@ def test_all_pictures_are_in_the_folder_of_the_run_by_default(digits_run: Path) 
     plot("--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--queries", "[3,17]", "--max_points", "50")
     assert {path for path in run.rglob("*") if "report" not in path.parts} == before
     folder = run / "plots" / "report"
-    names = ["neighbors", "norms", "pca", "similarity", "spectrum", "training_points", "training_similarity", "tsne"]
+    names = ["curves", "norms", "pca", "reliability", "shares", "similarity", "spectrum", "tsne"]
+    names += ["training_points", "training_similarity"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["index.html", "training.gif", *(f"{name}.png" for name in names)]
+        [
+            "index.html",
+            "report.json",
+            "report.npz",
+            "training.gif",
+            *(f"{name}.{kind}" for name in names for kind in ("png", "svg")),
+        ]
     )
     page = Page(folder / "index.html")
-    assert len(pictures(page)) == 9
+    assert len(pictures(page)) == 8  # without the matrix and the maps
     assert any("Queries, from 0: 3, 17." in text for text in page.texts)
-    assert any("50 of 143" in (image["alt"] or "") for image in page.all("img"))
+    assert any("50 of 143" in text for text in page.texts)
 
 
 def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import os
 from html.parser import HTMLParser
@@ -21,30 +22,59 @@ from simo_lightning.data import DigitsPairDataModule
 from simo_lightning.functional.geometry import GEOMETRY
 from simo_lightning.functional.moments import class_moments
 from simo_lightning.plotting import Snapshot, save_snapshot
-from simo_lightning.report import MetricRow, metric_rows, write_page, write_report
+from simo_lightning.report import (
+    Contents,
+    EmbeddedImages,
+    EmbeddingCollector,
+    MetricRow,
+    load_record,
+    make_contents,
+    metric_groups,
+    metric_rows,
+    write_page,
+    write_report,
+)
 from simo_lightning.report.collector import as_pixels
-from simo_lightning.report.pictures import EmbeddedImages, choose_queries, draw_sections, nearest_neighbors
+from simo_lightning.report.pictures import choose_queries
+from simo_lightning.report.thumbnails import make_sprite
 
 NASTY = '<b>&"'
 NAMES = [NASTY, "$$", "_" + os.fsdecode(b"caf\xe9\0\n")]
 
 
 class Page(HTMLParser):
-    """Elements of a page, and its text."""
+    """Elements of a page, and its text without scripts and styles."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.inside = ""
         self.path = path
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
 
     def handle_data(self, data):
-        self.texts.append(data.strip())
+        if self.inside == "script":
+            self.scripts.append(data)
+        elif self.inside != "style":
+            self.texts.append(data.strip())
+
+    @property
+    def markup(self) -> str:
+        """The source without what the library and its data hold."""
+        text = self.source
+        for script in self.scripts:
+            text = text.replace(script, "")
+        return text
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -120,9 +150,11 @@ def plot(module: pl.LightningModule, data: pl.LightningDataModule, **named) -> P
 
 
 def pictures(page: Page) -> list[Image.Image]:
-    """Every picture of a page, decoded; each must bring its own bytes."""
+    """The figures of a page, decoded; each must bring its own bytes."""
     found = []
     for image in page.all("img"):
+        if "height" not in image:  # a photograph in a row
+            continue
         head, _, code = (image["src"] or "").partition(";base64,")
         found.append(Image.open(io.BytesIO(base64.b64decode(code, validate=True))))
         found[-1].load()
@@ -166,13 +198,18 @@ def test_a_foreign_module_gets_a_page_with_its_own_numbers(page: Page, seeded: F
 
 
 def test_the_page_stands_alone(page: Page):
-    assert len(pictures(page)) == 6  # similarity, norms, PCA, t-SNE, spectrum, neighbours
-    assert [tag for tag, _ in page.elements if tag in ("script", "link", "iframe", "object", "base")] == []
+    assert len(pictures(page)) == 4  # shares, spectrum and norms; matrix and map are drawn by the browser
+    assert [tag for tag, _ in page.elements if tag in ("link", "iframe", "object", "base")] == []
+    policy = page.all("meta")[-1]
+    assert policy["http-equiv"] == "Content-Security-Policy"
+    assert (policy["content"] or "").startswith("default-src 'none'; ")
+    assert "http" not in (policy["content"] or "")
     for tag, attributes in page.elements:
         for name in {"src", "href", "srcset", "poster", "data", "action"} & attributes.keys():
-            assert (attributes[name] or "").startswith("data:"), (tag, name)
-    for word in ("http:", "https:", "file:", "url(", "@import", str(page.path.parent), str(Path.home())):
-        assert word not in page.source, word
+            assert (attributes[name] or "").startswith(("data:", "#section-")), (tag, name)
+    for word in ("http:", "https:", "file:", "@import", str(page.path.parent), str(Path.home())):
+        assert word not in page.markup, word
+    assert all(each.startswith('"data:') for each in page.markup.split("url(")[1:])
 
 
 def test_the_page_can_be_read_by_everyone(page: Page):
@@ -184,24 +221,30 @@ def test_the_page_can_be_read_by_everyone(page: Page):
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
     alts = [image["alt"] or "" for image in page.all("img")]
-    assert all(len(alt) > 20 for alt in alts)
-    assert len(set(alts)) == len(alts)
+    assert all(len(alt) > 5 for alt in alts)
+    figures = [image["alt"] or "" for image in page.all("img") if "height" in image]
+    assert all(len(alt) > 20 for alt in figures)
+    assert len(set(figures)) == len(figures)
     assert {cell["scope"] for cell in page.all("th")} == {"col", "row"}
 
 
 def test_names_are_escaped(page: Page):
-    assert page.all("b") == page.all("script") == []
+    scripts = [script for script in page.all("script")]
+    assert scripts == [{"type": "application/json", "id": "report-data"}, {}, {}]
+    assert "<" not in page.scripts[0]
     alts = " ".join(image["alt"] or "" for image in page.all("img"))  # as the parser undoes it
-    for shown in (NASTY, r"_caf\udce9\x00"):
-        assert shown in alts
+    names = json.loads(page.scripts[0])["names"]
+    assert names == [NASTY, "$$", r"_caf\udce9\x00"]
+    assert all(name in alts for name in names)
+    assert len(page.all("b")) == 5  # the numbers at the top
     assert page.after("Config") == rf"{NASTY}</title><script>\udcff"
 
 
 def test_the_page_is_valid_html(page: Page):
     """The rules of HTML that a template can break: elements nest and end, attributes and ids occur once."""
     assert page.source.startswith("<!DOCTYPE html>\n<html lang=")
-    Nesting().check(page.source)
-    assert not any(character in page.source for character in map(chr, [*range(9), 11, 12, *range(14, 32), 127]))
+    Nesting().check(page.markup)
+    assert not any(character in page.markup for character in map(chr, [*range(9), 11, 12, *range(14, 32), 127]))
     assert page.source.encode("utf-8").decode("utf-8") == page.source
 
 
@@ -211,7 +254,6 @@ def test_without_names_images_and_a_second_class():
     page = plot(Foreign(), data)
     assert page.after("Images") == "24 of 1 classes"
     assert "Nearest neighbours" not in page.texts
-    assert not Path("out/neighbors.png").exists()
     assert page.value("class_cosine") == "undefined"
     assert float(page.value("rms_norm")) > 0
     assert "nan" not in page.texts
@@ -225,35 +267,134 @@ def test_training_is_shown_where_the_run_kept_snapshots():
     assert "Along training" in page.texts
     moving = [picture for picture in pictures(page) if picture.format == "GIF"]
     assert [getattr(picture, "n_frames", 1) for picture in moving] == [3]
-    assert len(page.all("details")) == 1
+    assert page.all("details").count({"open": None}) == 1
     assert any(text.startswith("Star coordinates: each class has an axis") for text in page.texts)
+
+
+def contents_of(folder: Path, data: EmbeddedImages, num_classes: int, **named) -> Contents:
+    moments = class_moments(data.embeddings, data.labels, num_classes)
+    names = [f"class {index}" for index in range(num_classes)]
+    return make_contents(folder, data, moments, names, metric_rows(moments), **named)
 
 
 def test_training_is_shown_in_the_principal_plane_where_a_class_has_no_kept_mean(tmp_path: Path):
     labels, rows = torch.arange(1_002) % 501, torch.randn(1_002, 4, generator=torch.Generator().manual_seed(0))
     moments = class_moments(rows, labels, 501)
     kept = [Snapshot.of_moments(epoch, epoch, moments, rows[:300], labels[:300]) for epoch in range(2)]
-    names = [f"class {index}" for index in range(501)]
-    training = draw_sections(tmp_path, EmbeddedImages(rows, labels), moments, names, kept, ["pca"])[-1]
-    assert training.title == "Along training"
-    points, cosines, moving = training.pictures
+    training = contents_of(tmp_path, EmbeddedImages(rows, labels), 501, snapshots=kept, projections=["pca"]).sections
+    assert training[-1].title == "Along training"
+    points, cosines, moving = training[-1].pictures
     assert points.text == moving.text == "One map for all epochs: PCA of the last one."
     assert cosines.text.endswith("; 251 of 501 classes.")
 
 
 def test_of_a_thousand_classes_a_map_shows_some_with_ten_points_each(tmp_path: Path):
-    labels = torch.arange(20_000) % 1_000
+    labels = torch.arange(4_000) % 1_000
     rows = torch.randn(1_000, 8, generator=torch.Generator().manual_seed(0))[labels]
     rows = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    class_names = [f"class {index}" for index in range(1_000)]
-    moments = class_moments(rows, labels, 1_000)
-    sections = draw_sections(tmp_path, EmbeddedImages(rows, labels), moments, class_names, max_points=500)
-    assert [section.title for section in sections] == ["Classes", "Maps", "Dimensions"]
-    (pca, tsne) = sections[1].pictures
-    expected = "of 500 of 20,000 embeddings 50 of 1,000 classes: map of 500 embeddings of 50 classes"
-    assert pca.alt.startswith(f"PCA {expected}")
-    assert tsne.alt.startswith(f"t-SNE {expected}")
-    assert int(tsne.alt.split("; ")[1].split(" %")[0]) > 90  # the classes are tight
+    contents = contents_of(tmp_path, EmbeddedImages(rows, labels), 1_000, max_points=500, projections=["pca"])
+    assert [section.title for section in contents.sections] == [
+        "Similarity of the classes",
+        "Map",
+        "Metrics",
+        "Recall of each class",
+        "Orthogonal shares",
+        "Use of dimensions",
+        "Norms",
+    ]
+    (pca,) = contents.sections[1].pictures
+    assert pca.alt.startswith("PCA of 200 of 4,000 embeddings 50 of 1,000 classes: map of 200 embeddings of 50 classes")
+    assert sorted(contents.order.tolist()) == list(range(1_000))  # the matrix has all classes
+    assert len(contents.sections[3].table.rows) == 1_000
+    write_page(tmp_path, "t", {}, contents)
+    page = Page(tmp_path / "index.html")
+    assert page.path.stat().st_size < 10e6
+    assert len(json.loads(page.scripts[0])["matrix"]["order"]) == 1_000
+    assert "990 more" in page.texts
+
+
+def test_the_rows_of_images_are_those_of_the_embeddings(tmp_path: Path):
+    """Six tight classes at right angles; one image lies in another class, and two images are copies."""
+    labels = torch.arange(60) % 6
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.eye(6)[labels] + 0.02 * torch.randn(60, 6, generator=generator)
+    images = torch.randint(0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    rows[13] = torch.eye(6)[4]  # labelled 1
+    images[7], rows[7] = images[31], rows[31]  # both labelled 1
+    data = EmbeddedImages(rows, labels, images)
+    contents = contents_of(tmp_path, data, 6, projections=["pca"], queries=3)
+    sections = {section.title: section for section in contents.sections}
+    (suspect,) = sections["Likely wrong labels"].strips
+    assert suspect.title == "Labelled class 1"
+    assert suspect.text.startswith("Perhaps class 4: 100 % of the neighbours, 0 % its label")
+    assert suspect.shots[0].alt == "Query: class 1, image 13"
+    assert {shot.name for shot in suspect.shots[1:]} == {"class 4"}
+    assert {shot.kind for shot in suspect.shots[1:]} == {"wrong"}
+    (copies,) = sections["Near duplicates"].strips
+    assert copies.text == "Correlation of the pixels 1.00, cosine of the embeddings 1.00."
+    assert [shot.note for shot in copies.shots] == ["image 7", "image 31"]
+    (confused, *_) = sections["Most confused classes"].strips
+    assert confused.title == "class 1 and class 4"
+    nearest = sections["Nearest neighbours"].strips
+    assert [strip.title for strip in nearest] == ["class 0", "class 2", "class 4"]  # spread over the classes
+    table = sections["Recall of each class"].table
+    rows_of = {row[0]: [*row, note] for row, note in zip(table.rows, table.notes, strict=True)}
+    # of class 1, nine images find 8 of their 9 others and one none: 0.9 * 8 / 9
+    assert rows_of["class 1"] == ["class 1", "0.90", "0.80", "10", "most often taken for class 4 (1)"]
+    assert rows_of["class 5"] == ["class 5", "1.00", "1.00", "10", ""]
+
+
+def test_of_many_images_every_nth_is_kept_over_the_whole_split():
+    labels = torch.arange(50)
+    collector = EmbeddingCollector(max_images=8)
+    for part in labels.split(9):
+        images = part.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).to(torch.uint8)
+        collector.update(trainer(), part.float().view(-1, 1), part, (images, part), (0, 0))
+    collector.compute(trainer(), Foreign(), "val")
+    result = collector.result
+    assert result is not None
+    assert result.pictured.tolist() == [0, 8, 16, 24, 32, 40, 48]
+    assert result.images[:, 0, 0, 0].tolist() == result.pictured.tolist()
+    assert len(result.embeddings) == 50
+
+
+def test_the_record_holds_the_numbers_of_the_page(page: Page):
+    record = load_record(page.path.parent)
+    assert record.class_names == NAMES
+    assert record.stage == "val"
+    assert [f"{row.value:.4g}" for row in record.rows if row.name == "rms_norm"] == [page.value("rms_norm")]
+    assert math.isnan(next(row.value for row in record.rows if row.name == "knn"))
+    assert sorted(record.points) == ["pca", "tsne"]
+    assert record.points["pca"].shape == (24, 2)
+    assert len(record.headline) == 5
+    assert record.headline[0].name == "MAP@R"
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"format": 2}'])
+def test_a_damaged_record_is_reported(page: Page, damage: bytes, tmp_path: Path):
+    (tmp_path / "report.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"report\.json must be a file that simo plot wrote"):
+        load_record(tmp_path)
+
+
+def test_a_sprite_has_every_image_in_its_place():
+    images = torch.zeros(7, 3, 16, 16, dtype=torch.uint8)
+    for index in range(7):
+        images[index] = 36 * index
+    sprite = make_sprite(images)
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(sprite.uri.partition(",")[2]))))
+    assert picture.shape == (sprite.rows * sprite.height, sprite.columns * sprite.width, 3)
+    for index in range(7):
+        row, column = divmod(index, sprite.columns)
+        middle = picture[row * 16 + 8, column * 16 + 8].astype(int)
+        assert abs(middle - 36 * index).max() < 8  # lossy
+
+
+def test_a_sprite_keeps_to_its_bytes():
+    images = torch.randint(0, 256, (300, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sprite = make_sprite(images, most_bytes=300_000)
+    assert sprite.width < 64
+    assert len(sprite.uri) <= 300_000
 
 
 @pytest.mark.parametrize(
@@ -305,30 +446,27 @@ def test_large_images_are_kept_small():
     assert as_pixels(torch.rand(2, 3, 100, 200)).shape == (2, 3, 32, 64)
 
 
-def test_neighbours_are_those_of_a_loop():
-    embeddings = torch.randn(30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    queries = torch.tensor([4, 0, 29])
-    rows = embeddings.numpy()
-    for query, found in zip(queries.tolist(), nearest_neighbors(embeddings, queries, 4).tolist(), strict=True):
-        cosines = {
-            other: rows[query] @ rows[other] / np.linalg.norm(rows[query]) / np.linalg.norm(rows[other])
-            for other in range(30)
-            if other != query
-        }
-        assert found == sorted(cosines, key=cosines.__getitem__, reverse=True)[:4]
-
-
 def test_queries_take_the_classes_in_turn():
     labels = torch.tensor([2, 2, 0, 2, 0, 5])
     assert choose_queries(labels, 5).tolist() == [2, 0, 5, 4, 1]
     assert choose_queries(labels, [3, 3]).tolist() == [3, 3]
     assert choose_queries(labels, 0).tolist() == []
+    assert choose_queries(torch.arange(9).repeat(2), 3).tolist() == [0, 3, 6]
     assert choose_queries(labels, 100).tolist() == [2, 0, 5, 4, 1, 3]
 
 
 def test_every_metric_has_a_direction_and_a_meaning():
-    rows = metric_rows(class_moments(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2), knn=0.5, k=7)
-    assert [row.name for row in rows] == ["knn", *sorted(GEOMETRY)]
+    moments = class_moments(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2)
+    rows = metric_rows(moments, knn=0.5, k=7, retrieval={"recall_at_1": 0.5, "map_at_r_macro": 0.25})
+    assert [row.name for row in rows] == ["knn", "recall_at_1", "map_at_r_macro", *sorted(GEOMETRY)]
+    groups = metric_groups(rows)
+    assert [group.title for group in groups] == [
+        "Retrieval and kNN",
+        "Class directions",
+        "Use of dimensions",
+        "Norms and spread",
+    ]  # every declared metric has a group
+    assert sorted(row.name for group in groups for row in group.rows) == sorted(row.name for row in rows)
     assert {row.better for row in rows} == {"higher", "lower", "neither"}
     for row in rows:
         assert 10 < len(row.meaning) < 200, row
@@ -346,6 +484,14 @@ def test_values_are_shown(value: float, text: str):
 
 
 def test_write_page_gives_the_file():
-    path = write_page(Path(), "t", {"Config": "c"}, [], [])
+    path = write_page(Path(), "t", {"Config": "c"}, Contents())
     assert path == Path("index.html")
     assert pictures(Page(path)) == []
+
+
+def test_the_matrix_leaves_out_classes_without_images(tmp_path: Path):
+    labels = 2 * (torch.arange(48) % 12)  # every second of 24 classes
+    rows = torch.eye(12)[labels // 2] + 0.1 * torch.randn(48, 12, generator=torch.Generator().manual_seed(0))
+    contents = contents_of(tmp_path, EmbeddedImages(rows, labels), 24, projections=["pca"])
+    assert sorted(contents.order.tolist()) == list(range(0, 24, 2))
+    assert contents.sections[0].pictures[0].alt.startswith("Cosines between the means of 12 classes")

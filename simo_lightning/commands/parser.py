@@ -15,6 +15,7 @@ from simo_lightning.parser import in_one_line, user_error
 
 # Modules of this package by the name of their command, with what the command does.
 COMMANDS: dict[str, str] = {
+    "compare": "Show the reports of two or more runs side by side in one HTML file.",
     "embed": "Write the embeddings of image files to a Parquet or .npz file.",
     "explain": "Show which classes an image leans to, its nearest images, and where in it a similarity comes from.",
     "export": "Write the encoder of a checkpoint as ONNX or .pt2, and check the file.",

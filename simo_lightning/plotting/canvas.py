@@ -70,12 +70,12 @@ def drawable(name: str, longest: int = _LONGEST_NAME) -> str:
 
 
 def wrapped(name: str, width: int, most: int = 3) -> str:
-    """The name as drawn, over up to `most` lines of at most `width` characters; what is left is cut in the middle.
+    r"""The name as drawn, over up to `most` lines of at most `width` characters; what is left is cut in the middle.
 
     Lines end after a space, a hyphen, an underscore or a slash where there is one.
 
     Example:
-        >>> wrapped("Royal-Gala-Apple", 8).split("\\n")
+        >>> wrapped("Royal-Gala-Apple", 8).split("\n")
         ['Royal-', 'Gala-', 'Apple']
     """
     lines = wrapped_lines(drawable(name, longest=10_000), width)

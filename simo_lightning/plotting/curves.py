@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from simo_lightning.plotting import canvas
 from simo_lightning.plotting.colors import class_colors
 
-_PANEL = 1.75  # inches, height
+_PANEL = 1.9  # inches, height
 _MOST_MARKED = 40  # points up to which each has a marker
 
 
@@ -61,10 +61,9 @@ def curves_figure(runs: Mapping[str, Mapping[str, Curve]], names: Sequence[str],
                 steps, values = curves[name]
                 marker = "o" if len(steps) <= _MOST_MARKED else ""
                 lines[run] = axes.plot(steps, values, color=color, marker=marker, markersize=2.5, linewidth=1.3)[0]
-        canvas.set_title(axes, name, size=9)
-        axes.tick_params(labelsize=8)
+        canvas.set_title(axes, name, size=10)
         axes.grid(color="0.9")
-        axes.set_xlabel(step, fontsize=8)
+        axes.set_xlabel(step)
     for axes in panels[len(names) :]:
         axes.remove()
     if len(runs) > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from simo_lightning.plotting import canvas
 
 _WRONG = "#D55E00"
-_CHARACTER = 0.077  # inches, width of a character of 9 pt
+_CHARACTER = 0.085  # inches, width of a character of 10 pt
 _LINES = 3  # of a name
 
 
@@ -20,7 +20,8 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     A neighbour of another class than the query's has a thick border and a cross before its name.
 
     Args:
-        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Names take up to three lines.
+        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Names take
+            up to three lines.
         labels: Class of each image, ``(Q, 1 + K)``.
         class_names: Names of all classes.
 
@@ -43,7 +44,7 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     longest = max(5, int(side / _CHARACTER))
     shown = {canvas.wrapped(f"✗ {class_names[label]}", longest, _LINES) for label in labels.unique().tolist()}
     lines = max(name.count("\n") for name in shown) + 1
-    height = side * images.shape[3] / images.shape[4] + 0.2 + 0.15 * lines
+    height = side * images.shape[3] / images.shape[4] + 0.2 + 0.165 * lines
     figure = canvas.new_figure(0.4 + queries * height)
     figure.suptitle("Images and their nearest neighbours", fontsize=11)
     panels = figure.subplots(queries, columns + 1, squeeze=False, width_ratios=[1, 0.2, *[1] * (columns - 1)])
@@ -58,7 +59,7 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
                 spine.set(linewidth=3.0 if wrong else 0.6, color=_WRONG if wrong else "0.6")
             mark, color = ("✗ ", _WRONG) if wrong else ("", "black")
             name = canvas.wrapped(mark + class_names[int(labels[query, column])], longest, _LINES)
-            axes.set_xlabel(name, color=color, labelpad=3, fontsize=9, **canvas.LITERAL)
+            axes.set_xlabel(name, color=color, labelpad=3, **canvas.LITERAL)
     return figure
 
 

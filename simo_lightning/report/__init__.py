@@ -1,6 +1,7 @@
 """An HTML page that shows the embeddings of a checkpoint, and one that compares such reports."""
 
 from simo_lightning.report.collector import EmbeddingCollector
+from simo_lightning.report.compare import write_comparison
 from simo_lightning.report.contents import Contents, Section, Table, make_contents
 from simo_lightning.report.page import write_page
 from simo_lightning.report.pictures import EmbeddedImages, Picture
@@ -22,6 +23,7 @@ __all__ = [
     "make_contents",
     "metric_groups",
     "metric_rows",
+    "write_comparison",
     "write_page",
     "write_report",
 ]

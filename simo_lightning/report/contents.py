@@ -36,6 +36,7 @@ from simo_lightning.report.pictures import (
     draw_curves,
     draw_maps,
     draw_norms,
+    draw_shares,
     draw_similarity,
     draw_spectrum,
     draw_training,
@@ -57,11 +58,13 @@ class Table:
         head: Names of the columns.
         rows: Texts; the first column names the row.
         shares: For each row the length of a bar behind the second column, in [0, 1]; empty: no bars.
+        notes: For each row a text below its name; empty: none.
     """
 
     head: list[str]
     rows: list[list[str]]
     shares: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -101,7 +104,7 @@ class Contents:
         sections: In order.
         map_points: Points of the map by projection, ``(M, 2)`` each.
         map_index: Which embeddings these are, ``(M,)``.
-        order: Of the classes in the matrix of cosines, ``(C,)``.
+        order: Of the classes in the matrix of cosines: those with images, ``(at most C,)``.
         data: For page.js; empty without Bokeh.
         sprite: The images of the map's points; None without images or without Bokeh.
     """
@@ -127,6 +130,7 @@ def make_contents(
     max_points: int = 2000,
     curves: Mapping[str, Curve] | None = None,
     files: Sequence[str] | None = None,
+    training_means: Tensor | None = None,
 ) -> Contents:
     """Analyse the embeddings and draw all pictures.
 
@@ -144,6 +148,8 @@ def make_contents(
             has at least ten points.
         curves: What the run logged in training.
         files: Name of each image of the split; None: an image is called by its number.
+        training_means: Class means of the training images ``(C, D)``, for the orthogonal shares; None: those of the
+            split.
 
     Returns:
         The contents.
@@ -156,6 +162,7 @@ def make_contents(
     contents = Contents(order=torch.arange(len(class_names)))
     if len(class_names) > _MOST_UNORDERED:
         contents.order = cluster_order(plotting.class_cosines(moments))
+    contents.order = contents.order[moments.counts[contents.order] > 0]
     values = {row.name: row.value for row in rows}
     contents.headline = headline(
         compared.embeddings,
@@ -187,6 +194,7 @@ def make_contents(
             groups=metric_groups(rows),
         ),
         *compared.sections(chosen),
+        _shares(folder, compared, class_names, moments.means, training_means),
         Section("Use of dimensions", "How many directions are in use.", [draw_spectrum(folder, moments)]),
         Section("Norms", "How long the embeddings of each class are.", [draw_norms(folder, moments, class_names)]),
         Section("Training curves", "What the run logged.", draw_curves(folder, curves or {})),
@@ -288,24 +296,27 @@ class _Compared:
         found: ClassScores = scores_per_class(self.labels, predicted, scores, len(self.class_names))
         present = found.images.nonzero().squeeze(1)
         order = present[found.recall_at_1[present].nan_to_num(nan=2).argsort(stable=True)]
-        rows = []
+        rows, notes = [], []
         for label in order.tolist():
             other, count = int(found.confused_with[label]), int(found.confused[label])
-            mistaken = f"{self.class_names[other]} ({count})" if other >= 0 else "-"
-            rows.append(
-                [
-                    self.class_names[label],
-                    _number(float(found.recall_at_1[label])),
-                    _number(float(found.map_at_r[label])),
-                    str(int(found.images[label])),
-                    mistaken,
-                ]
-            )
-        return Table(
-            ["Class", "Recall@1", "MAP@R", "Images", "Most often taken for"],
-            rows,
-            found.recall_at_1[order].nan_to_num(nan=0).tolist(),
-        )
+            notes.append(f"most often taken for {self.class_names[other]} ({count})" if other >= 0 else "")
+            scored = (float(found.recall_at_1[label]), float(found.map_at_r[label]))
+            rows.append([self.class_names[label], *map(_number, scored), str(int(found.images[label]))])
+        bars = found.recall_at_1[order].nan_to_num(nan=0).tolist()
+        return Table(["Class", "Recall@1", "MAP@R", "Images"], rows, bars, notes)
+
+
+def _shares(
+    folder: Path, compared: _Compared, class_names: Sequence[str], means: Tensor, training_means: Tensor | None
+) -> Section:
+    of = "training images" if training_means is not None else "split's own images"
+    text = (
+        "The energy of an embedding is split into one share for each class direction, made orthogonal, and a rest. The "
+        f"directions are the class means of the {of}."
+    )
+    used = means if training_means is None else training_means
+    pictures = draw_shares(folder, compared.embeddings, compared.labels, class_names, used)
+    return Section("Orthogonal shares", text, pictures)
 
 
 def _chosen_queries(data: EmbeddedImages, queries: int | Sequence[int]) -> Tensor:

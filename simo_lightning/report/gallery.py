@@ -105,14 +105,13 @@ class Gallery:
         """
         strips = []
         for place, query in enumerate(queries.tolist()):
-            found = neighbors.index[query, :_NEIGHBORS].tolist()
+            found = neighbors.indices[query, :_NEIGHBORS].tolist()
             cosines = neighbors.cosines[query, :_NEIGHBORS].tolist()
             right = [bool(self.labels[other] == self.labels[query]) for other in found]
             shots = [self.shot(query, "query", self.titles[query])]
             for other, cosine, same in zip(found, cosines, right, strict=True):
                 shots.append(self.shot(other, "right" if same else "wrong", f"cosine {cosine:.2f}"))
-            text = f"{sum(right)} of {len(right)} nearest images share the class"
-            text = f"{texts[place]}; {text}" if texts else text
+            text = texts[place] if texts else f"{sum(right)} of {len(right)} nearest images share the class"
             strips.append(Strip(f"{title}{self.class_names[int(self.labels[query])]}", f"{text}.", shots))
         return strips
 
@@ -141,7 +140,7 @@ class Gallery:
         """Images whose neighbours agree on another class, and how many there are."""
         found: WrongLabels = likely_wrong_labels(neighbors, labels)
         texts = [
-            f"Perhaps {self.class_names[other]}: {100 * share:.0f} % of its neighbours, {100 * own:.0f} % share its label"
+            f"Perhaps {self.class_names[other]}: {100 * share:.0f} % of the neighbours, {100 * own:.0f} % its label"
             for other, share, own in zip(
                 found.suggested.tolist(), found.share.tolist(), found.own_share.tolist(), strict=True
             )

@@ -88,7 +88,7 @@
     };
     plot.on_event("mousemove", (event) => show(nearest(event.x, event.y)));
     plot.on_event("tap", (event) => show(nearest(event.x, event.y)));
-    plot.on_event("mouseleave", () => tip.hide());
+    if (!coarse) plot.on_event("mouseleave", () => tip.hide());  // a finger leaves where it has tapped
     place.addEventListener("keydown", (event) => {
       const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
       if (event.key === "Escape") tip.hide();
@@ -171,7 +171,7 @@
     };
     plot.on_event("mousemove", point);
     plot.on_event("tap", point);
-    plot.on_event("mouseleave", () => tip.hide());
+    if (!coarse) plot.on_event("mouseleave", () => tip.hide());  // a finger leaves where it has tapped
     square.addEventListener("keydown", (event) => {
       const step = {ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0]}[event.key];
       if (event.key === "Escape") tip.hide();

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from simo_lightning import plotting
+from simo_lightning.functional.calibration import reliability
+from simo_lightning.functional.decomposition import orthogonal_shares
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.plotting import Curve, Projection, Snapshot
 from simo_lightning.plotting.canvas import save, share
@@ -31,19 +33,19 @@ class EmbeddedImages(NamedTuple):
         embeddings: ``(N, D)``.
         labels: ``(N,)``.
         images: uint8 ``(M, C, H, W)`` of some embeddings, or None.
-        index: Which embeddings have images, ascending ``(M,)``; None: the first M.
+        indices: Which embeddings have images, ascending ``(M,)``; None: the first M.
     """
 
     embeddings: Tensor
     labels: Tensor
     images: Tensor | None = None
-    index: Tensor | None = None
+    indices: Tensor | None = None
 
     @property
     def pictured(self) -> Tensor:
         """Which embeddings have images, ``(M,)``."""
         count = 0 if self.images is None else len(self.images)
-        return torch.arange(count) if self.index is None else self.index
+        return torch.arange(count) if self.indices is None else self.indices
 
 
 class Picture(NamedTuple):
@@ -183,6 +185,44 @@ def draw_maps(
         save(plotting.scatter_figure(places, labels, class_names, title), path)
         pictures.append(Picture(path, name, plotting.describe_scatter(places, labels, class_names, title), text))
     return pictures
+
+
+def draw_shares(
+    folder: Path, embeddings: Tensor, labels: Tensor, class_names: Sequence[str], means: Tensor
+) -> list[Picture]:
+    """Orthogonal shares: of each class, and the accuracy by the largest of an image.
+
+    Args:
+        folder: Must exist; the pictures are written into it.
+        embeddings: ``(N, D)``.
+        labels: ``(N,)``.
+        class_names: C names.
+        means: Class means ``(C, D)``.
+
+    Returns:
+        Two pictures.
+    """
+    decomposed = orthogonal_shares(embeddings, means)
+    largest = decomposed.shares.max(dim=1)
+    result = reliability(largest.values.clamp(max=1), largest.indices == labels)
+    paths = [folder / "shares.png", folder / "reliability.png"]
+    save(plotting.class_shares_figure(decomposed, labels, class_names), paths[0])
+    save(plotting.reliability_figure(result), paths[1])
+    return [
+        Picture(
+            paths[0],
+            "Mean shares of each class",
+            plotting.describe_class_shares(decomposed, labels, class_names),
+            "How much of the energy of its embeddings lies along its own direction, along those of other classes, and "
+            "outside of all.",
+        ),
+        Picture(
+            paths[1],
+            "Accuracy by the largest share",
+            plotting.describe_reliability(result),
+            "How often the class with the largest share is the right one, by the size of that share.",
+        ),
+    ]
 
 
 def draw_curves(folder: Path, curves: Mapping[str, Curve]) -> list[Picture]:

@@ -132,7 +132,10 @@ def metric_groups(rows: list[MetricRow]) -> list[MetricGroup]:
     for row in rows:
         groups[_group_of(row.name)].rows.append(row)
     for group, (_, _, names) in zip(groups, _GROUPS, strict=True):
-        group.rows.sort(key=lambda row: names.index(row.name) if row.name in names else -1)
+        if group is groups[0]:  # as logged, averages over classes last
+            group.rows.sort(key=lambda row: row.name.endswith("_macro"))
+        else:
+            group.rows.sort(key=lambda row: names.index(row.name) if row.name in names else -1)
     return [group for group in groups if group.rows]
 
 

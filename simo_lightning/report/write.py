@@ -16,7 +16,7 @@ from torch import Tensor
 from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN, RetrievalMonitor
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.checkpoints import read_checkpoint
+from simo_lightning.checkpoints import TrainingClasses, read_checkpoint
 from simo_lightning.extras import missing_extra
 from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
@@ -24,6 +24,7 @@ from simo_lightning.plotting import Projection, load_snapshots
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.contents import make_contents
 from simo_lightning.report.curves import read_curves
+from simo_lightning.report.file_names import file_names
 from simo_lightning.report.page import write_page
 from simo_lightning.report.pictures import EmbeddedImages
 from simo_lightning.report.record import Record, save_record
@@ -106,6 +107,8 @@ def write_report(
             queries,
             max_points,
             read_curves(run),
+            _file_names(trainer, stage, len(data.labels)),
+            _training_means(model, names),
         )
         title = f"{details['Config']}: embeddings of the {_SPLITS[stage]} split"
         write_page(folder, title, details, contents)
@@ -136,7 +139,9 @@ def _embed(
 ) -> tuple[EmbeddedImages, dict[str, float], int | None]:
     """The split's embeddings, the accuracy of kNN and the retrieval scores on it, and kNN's k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
-    callbacks: list[EvaluationCallback] = [collector, _find(trainer, RetrievalMonitor())]
+    retrieval = RetrievalMonitor()
+    retrieval.required = False  # what is missing is reported below
+    callbacks: list[EvaluationCallback] = [collector, _find(trainer, retrieval)]
     if knn.bank is not None or callable(getattr(datamodule, "bank_dataloader", None)):
         callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
@@ -199,6 +204,20 @@ def _short(folder: Path) -> str:
 def _class_names(datamodule: Any, labels: Tensor) -> list[str]:
     names = [str(name) for name in getattr(datamodule, "class_names", None) or []]
     return names + [str(label) for label in range(len(names), int(labels.max()) + 1)]
+
+
+def _training_means(model: Any, class_names: list[str]) -> Tensor | None:
+    """The class means that the checkpoint holds, if it has one for each class."""
+    classes = getattr(model, "classes", None)
+    if not isinstance(classes, TrainingClasses) or classes.means is None or list(classes.names) != class_names:
+        return None
+    return None if classes.means.isnan().any() else classes.means.detach().cpu()
+
+
+def _file_names(trainer: Any, stage: str, count: int) -> list[str] | None:
+    loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+    source = getattr(loaders, "dataset", None)
+    return None if source is None or len(source) != count else file_names(source, count)
 
 
 def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:
