@@ -225,7 +225,8 @@ class SimOModule(SharingMixin, CheckpointMixin, pl.LightningModule):
         images, labels = batch
         embeddings = self._embed_micro_batches(images)
         if self._reduces_sums():
-            terms = self._loss_terms(partial(self.loss.terms_over_ranks, reduce=self.reduce), embeddings, labels)
+            loss_of_all: Any = self.loss.terms_over_ranks
+            terms = self._loss_terms(partial(loss_of_all, reduce=self.reduce), embeddings, labels)
         else:
             embeddings_of_all, labels_of_all = gather_rows(embeddings), gather_rows(labels)
             with self._draws_of_all_ranks(batch_idx):
