@@ -250,18 +250,18 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
     encoder = _encoder(checkpoint, arguments.get("encoder"), path, map_location, trusted)
     if preprocessing is not None:
         setattr(encoder, "preprocessing", preprocessing)  # noqa: B010  # nn.Module declares only tensors and modules
-    classes = training_classes(checkpoint, path)
+    with _error_in_one_line(f"checkpoint {path} cannot be used"):
+        classes = training_classes(checkpoint)
     if classes is not None:
         setattr(encoder, "classes", classes)  # noqa: B010
     return encoder
 
 
-def training_classes(checkpoint: Mapping[str, Any], path: File) -> TrainingClasses | None:
+def training_classes(checkpoint: Mapping[str, Any]) -> TrainingClasses | None:
     """The classes that the model of a checkpoint was trained on.
 
     Args:
         checkpoint: As :func:`read_checkpoint` returns it.
-        path: Its file, for the message.
 
     Returns:
         Names and means; None if the checkpoint does not hold them.
@@ -279,7 +279,7 @@ def training_classes(checkpoint: Mapping[str, Any], path: File) -> TrainingClass
         sound = sound and isinstance(means, Tensor) and means.is_floating_point() and means.ndim == 2
         sound = sound and len(means) == len(names) and not means.isinf().any()
     if not sound:
-        raise ValueError(f"classes of checkpoint {path} must hold names and their means, got {str(found)[:100]}")
+        raise ValueError(f"its classes must have names and one mean for each, got {str(found)[:100]}")
     return TrainingClasses(names, None if means is None else means.detach().float().cpu())
 
 

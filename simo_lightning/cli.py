@@ -39,7 +39,7 @@ from simo_lightning.callbacks import (
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import adopt_preprocessing, read_checkpoint
-from simo_lightning.commands import COMMANDS, run_command
+from simo_lightning.commands import COMMANDS, command_parser, run_command
 from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
 from simo_lightning.parser import SimoParser, user_error
@@ -97,6 +97,11 @@ class SimoCLI(FunctionCLI):
     def functions() -> dict[str, tuple[Callable[..., Any], set[str]]]:
         """``plot``."""
         return {"plot": (write_report, {"trainer", "model", "datamodule", "config_name"})}
+
+    def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, summary in COMMANDS.items():  # for the help and the completion; main runs them
+            parser.commands.add_subcommand(name, command_parser(name), help=summary)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run_dir`` and the callbacks that a config can set."""

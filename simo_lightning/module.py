@@ -173,7 +173,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Configure the loss as it was, unless the data of this fit have configured it; take the classes."""
         stored = checkpoint.get("simo_module")
-        classes = training_classes(checkpoint, "that is loaded")
+        classes = training_classes(checkpoint)
         if classes is not None and (self.classes is None or self.classes.names == classes.names):
             self.classes, self._step_of_class_means = classes, checkpoint.get("global_step")
         sizes = stored.get("loss_sizes") if isinstance(stored, dict) else None

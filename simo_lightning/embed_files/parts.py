@@ -14,8 +14,8 @@ import numpy as np
 
 from simo_lightning.extras import import_extra
 
-_GROUP_BYTES = 2**26  # of a row group of a Parquet file
-_GROUP_ROWS = 2**16
+_GROUP_BYTES = 2**25  # of a row group of a Parquet file
+_GROUP_ROWS = 2**13
 # Columns of a Parquet file and the arrays of an .npz file.
 NPZ_NAMES = {
     "path": "paths",
@@ -77,7 +77,7 @@ class Parts:
         return [len(self.read(number, ["path"]).columns["path"]) for number in range(self.count)]
 
     def groups(self, names: list[str] | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Columns of several parts at a time, at most about 64 MiB, without those that have no row."""
+        """Columns of several parts at a time, at most about 8,192 rows or 32 MiB, without those that have no row."""
         waiting: list[dict[str, np.ndarray]] = []
         rows = size = 0
         for number in range(self.count):

@@ -1,7 +1,5 @@
 """Embeddings of image files on disk, written to a file: any number of images, on several processes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing as mp
@@ -137,15 +135,15 @@ def embed_files(
             another call writes to ``out``, parts of a call with other arguments are there, or no image can be read.
     """
     out, checkpoint = Path(out).expanduser(), Path(checkpoint).expanduser()
-    _check(out, devices)
-    options = {"device": device, "precision": precision, "batch_size": batch_size}
+    _check(out, devices, num_workers)
+    options: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
     embedder = Embedder.load(checkpoint, **options)
     if embedder.preprocessing.channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3 to read image files, got {embedder.preprocessing.channels}")
     _check_devices(embedder.device, devices)
     threads = torch.get_num_threads() if devices == 1 else max(1, torch.get_num_threads() // devices)
     workers = default_workers(most=16 * devices) // devices if num_workers is None else num_workers
-    embedder.num_workers = max(workers, 0)
+    embedder.num_workers = workers
     notes = []
     if classes is not None:
         embedder.classes = read_classes(classes, embedder, sha256_of(checkpoint))
@@ -185,13 +183,15 @@ def embed_files(
     return EmbeddedFiles(out, listed.count - broken, broken, embedded, seconds, notes)
 
 
-def _check(out: Path, devices: int) -> None:
+def _check(out: Path, devices: int, num_workers: int | None) -> None:
     if out.suffix not in WRITERS:
         raise ValueError(f"out must end in {' or '.join(WRITERS)}, got {str(out)!r}")
     if out.suffix == ".parquet":
         import_extra("pyarrow.parquet")
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
 
 
 def _check_devices(device: torch.device, devices: int) -> None:

@@ -1,7 +1,5 @@
 """Nearest neighbours by cosine among embeddings that need not fit in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
