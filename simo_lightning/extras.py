@@ -17,7 +17,7 @@ EXTRAS = {
     "onnxscript": "export",
     "pyarrow": "parquet",
     "peft": "lora",
-    "safetensors": "timm",
+    "safetensors": "hub",
     "shtab": "completion",
     "timm": "timm",
     "umap": "umap",

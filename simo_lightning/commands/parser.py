@@ -17,7 +17,9 @@ from simo_lightning.parser import in_one_line, user_error
 COMMANDS: dict[str, str] = {
     "embed": "Write the embeddings of image files to a Parquet or .npz file.",
     "explain": "Show which classes an image leans to, its nearest images, and where in it a similarity comes from.",
+    "export": "Write the encoder of a checkpoint as ONNX or .pt2, and check the file.",
     "search": "Find the nearest images of a file of embeddings.",
+    "share": "Write a model as a folder with a model card, and upload it to the Hugging Face Hub.",
 }
 
 

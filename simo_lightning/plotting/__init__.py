@@ -2,6 +2,7 @@
 
 from simo_lightning.plotting.attribution import attribution_figure, describe_attribution
 from simo_lightning.plotting.colors import class_colors, class_markers
+from simo_lightning.plotting.curves import Curve, curves_figure, describe_curves
 from simo_lightning.plotting.neighbors import describe_neighbors, neighbors_figure
 from simo_lightning.plotting.norms import describe_norms, norms_figure
 from simo_lightning.plotting.projections import Projection, project_2d, project_sequence, star_coordinates
@@ -21,6 +22,7 @@ from simo_lightning.plotting.snapshots import Snapshot, load_snapshots, pick_sna
 from simo_lightning.plotting.spectrum import describe_spectrum, spectrum_figure
 
 __all__ = [
+    "Curve",
     "Projection",
     "ShareRow",
     "Snapshot",
@@ -30,8 +32,10 @@ __all__ = [
     "class_markers",
     "class_shares_figure",
     "class_similarity_figure",
+    "curves_figure",
     "describe_attribution",
     "describe_class_shares",
+    "describe_curves",
     "describe_neighbors",
     "describe_norms",
     "describe_reliability",
