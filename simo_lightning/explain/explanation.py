@@ -195,6 +195,8 @@ def _nearest_images(
             raise ValueError(f"gallery must hold at least one image, got none in {str(path)!r}")
         cosines, rows = NearestNeighbors(embedder(files)).search(embedding.unsqueeze(0), min(k, len(files)))
         paths = [files[row] for row in rows[0].tolist()]
+    elif not path.exists():
+        raise FileNotFoundError(f"no gallery at {str(path)!r}: it must be a file of simo embed or a folder of images")
     else:
         with open_embeddings(path) as file:
             if "path" not in file.columns:
