@@ -162,7 +162,7 @@ def _middle(name: str, one: float, other: float) -> float:
 
 
 def embed(given: argparse.Namespace) -> list[Row]:
-    """A tenth of the images, all, a killed command, and a table of a million rows that name 64 files of 8 x 8 pixels."""
+    """A tenth of the images, all, a killed command, and a table of a million rows that name 64 small files."""
     count, floor_images, listed = (2_000, 640, 4_000) if given.quick else (100_000, 12_800, 1_000_000)
     workers = min(16, os.cpu_count() or 1)
     rows: list[Row] = []
