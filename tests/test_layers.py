@@ -31,10 +31,10 @@ LAYERS = {
         "run_folder",
         "schedules",
     },
-    3: {"callbacks", "export", "probe", "semi_supervised"},
+    3: {"callbacks", "export", "probe", "semi_supervised", "sharing"},
     4: {"embedder", "help", "module", "report"},
     5: {"completion", "embed_files", "search", "testing"},
-    6: {"parser"},
+    6: {"explain", "parser"},
     7: {"commands"},
     8: {"cli"},
 }

@@ -16,7 +16,10 @@ from simo_lightning.parser import in_one_line, user_error
 # Modules of this package by the name of their command, with what the command does.
 COMMANDS: dict[str, str] = {
     "embed": "Write the embeddings of image files to a Parquet or .npz file.",
+    "explain": "Show which classes an image leans to, its nearest images, and where in it a similarity comes from.",
+    "export": "Write the encoder of a checkpoint as ONNX or .pt2, and check the file.",
     "search": "Find the nearest images of a file of embeddings.",
+    "share": "Write a model as a folder with a model card, and upload it to the Hugging Face Hub.",
 }
 
 

@@ -64,9 +64,12 @@ def knn_predict(
     dtype = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
     columns = unit_vectors(bank.to(dtype)).mT  # (D, N)
     labels = bank_labels.long()
-    voters = _voters(labels, k, num_classes)
-    chunks = queries.split(chunk_size)
-    return torch.cat([_vote(unit_vectors(chunk.to(dtype)) @ columns, labels, voters) for chunk in chunks])
+    voters = class_voters(labels, k, num_classes)
+    predicted = []
+    for chunk in queries.split(chunk_size):
+        similarities, neighbors = (unit_vectors(chunk.to(dtype)) @ columns).topk(int(voters.max()), dim=1)  # (m, k)
+        predicted.append(vote(similarities, labels[neighbors], voters))
+    return torch.cat(predicted)
 
 
 def knn_accuracy(
@@ -144,22 +147,24 @@ def unit_vectors(embeddings: Tensor) -> Tensor:
     return normalize(embeddings / torch.where(largest > 0, largest, 1), dim=1)
 
 
-def _voters(labels: Tensor, k: int | None, num_classes: int) -> Tensor:
-    """Number of neighbours by which each class is judged, (C,) int64."""
+def class_voters(labels: Tensor, k: int | None, num_classes: int) -> Tensor:
+    """Number of neighbours by which each class is judged, (C,) int64, from the labels (N,) of the bank."""
     if k is not None:
         return labels.new_full((num_classes,), k)
     counts = torch.bincount(labels, minlength=num_classes)
     return ((counts + 2) // 3).clamp(min=1, max=_LARGEST_K)
 
 
-def _vote(similarities: Tensor, labels: Tensor, voters: Tensor) -> Tensor:
-    """Predicted class (m,) from similarities (m, N)."""
-    similarity, neighbor = similarities.topk(int(voters.max()), dim=1)  # (m, k)
-    voted = labels[neighbor]
-    counts = (torch.arange(similarity.shape[1], device=labels.device) < voters[voted]).to(similarity.dtype)  # 0 or 1
-    zeros = similarity.new_zeros(len(similarity), len(voters))
+def vote(similarities: Tensor, voted: Tensor, voters: Tensor) -> Tensor:
+    """Predicted class (m,) from the nearest neighbours, nearest first, and the voters (C,) of each class.
+
+    ``similarities`` and ``voted``, the class of each neighbour, are (m, k), with k at least the largest of the voters.
+    """
+    rank = torch.arange(similarities.shape[1], device=voted.device)
+    counts = (rank < voters[voted]).to(similarities.dtype)  # 0 or 1
+    zeros = similarities.new_zeros(len(similarities), len(voters))
     # an integer over an integer: classes with the same share are equal to the last bit
     votes = zeros.scatter_add(1, voted, counts) / voters
-    weight = zeros.scatter_add(1, voted, similarity * counts) / voters
+    weight = zeros.scatter_add(1, voted, similarities * counts) / voters
     leads = votes == votes.amax(dim=1, keepdim=True)
     return weight.masked_fill(~leads, float("-inf")).argmax(dim=1)

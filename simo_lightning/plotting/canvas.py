@@ -1,10 +1,12 @@
 """Size, text and argument checks of all figures."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import rcParams
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -16,6 +18,7 @@ DPI = 160  # 800 px wide
 MOST_NAMES = 25  # tick labels of classes
 MOST_CLASSES = 500  # rows of classes, each more than a pixel high
 MOST_POINTS = 20_000
+NAME_HEIGHT = 0.2  # inches, height of a line of 10 pt
 _LONGEST_NAME = 14  # characters
 
 # Text properties for names from users: matplotlib would read "$" as a formula, and TeX also "\", "%" and "_".
@@ -25,6 +28,13 @@ LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
 def new_figure(height: float) -> Figure:
     """Empty figure of the common width, `height` in inches, not registered with pyplot."""
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="compressed")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG to the path, and as SVG beside it; the same figure gives the same files."""
+    figure.savefig(path)
+    with rc_context({"svg.hashsalt": "simo_lightning"}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def printable(text: str) -> str:
@@ -57,6 +67,33 @@ def drawable(name: str, longest: int = _LONGEST_NAME) -> str:
         return text
     tail = longest // 4  # names with the same beginning often differ at the end
     return f"{text[: longest - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def wrapped(name: str, width: int, most: int = 3) -> str:
+    """The name as drawn, over up to `most` lines of at most `width` characters; what is left is cut in the middle.
+
+    Lines end after a space, a hyphen, an underscore or a slash where there is one.
+
+    Example:
+        >>> wrapped("Royal-Gala-Apple", 8).split("\\n")
+        ['Royal-', 'Gala-', 'Apple']
+    """
+    lines = wrapped_lines(drawable(name, longest=10_000), width)
+    if len(lines) > most:
+        lines = wrapped_lines(drawable(name, longest=max(2, most * width - width // 2)), width)[:most]
+    return "\n".join(lines)
+
+
+def wrapped_lines(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters."""
+    lines = [""]
+    for word in re.findall(r"[^\s_/-]*[\s_/-]?", text):
+        if lines[-1] and len(lines[-1]) + len(word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+        while len(lines[-1].rstrip()) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line.strip() for line in lines if line.strip()] or [""]
 
 
 def set_title(axes: Axes, title: str, size: int = 11) -> None:

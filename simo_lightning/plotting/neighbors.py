@@ -10,7 +10,8 @@ from torch import Tensor
 from simo_lightning.plotting import canvas
 
 _WRONG = "#D55E00"
-_CHARACTER = 0.085  # inches, width of a character of 10 pt
+_CHARACTER = 0.077  # inches, width of a character of 9 pt
+_LINES = 3  # of a name
 
 
 def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> Figure:
@@ -19,8 +20,7 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     A neighbour of another class than the query's has a thick border and a cross before its name.
 
     Args:
-        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. With more than six
-            neighbours the names are cut short.
+        images: uint8 ``(Q, 1 + K, channels, height, width)``, grey or RGB; the query first. Names take up to three lines.
         labels: Class of each image, ``(Q, 1 + K)``.
         class_names: Names of all classes.
 
@@ -40,12 +40,15 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
     _check(images, labels, class_names)
     queries, columns = labels.shape
     side = (canvas.WIDTH - 0.08 * columns) / (columns + 0.2)  # inches, approximately, of an image
-    figure = canvas.new_figure(0.4 + queries * (side * images.shape[3] / images.shape[4] + 0.35))
+    longest = max(5, int(side / _CHARACTER))
+    shown = {canvas.wrapped(f"✗ {class_names[label]}", longest, _LINES) for label in labels.unique().tolist()}
+    lines = max(name.count("\n") for name in shown) + 1
+    height = side * images.shape[3] / images.shape[4] + 0.2 + 0.15 * lines
+    figure = canvas.new_figure(0.4 + queries * height)
     figure.suptitle("Images and their nearest neighbours", fontsize=11)
     panels = figure.subplots(queries, columns + 1, squeeze=False, width_ratios=[1, 0.2, *[1] * (columns - 1)])
     for spacer in panels[:, 1]:
         spacer.remove()
-    longest = max(5, int(side / _CHARACTER))
     for query, row in enumerate(panels):
         for column, axes in enumerate((row[0], *row[2:])):
             axes.imshow(images[query, column].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)  # (H, W, C)
@@ -54,8 +57,8 @@ def neighbors_figure(images: Tensor, labels: Tensor, class_names: Sequence[str])
             for spine in axes.spines.values():
                 spine.set(linewidth=3.0 if wrong else 0.6, color=_WRONG if wrong else "0.6")
             mark, color = ("✗ ", _WRONG) if wrong else ("", "black")
-            name = mark + canvas.drawable(class_names[int(labels[query, column])], longest - len(mark))
-            axes.set_xlabel(name, color=color, labelpad=3, **canvas.LITERAL)
+            name = canvas.wrapped(mark + class_names[int(labels[query, column])], longest, _LINES)
+            axes.set_xlabel(name, color=color, labelpad=3, fontsize=9, **canvas.LITERAL)
     return figure
 
 

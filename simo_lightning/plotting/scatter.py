@@ -1,6 +1,7 @@
 """Scatter plots of embeddings in the plane."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from simo_lightning.plotting import canvas
 from simo_lightning.plotting.colors import class_colors, class_markers
 
 _MOST_IN_LEGEND = 30  # classes; of more, names are drawn at the points if they fit
-_NAME_HEIGHT = 0.2  # inches, height of a line of 10 pt
+_MOST_VECTORS = 2_000  # points; more are pixels in a vector file too
 _CHARACTER = 0.085  # inches, width of a wide character of 10 pt
 
 
@@ -97,7 +98,8 @@ def draw_points(
     ):  # one collection per marker: one per class would take minutes for thousands
         x, y = points[markers == marker].T.numpy()
         # thin dark edge, so that yellow is visible on white
-        style = {"marker": marker, "edgecolors": "0.2", "linewidths": 0.25, "alpha": 0.8}
+        style: dict[str, Any] = {"marker": marker, "edgecolors": "0.2", "linewidths": 0.25, "alpha": 0.8}
+        style["rasterized"] = len(points) > _MOST_VECTORS
         axes.scatter(x, y, s=size, c=colors[markers == marker], **style)
     canvas.remove_ticks(axes)
     axes.set_xlim(*limits[0].tolist())
@@ -134,7 +136,7 @@ def legend_height(labels: Tensor, class_names: Sequence[str]) -> float:
     present = labels.unique().tolist()
     if len(present) > _MOST_IN_LEGEND:
         return 0.0
-    return _NAME_HEIGHT * -(-len(present) // _legend_columns(present, class_names))
+    return canvas.NAME_HEIGHT * -(-len(present) // _legend_columns(present, class_names))
 
 
 def name_classes(figure: Figure, points: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
@@ -179,7 +181,7 @@ def _name_medians(axes: Axes, points: Tensor, labels: Tensor, class_names: Seque
         half = _CHARACTER * len(name) / 2
         across, up = side * (x - left) / (right - left), side * (y - bottom) / (top - bottom)
         inside = half < across < side - half
-        if inside and all(abs(across - a) > half + h or abs(up - u) > _NAME_HEIGHT for a, u, h in taken):
+        if inside and all(abs(across - a) > half + h or abs(up - u) > canvas.NAME_HEIGHT for a, u, h in taken):
             taken.append((across, up, half))
             halo = [withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
             style = {"ha": "center", "va": "bottom", "path_effects": halo, **canvas.LITERAL}

@@ -2,21 +2,22 @@
 
 import base64
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from simo_lightning.plotting.canvas import printable
-from simo_lightning.report.pictures import Section
-from simo_lightning.report.rows import MetricRow
+from simo_lightning.report.contents import Contents
+from simo_lightning.report.interactive import as_json, bokeh_script
+
+_VERDICTS = {"good": "Good", "watch": "Worth a look", "bad": "Poor", "undefined": "Undefined"}
 
 
-def write_page(
-    folder: Path, title: str, details: Mapping[str, str], rows: Sequence[MetricRow], sections: Sequence[Section]
-) -> Path:
+def write_page(folder: Path, title: str, details: Mapping[str, str], contents: Contents) -> Path:
     """Write ``index.html``, which contains its pictures and loads nothing.
 
     Args:
@@ -24,8 +25,7 @@ def write_page(
         title: Of the page.
         details: Run, checkpoint, data and so on, by name. Text of all arguments is escaped, and characters that cannot
             be printed are shown as their codes.
-        rows: The metrics table.
-        sections: The pictures, read from their files.
+        contents: Numbers, pictures, which are read from their files, rows of images and the map.
 
     Returns:
         The file.
@@ -33,19 +33,40 @@ def write_page(
     Raises:
         OSError: If a picture cannot be read or the page cannot be written.
     """
-    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_one_line
-    )
-    environment.filters["data_uri"] = _data_uri
-    text = environment.from_string(template).render(title=title, details=details, rows=rows, sections=sections)
     path = folder / "index.html"
-    path.write_text(text, encoding="utf-8")
+    bokeh = Markup(bokeh_script()) if contents.data else ""  # not of a user
+    render_page(path, "page.html", title=title, details=details, contents=contents, bokeh=bokeh)
     return path
 
 
+def render_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page.
+
+    Args:
+        path: File to write.
+        template: File of this package.
+        values: Of the template.
+
+    Raises:
+        OSError: If a picture cannot be read or the page cannot be written.
+    """
+    package = files(__package__)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_one_line,
+        loader=FunctionLoader(lambda name: package.joinpath(name).read_text(encoding="utf-8")),
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["as_json"] = lambda value: Markup(as_json(value))  # has no character of HTML
+    text = environment.get_template(template).render(verdicts=_VERDICTS, **values)
+    path.write_text(text, encoding="utf-8")
+
+
 def _one_line(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _data_uri(path: Path) -> str:

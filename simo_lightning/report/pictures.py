@@ -1,28 +1,25 @@
 """The pictures of the report, each with title, caption and alternative text."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from simo_lightning import plotting
-from simo_lightning.data.sources import stratified_subset
 from simo_lightning.functional.moments import ClassMoments
-from simo_lightning.plotting import Projection, Snapshot
-from simo_lightning.plotting.canvas import every_nth, share
+from simo_lightning.plotting import Curve, Projection, Snapshot
+from simo_lightning.plotting.canvas import save, share
+from simo_lightning.report.curves import drawn_names
 
-_PROJECTIONS = {
+PROJECTIONS: dict[str, tuple[str, str]] = {
     "pca": ("PCA", "Projection on the two directions of largest variance."),
     "tsne": ("t-SNE", "Keeps neighbours together; sizes of clusters and distances between them mean little."),
     "umap": ("UMAP", "Keeps neighbours together; sizes of clusters and distances between them mean little."),
 }
-_NEIGHBORS = 5
-_MAX_LEGEND = 30  # classes that a map always shows
 _PANELS = 6
 _FRAMES = 20  # snapshots of the animation
 
@@ -33,12 +30,20 @@ class EmbeddedImages(NamedTuple):
     Attributes:
         embeddings: ``(N, D)``.
         labels: ``(N,)``.
-        images: uint8 ``(M, C, H, W)`` of the first M embeddings, or None.
+        images: uint8 ``(M, C, H, W)`` of some embeddings, or None.
+        index: Which embeddings have images, ascending ``(M,)``; None: the first M.
     """
 
     embeddings: Tensor
     labels: Tensor
     images: Tensor | None = None
+    index: Tensor | None = None
+
+    @property
+    def pictured(self) -> Tensor:
+        """Which embeddings have images, ``(M,)``."""
+        count = 0 if self.images is None else len(self.images)
+        return torch.arange(count) if self.index is None else self.index
 
 
 class Picture(NamedTuple):
@@ -68,106 +73,13 @@ class Picture(NamedTuple):
             return image.size
 
 
-class Section(NamedTuple):
-    """Pictures under one heading.
-
-    Attributes:
-        title: Heading.
-        text: One sentence below the heading.
-        pictures: One or more.
-    """
-
-    title: str
-    text: str
-    pictures: list[Picture]
-
-
-def draw_sections(
-    folder: Path,
-    data: EmbeddedImages,
-    moments: ClassMoments,
-    class_names: Sequence[str],
-    snapshots: Sequence[Snapshot] = (),
-    projections: Sequence[Projection] = ("pca", "tsne"),
-    queries: int | Sequence[int] = 8,
-    max_points: int = 2000,
-) -> list[Section]:
-    """Draw all pictures that the data allow.
-
-    Args:
-        folder: Must exist; the pictures are written into it.
-        data: Of the split.
-        moments: Class moments of all embeddings.
-        class_names: C names.
-        snapshots: Of training, in order. They are not drawn if there are fewer than two or their classes differ.
-        projections: Maps to the plane.
-        queries: Indices of images whose nearest neighbours are shown, or their number, taken from the classes in turn;
-            0 for none.
-        max_points: Points of a map, stratified by class. Of more than 30 classes every n-th is shown, so that each
-            has at least ten points.
-
-    Returns:
-        The sections that have pictures.
-
-    Raises:
-        ValueError: If a query has no image, or the embeddings are not finite.
-    """
-    chosen = torch.zeros(0, dtype=torch.long)
-    if data.images is not None and len(data.images) > 1:  # before anything is drawn
-        chosen = choose_queries(data.labels[: len(data.images)], queries)
-    sections = [
-        Section(
-            "Classes",
-            "Which classes share a direction, and how long their embeddings are.",
-            _draw_classes(folder, moments, class_names),
-        ),
-        Section(
-            "Maps",
-            "The embeddings in the plane; a class has the same colour everywhere.",
-            _draw_maps(folder, data, class_names, projections, max_points),
-        ),
-        Section("Dimensions", "How many directions are in use.", _draw_spectrum(folder, moments)),
-        Section(
-            "Nearest neighbours",
-            "A query image, left, and the images whose embeddings have the largest cosine with it.",
-            _draw_neighbors(folder, data, chosen, class_names),
-        ),
-        Section(
-            "Along training",
-            "The same images in the epochs of training.",
-            _draw_training(folder, snapshots, class_names),
-        ),
-    ]
-    return [section for section in sections if section.pictures]
-
-
-def nearest_neighbors(embeddings: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Indices of the embeddings with the largest cosine with the queries.
-
-    Args:
-        embeddings: ``(N, D)``.
-        queries: Indices, ``(Q,)``.
-        k: At most N - 1.
-
-    Returns:
-        Indices ``(Q, k)``, nearest first, without the query itself.
-
-    Example:
-        >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]]), torch.tensor([0]), k=2)
-        tensor([[2, 1]])
-    """
-    unit = normalize(embeddings, dim=1)
-    cosines = unit[queries] @ unit.mT  # (Q, N)
-    cosines[torch.arange(len(queries)), queries] = float("-inf")
-    return cosines.topk(k, dim=1).indices
-
-
 def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
     """Indices of the images whose nearest neighbours are shown.
 
     Args:
         labels: Of the embeddings that have images, ``(M,)``.
-        queries: Indices, or their number: then the first image of each class, the second of each class, and so on.
+        queries: Indices, or their number: then the first image of classes that are spread over all of them or, of more
+            images than classes, the first image of each class, the second of each class, and so on.
 
     Returns:
         Indices ``(Q,)``.
@@ -182,6 +94,10 @@ def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
     if isinstance(queries, int):
         if queries < 0:
             raise ValueError(f"queries must be a number >= 0 or a list of indices, got {queries}")
+        classes = labels.unique()
+        if 0 < queries < len(classes):
+            chosen = classes[torch.arange(queries) * len(classes) // queries]
+            return (labels == chosen.unsqueeze(1)).int().argmax(dim=1)
         seen: Counter[int] = Counter()
         order = []  # (images of its class before it, label, index)
         for index, label in enumerate(labels.tolist()):
@@ -193,70 +109,112 @@ def choose_queries(labels: Tensor, queries: int | Sequence[int]) -> Tensor:
     return torch.tensor(list(queries), dtype=torch.long)
 
 
-def _draw_classes(folder: Path, moments: ClassMoments, class_names: Sequence[str]) -> list[Picture]:
-    similarity, norms = folder / "similarity.png", folder / "norms.png"
-    plotting.class_similarity_figure(moments, class_names).savefig(similarity)
-    plotting.norms_figure(moments, class_names).savefig(norms)
-    return [
-        Picture(
-            similarity,
-            "Cosine between class means",
-            plotting.describe_similarity(moments, class_names),
-            "Off the diagonal 0 is best: such classes are orthogonal. Near 1 two classes share a direction; where all "
-            "do, the embedding has collapsed.",
-        ),
-        Picture(
-            norms,
-            "Norm and spread of each class",
-            plotting.describe_norms(moments, class_names),
-            "A class whose spread is as large as its norm has no clear direction.",
-        ),
-    ]
+def draw_similarity(folder: Path, means: Tensor, class_names: Sequence[str], order: Tensor) -> Picture:
+    """The cosines between class means.
+
+    Args:
+        folder: Must exist; the picture is written into it.
+        means: Class means ``(C, D)``.
+        class_names: C names.
+        order: Of the classes in the picture, ``(C,)``.
+
+    Returns:
+        The picture.
+    """
+    path, ordered = folder / "similarity.png", [class_names[index] for index in order.tolist()]
+    save(plotting.class_similarity_figure(means[order], ordered), path)
+    text = (
+        "Off the diagonal 0 is best: such classes are orthogonal. Near 1 two classes share a direction; where all do, "
+        "the embedding has collapsed."
+    )
+    return Picture(path, "Cosine between class means", plotting.describe_similarity(means[order], ordered), text)
 
 
-def _draw_maps(
-    folder: Path, data: EmbeddedImages, class_names: Sequence[str], projections: Sequence[Projection], max_points: int
+def draw_norms(folder: Path, moments: ClassMoments, class_names: Sequence[str]) -> Picture:
+    """Norm and spread of each class; arguments as in :func:`draw_spectrum`."""
+    path = folder / "norms.png"
+    save(plotting.norms_figure(moments, class_names), path)
+    text = "A class whose spread is as large as its norm has no clear direction."
+    return Picture(path, "Norm and spread of each class", plotting.describe_norms(moments, class_names), text)
+
+
+def draw_spectrum(folder: Path, moments: ClassMoments) -> Picture:
+    """Singular values.
+
+    Args:
+        folder: Must exist; the picture is written into it.
+        moments: Class moments of all embeddings.
+
+    Returns:
+        The picture.
+    """
+    path = folder / "spectrum.png"
+    save(plotting.spectrum_figure(moments), path)
+    text = "Orthogonal classes need as many large values as there are classes; one or two large values show a collapse."
+    return Picture(path, "Singular values", plotting.describe_spectrum(moments), text)
+
+
+def draw_maps(
+    folder: Path,
+    points: Mapping[Projection, Tensor],
+    labels: Tensor,
+    class_names: Sequence[str],
+    total: int,
 ) -> list[Picture]:
-    # of thousands of classes only some, with ten points each: single points would not show how a class spreads
-    shown = every_nth(len(class_names), max(_MAX_LEGEND, max_points // 10))
-    indices = (data.labels % shown.step == 0).nonzero().squeeze(1)
-    kept = indices[stratified_subset(data.labels[indices], max_points, seed=0)]
-    embeddings, labels = data.embeddings[kept], data.labels[kept]
-    note = "" if len(shown) == len(class_names) else f"\n{share(len(shown), len(class_names))} classes"
+    """The maps.
+
+    Args:
+        folder: Must exist; the pictures are written into it.
+        points: ``(M, 2)`` of each projection.
+        labels: Class of each point, ``(M,)``.
+        class_names: C names.
+        total: Number of embeddings of the split.
+
+    Returns:
+        One picture per projection.
+    """
+    present = len(labels.unique())
+    note = "" if present == len(class_names) else f"\n{share(present, len(class_names))} classes"
     pictures = []
-    for projection in projections:
-        name, text = _PROJECTIONS[projection]
+    for projection, places in points.items():
+        name, text = PROJECTIONS[projection]
         path = folder / f"{projection}.png"
-        points = plotting.project_2d(embeddings, projection)
-        title = f"{name} of {len(kept):,} of {len(data.labels):,} embeddings{note}"
-        plotting.scatter_figure(points, labels, class_names, title).savefig(path)
-        alt = plotting.describe_scatter(points, labels, class_names, title)
-        pictures.append(Picture(path, name, alt, text))
+        title = f"{name} of {len(labels):,} of {total:,} embeddings{note}"
+        save(plotting.scatter_figure(places, labels, class_names, title), path)
+        pictures.append(Picture(path, name, plotting.describe_scatter(places, labels, class_names, title), text))
     return pictures
 
 
-def _draw_spectrum(folder: Path, moments: ClassMoments) -> list[Picture]:
-    path = folder / "spectrum.png"
-    plotting.spectrum_figure(moments).savefig(path)
-    text = "Orthogonal classes need as many large values as there are classes; one or two large values show a collapse."
-    return [Picture(path, "Singular values", plotting.describe_spectrum(moments), text)]
+def draw_curves(folder: Path, curves: Mapping[str, Curve]) -> list[Picture]:
+    """The values that the run logged in training.
 
+    Args:
+        folder: Must exist; the picture is written into it.
+        curves: By their logged names.
 
-def _draw_neighbors(folder: Path, data: EmbeddedImages, chosen: Tensor, class_names: Sequence[str]) -> list[Picture]:
-    if data.images is None or len(chosen) == 0:
+    Returns:
+        One picture; none if the run logged nothing.
+    """
+    names = drawn_names(curves)
+    if not names:
         return []
-    count = len(data.images)
-    nearest = nearest_neighbors(data.embeddings[:count], chosen, min(_NEIGHBORS, count - 1))
-    indices = torch.cat([chosen.unsqueeze(1), nearest], dim=1)  # (Q, 1 + K)
-    path = folder / "neighbors.png"
-    plotting.neighbors_figure(data.images[indices], data.labels[indices], class_names).savefig(path)
-    text = (
-        f"Searched in the first {count:,} images of the split. Queries, from 0: {', '.join(map(str, chosen.tolist()))}."
-    )
-    return [Picture(path, "Nearest images", plotting.describe_neighbors(data.labels[indices], class_names), text)]
+    path, runs = folder / "curves.png", {"Training": curves}
+    save(plotting.curves_figure(runs, names, "optimizer step"), path)
+    text = "Values in the run's metrics.csv by optimizer step."
+    return [Picture(path, "Training curves", plotting.describe_curves(runs, names), text)]
 
 
-def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Sequence[str]) -> list[Picture]:
+def draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Sequence[str]) -> list[Picture]:
+    """The same images in the epochs of training.
+
+    Args:
+        folder: Must exist; the pictures are written into it.
+        snapshots: In order.
+        class_names: C names.
+
+    Returns:
+        Three pictures; none if there are fewer than two snapshots or their classes differ.
+    """
     if len(snapshots) < 2 or any(len(each.counts) != len(class_names) for each in snapshots):
         return []
     few = plotting.pick_snapshots(snapshots, _PANELS)
@@ -266,8 +224,8 @@ def _draw_training(folder: Path, snapshots: Sequence[Snapshot], class_names: Seq
     cosines = [(each.title, each.cosines) for each in few], None, [class_names[i] for i in few[0].classes]
     frames = [(each.title, each.points) for each in plotting.pick_snapshots(snapshots, _FRAMES)]
     paths = [folder / name for name in ("training_points.png", "training_similarity.png", "training.gif")]
-    plotting.small_multiples_figure(*points).savefig(paths[0])
-    plotting.small_multiples_figure(*cosines).savefig(paths[1])
+    save(plotting.small_multiples_figure(*points), paths[0])
+    save(plotting.small_multiples_figure(*cosines), paths[1])
     plotting.save_animation(frames, paths[2], *points[1:])
     one_map = "One map for all epochs: PCA of the last one."
     axes = (

@@ -1,5 +1,7 @@
 """The report of a checkpoint: embed a split, compute its metrics, draw the pictures and write the page."""
 
+import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN
+from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN, RetrievalMonitor
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import read_checkpoint
@@ -21,12 +22,16 @@ from simo_lightning.functional.moments import ClassMoments
 from simo_lightning.metrics import ClassMomentsMetric
 from simo_lightning.plotting import Projection, load_snapshots
 from simo_lightning.report.collector import EmbeddingCollector
+from simo_lightning.report.contents import make_contents
+from simo_lightning.report.curves import read_curves
 from simo_lightning.report.page import write_page
-from simo_lightning.report.pictures import EmbeddedImages, draw_sections
+from simo_lightning.report.pictures import EmbeddedImages
+from simo_lightning.report.record import Record, save_record
 from simo_lightning.report.rows import metric_rows
 from simo_lightning.version import __version__
 
 CallbackT = TypeVar("CallbackT", bound=pl.Callback)
+_SCORES = re.compile(r"knn|(recall_at_\d+|r_precision|map_at_r)(_macro)?")
 _SPLITS = {"val": "validation", "test": "test"}
 
 
@@ -44,6 +49,9 @@ def write_report(
 ) -> Path:
     """Draw the embeddings of a split into one page, with the metrics.
 
+    With the extra report, the page has an interactive map. The pictures are written beside it as PNG and SVG, and the
+    numbers as report.json and report.npz, which ``simo compare`` reads.
+
     Runs the validation or test loop once, with any module whose steps return ``embeddings`` and ``labels``; kNN
     requires a bank, as :class:`~simo_lightning.callbacks.OnlineKNN` does. The trainer's own callbacks that evaluate
     embeddings are not called.
@@ -57,7 +65,7 @@ def write_report(
         stage: Split: "val" or "test".
         projections: Maps of the embeddings: pca, tsne and, with the extra umap, umap.
         queries: Indices of images of the split whose nearest neighbours are shown, such as [3,17], or their number,
-            taken from the classes in turn; 0 for none.
+            spread over the classes; 0 for none.
         max_points: Points of a map, stratified by class.
         config_name: Name of the run on the page.
 
@@ -78,7 +86,7 @@ def write_report(
     details["Checkpoint"] = "none: current weights" if ckpt_path is None else _describe(Path(ckpt_path))
     folder = _make_folder(run / "plots" / "report" if out is None else Path(out))
     snapshots = load_snapshots(run / _find(trainer, EmbeddingPlots()).dirname / "snapshots")
-    data, knn, k = _embed(trainer, model, datamodule, ckpt_path, stage)
+    data, values, k = _embed(trainer, model, datamodule, ckpt_path, stage)
     if trainer.is_global_zero:
         names = _class_names(datamodule, data.labels)
         details["Data"] = f"{type(datamodule or model).__name__}, {_SPLITS[stage]} split"
@@ -86,9 +94,27 @@ def write_report(
         details["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
         details["Made by"] = f"simo_lightning {__version__}"
         moments = _moments(data, len(names))
-        sections = draw_sections(folder, data, moments, names, snapshots, projections, queries, max_points)
+        rows = metric_rows(moments, values.pop("knn", math.nan), k, values)
+        contents = make_contents(
+            folder,
+            data,
+            moments,
+            names,
+            rows,
+            snapshots,
+            projections,
+            queries,
+            max_points,
+            read_curves(run),
+        )
         title = f"{details['Config']}: embeddings of the {_SPLITS[stage]} split"
-        write_page(folder, title, details, metric_rows(moments, knn, k), sections)
+        write_page(folder, title, details, contents)
+        labels = data.labels[contents.map_index]
+        points = {str(name): each for name, each in contents.map_points.items()}
+        record = Record(
+            details["Config"], details, stage, names, contents.headline, rows, moments.means, points, labels
+        )
+        save_record(folder, record)
     trainer.strategy.barrier("report")
     return folder / "index.html"
 
@@ -107,10 +133,10 @@ def _check(stage: str, projections: list[Projection], max_points: int) -> None:
 
 def _embed(
     trainer: pl.Trainer, model: pl.LightningModule, datamodule: Any, ckpt_path: str | None, stage: str
-) -> tuple[EmbeddedImages, float, int | None]:
-    """The split's embeddings, the accuracy of kNN on it, and its k."""
+) -> tuple[EmbeddedImages, dict[str, float], int | None]:
+    """The split's embeddings, the accuracy of kNN and the retrieval scores on it, and kNN's k."""
     collector, knn = EmbeddingCollector(), _find(trainer, OnlineKNN())
-    callbacks: list[EvaluationCallback] = [collector]
+    callbacks: list[EvaluationCallback] = [collector, _find(trainer, RetrievalMonitor())]
     if knn.bank is not None or callable(getattr(datamodule, "bank_dataloader", None)):
         callbacks.append(knn)
     run = trainer.validate if stage == "val" else trainer.test
@@ -121,7 +147,8 @@ def _embed(
             f"{type(model).__name__}'s {_SPLITS[stage]} steps must return a dictionary with embeddings and labels for "
             "each batch of the split, got no embeddings"
         )
-    return collector.result, float(trainer.callback_metrics.get(f"{stage}/knn", torch.nan)), knn.k
+    logged = {name.removeprefix(f"{stage}/"): float(value) for name, value in trainer.callback_metrics.items()}
+    return collector.result, {name: value for name, value in logged.items() if _SCORES.fullmatch(name)}, knn.k
 
 
 @contextmanager
