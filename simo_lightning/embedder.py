@@ -85,7 +85,7 @@ class Embedder:
         """Make an embedder of a checkpoint.
 
         Args:
-            path: The file.
+            path: The file, or a folder of ``save_pretrained``.
             trusted: As in :func:`~simo_lightning.checkpoints.load_encoder`.
             options: ``device``, ``precision``, ``batch_size`` and ``num_workers`` of this class.
 

@@ -19,11 +19,12 @@ _CHUNK_BYTES = 2**25  # of embeddings that are read at a time
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 digest of a file, in hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
+    """SHA-256 digest of a checkpoint in hexadecimal digits; of a folder of ``save_pretrained`` config and weights."""
+    path, digest = Path(path), hashlib.sha256()
+    for part in [path / "config.json", *sorted(path.glob("*.safetensors"))] if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from simo_lightning import SimOModule
 from simo_lightning.cli import main
 from simo_lightning.embed_files import embed_files
 from simo_lightning.embeddings_file import open_embeddings
@@ -191,3 +192,22 @@ def test_without_faiss_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ModuleNotFoundError, match="faiss"):
         NearestNeighbors(index, approximate="hnsw")
     assert missing_extra("No module named 'faiss'") == "faiss is missing: pip install 'simo_lightning[search]'"
+
+
+def test_a_shared_folder_is_embedded_and_searched_as_its_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = write_checkpoint(tmp_path / "last.ckpt")
+    SimOModule.load_from_checkpoint(checkpoint).save_pretrained(tmp_path / "shared")
+    write_images(tmp_path, [f"images/{number}.png" for number in range(4)])
+    found = {}
+    for source in ("last.ckpt", "shared"):
+        embed_files(source, ["images"], f"{source}.parquet", num_workers=0, device="cpu")
+        results, _ = search_images(f"{source}.parquet", ["images/2.png"], k=4, device="cpu")
+        found[source] = [(match.row, match.cosine, match.class_name) for match in results[0].matches]
+    assert found["shared"] == found["last.ckpt"]
+    assert found["shared"][0][:2] == (2, pytest.approx(1))
+    (tmp_path / "shared" / "config.json").write_text((tmp_path / "shared" / "config.json").read_text() + "\n")
+    with pytest.raises(ValueError, match="is not the one that made the index"):
+        search_images("shared.parquet", ["images/2.png"], k=1, device="cpu")

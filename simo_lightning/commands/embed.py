@@ -25,7 +25,7 @@ def run(
     """Embed image files.
 
     Args:
-        checkpoint: Checkpoint of a trained model.
+        checkpoint: Checkpoint of a trained model, or the folder that simo share wrote.
         images: Image files, folders, patterns in quotes such as "DIR/*/front*.jpg", and tables (.csv or .parquet) with
             a column "path". No labels are needed.
         out: File of the embeddings, .parquet or .npz. The same command continues one that was stopped.

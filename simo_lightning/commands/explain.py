@@ -29,7 +29,7 @@ def run(
     """Explain the embedding of an image.
 
     Args:
-        checkpoint: Checkpoint of a trained model.
+        checkpoint: Checkpoint of a trained model, or the folder that simo share wrote.
         image: Image file.
         against: Another image file: explain the similarity of the two.
         class_name: Explain the similarity to the mean of this class. Default: the nearest one.

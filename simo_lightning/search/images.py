@@ -95,7 +95,7 @@ def find_checkpoint(index: EmbeddingsFile, checkpoint: str | Path | None = None)
 
     Args:
         index: The open index.
-        checkpoint: File; None: where the index says, or of the same name beside the index.
+        checkpoint: File, or folder of ``save_pretrained``; None: where the index says, or of the same name beside it.
 
     Returns:
         The file.
@@ -108,7 +108,7 @@ def find_checkpoint(index: EmbeddingsFile, checkpoint: str | Path | None = None)
     if not isinstance(name, str) or not isinstance(digest, str):
         raise ValueError(f"index {str(index.path)!r} must say which checkpoint made it, as simo embed writes it")
     tried = [Path(name), index.path.parent / Path(name).name] if checkpoint is None else [Path(checkpoint).expanduser()]
-    found = [path for path in tried if path.is_file()]
+    found = [path for path in tried if path.exists()]
     if not found:
         raise FileNotFoundError(
             f"no checkpoint {' nor '.join(repr(str(path)) for path in dict.fromkeys(tried))}"
