@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import timing_decode, timing_fit
+from benchmarks import timing_decode, timing_embed, timing_fit
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -127,6 +127,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "profile": lambda given: in_process(profile_case, rows=600 if given.quick else 16384),
     "micro_batches": micro_batches,
     "decode": timing_decode.decode,
+    "embed": timing_embed.embed,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -144,7 +145,9 @@ def main() -> None:
     own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
     given = own.parse_args()
     if not (
-        given.quick or given.data_dir or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode"}
+        given.quick
+        or given.data_dir
+        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed"}
     ):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:

@@ -26,9 +26,9 @@ from torchvision import transforms
 
 from benchmarks.experiments import ROOT
 from benchmarks.machine import Row, in_process, memory_mib, milliseconds, now
+from benchmarks.scaling_model import CASES
 from benchmarks.train import make_parts
 from simo_lightning import SimOLoss
-from simo_lightning.distributed import gather_rows
 
 DIGITS, CIFAR10 = str(ROOT / "configs" / "digits.yaml"), str(ROOT / "configs" / "cifar10_cpu.yaml")
 SIMO = str(Path(sys.executable).with_name("simo"))
@@ -227,7 +227,7 @@ def memory(given: argparse.Namespace) -> list[Row]:
 
 
 def scaling(given: argparse.Namespace) -> list[Row]:
-    """A step of simo fit on one process and on two, one thread each; and the gather and the loss alone."""
+    """A step of simo fit on one process and on two, one thread each; and the loss alone, by both ways to reduce it."""
     words, rows = [*config_words(given), *NO_VALIDATION, "--trainer.accelerator", "cpu"], []
     for world, samples in ((1, 12), (2, 6), (2, 12)):
         own = ["--trainer.strategy", "ddp" if world > 1 else "auto", "--trainer.devices", str(world)]
@@ -236,43 +236,70 @@ def scaling(given: argparse.Namespace) -> list[Row]:
         sizes = {"processes": world, "rows": 10 * samples * world, "dim": 16}
         rows.append({"what": "simo fit", **sizes, "step_ms": found["ms"]})
     for world in (1, 2) if given.quick else (1, 2, 4, 8):
-        rows += gather(world, steps=5 if given.quick else 200)
+        rows += loss_over_ranks(world, steps=5 if given.quick else 100)
     return rows
 
 
-def gather(world: int, steps: int, rows: int = 120) -> list[Row]:
-    """Median time of the gather and of the loss, of ``rows`` embeddings on each of ``world`` processes."""
-    printed = python(["-m", "benchmarks.timing_fit", str(steps), str(rows)], world)
+def loss_over_ranks(world: int, steps: int) -> list[Row]:
+    """Median times of the loss of ``world`` processes, by the embeddings of all and by sums over each class."""
+    printed = python(["-m", "benchmarks.timing_fit", str(steps)], world)
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
-def gather_case(steps: int, rows: int) -> None:
-    """One process of the gather and the loss; rank 0 prints the medians."""
+def loss_over_ranks_case(steps: int) -> None:
+    """One process of the loss; rank 0 prints the medians.
+
+    ``step_ms`` is the wall time of forward and backward pass. ``own_ms`` is the CPU time of the thread that computes,
+    without the waiting for a core and for other processes, which two cores cannot avoid with eight of them. ``kb`` is
+    what this process hands to collectives.
+    """
     torch.set_num_threads(1)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         dist.init_process_group("gloo")
-    loss, labels = SimOLoss(form="softmax"), torch.arange(rows) % 10
-    for dim in (16, 128):
+    for rows, dim, classes, own in CASES:
+        labels = ((rank * own + torch.arange(rows) % own) % classes).sort().values
         embeddings = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        times = []
-        for _ in range(steps + 5):
-            ends = [now()]
-            gathered = gather_rows(embeddings)
-            ends.append(now())
-            value = loss(gathered, gather_rows(labels))
-            ends.append(now())
-            value.backward()
-            times.append(np.diff([*ends, now()]))
-        parts = dict(zip(("gather_ms", "loss_ms", "backward_ms"), 1e3 * np.median(times[5:], axis=0), strict=True))
-        sizes = {"processes": world, "rows": rows * world, "dim": dim}
-        if rank == 0:
-            print(json.dumps({"what": "gather and loss", **sizes, **parts, "step_ms": sum(parts.values())}), flush=True)
+        for reduce in ("gather", "sums"):
+            loss, times, sent = SimOLoss(form="softmax"), [], 0
+            for _ in range(steps + 5):
+                with SentBytes() as counter:
+                    start, own_start = now(), time.thread_time()
+                    sum(loss.terms_over_ranks(embeddings, labels, reduce).values()).backward()
+                    times.append((now() - start, time.thread_time() - own_start))
+                sent = counter.bytes
+            step, own_time = 1e3 * np.median(times[5:], axis=0)
+            sizes = {"processes": world, "rows": rows * world, "dim": dim, "classes": min(classes, world * own)}
+            row = {"what": "loss", "reduce": reduce, **sizes, "step_ms": step, "own_ms": own_time, "kb": sent / 1e3}
+            if rank == 0:
+                print(json.dumps(row), flush=True)
     if world > 1:
         dist.destroy_process_group()
+
+
+class SentBytes:
+    """Counts the bytes of the tensors that this process hands to collectives."""
+
+    def __enter__(self) -> "SentBytes":
+        self.bytes, self.originals = 0, (dist.all_reduce, dist.all_gather)
+        reduce, gather = self.originals
+
+        def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.bytes += tensor.nbytes
+            return reduce(tensor, *args, **kwargs)
+
+        def all_gather(parts: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.bytes += tensor.nbytes
+            return gather(parts, tensor, *args, **kwargs)
+
+        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        dist.all_reduce, dist.all_gather = self.originals
 
 
 BENCHMARKS = [throughput, callbacks, startup, memory, scaling]
 
 if __name__ == "__main__":
-    gather_case(int(sys.argv[1]), int(sys.argv[2]))
+    loss_over_ranks_case(int(sys.argv[1]))

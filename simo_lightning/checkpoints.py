@@ -6,6 +6,7 @@ strings, optimizers, schedulers, and modules that remember their arguments
 module is among them, whether it was passed or computed from the training images.
 """
 
+import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,12 +38,18 @@ from simo_lightning.class_paths import (
     refuse_paths,
     weights_follow,
 )
+from simo_lightning.extras import import_extra
 from simo_lightning.lightning_private import given_arguments
 from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
-from simo_lightning.tensor_files import File, check_archive, check_sizes, first_line, reason_of
+from simo_lightning.tensor_files import File, check_archive, check_sizes, first_line, read_tensors, reason_of
 
 _KEY = "simo_module"
 _SHARDED = "meta.pt"  # in the folder of a sharded checkpoint: all but weights and optimizer states
+# The files of a folder that ``SimOModule.save_pretrained`` writes, and the name of the class means among the weights,
+# which no parameter can have, since ``classes`` is an attribute of the module.
+CONFIG_FILE, WEIGHTS_FILE, CLASS_MEANS = "config.json", "model.safetensors", "classes.means"
+FOLDER_FORMAT = 1  # of config.json; a reader refuses a later one
+_LARGEST_CONFIG = 2**26  # bytes
 _EXTRA_BYTES = 2**28  # that building a module may take beyond its weights, such as for a classifier that is removed
 
 
@@ -168,22 +175,26 @@ class TrainingClasses(NamedTuple):
 def read_checkpoint(
     path: File, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint file.
+    """Read a checkpoint file, or a folder of :meth:`SimOModule.save_pretrained`.
 
     Args:
-        path: File.
-        map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU.
+        path: File or folder.
+        map_location: As in ``torch.load``; None keeps each tensor's device where the machine has it, else the CPU. For
+            a folder a device.
         weights_only: None or True: the file may hold tensors, numbers, strings, lists and dictionaries, and runs no
             code. False: it may hold any object, and **runs the code it holds**.
         mmap: As in ``torch.load``: True maps the file into memory, so that only what is used is read.
 
     Returns:
-        The checkpoint.
+        The checkpoint; of a folder the entries ``state_dict`` and ``simo_module``.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ImportError: For a folder, if safetensors is not installed.
         ValueError: If it cannot be read, or holds something else; the message says which class.
     """
+    if isinstance(path, str | Path) and Path(path, CONFIG_FILE).is_file():
+        return _read_folder(Path(path), map_location)
     if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if map_location is None and not torch.accelerator.is_available():
@@ -201,17 +212,60 @@ def read_checkpoint(
     return checkpoint
 
 
+def _read_folder(folder: Path, map_location: Any) -> dict[str, Any]:
+    """A folder of ``save_pretrained`` in the form of a checkpoint; as little checked as a checkpoint is."""
+    config = _read_config(folder / CONFIG_FILE)
+    import_extra("safetensors")
+    weights = dict(read_tensors(folder / WEIGHTS_FILE))
+    if map_location is not None:
+        if not isinstance(map_location, str | torch.device):
+            raise ValueError(f"map_location must be a device for the folder {folder}, got {map_location!r}")
+        weights = {name: value.to(map_location) for name, value in weights.items()}
+    arguments, means = dict(config["init_args"]), weights.pop(CLASS_MEANS, None)
+    if config.get("preprocessing") is not None:
+        arguments["preprocessing"] = {"class_path": class_path(Preprocessing), "init_args": config["preprocessing"]}
+    stored = {"class_path": config.get("class_path"), "init_args": arguments, "loss_sizes": config.get("loss_sizes")}
+    if config.get("classes") is not None or means is not None:
+        stored["classes"] = {"names": config.get("classes"), "means": means}
+    return {"state_dict": weights, "global_step": 0, _KEY: stored}  # the number of steps is not stored
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.json of unknown origin."""
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_CONFIG:
+            raise ValueError(f"it must have at most {_LARGEST_CONFIG:,} bytes, got {size:,}")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "format" not in config:
+            raise ValueError("SimOModule.save_pretrained did not write it")
+        if config["format"] != FOLDER_FORMAT:
+            raise ValueError(
+                f"its format must be {FOLDER_FORMAT}, got {str(config['format'])[:100]}: update the package"
+            )
+        if not isinstance(config.get("init_args"), dict):
+            raise ValueError(f"init_args must hold arguments by name, got {type(config.get('init_args')).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {first_line(error)}") from error
+    return config
+
+
 def load_module(
-    path: File, map_location: Any = None, trusted: Iterable[Trusted] | Trusted = (), weights_only: bool | None = None
+    path: File,
+    map_location: Any = None,
+    trusted: Iterable[Trusted] | Trusted = (),
+    weights_only: bool | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Build the module of a checkpoint, whatever its class, with its weights.
 
     Args:
-        path: File.
+        path: File, or a folder as for :func:`read_checkpoint`.
         map_location: As in ``torch.load``.
         trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`; must include the module's own class if it is not
             one of simo_lightning.
         weights_only: As in :func:`read_checkpoint`.
+        kwargs: Arguments of the module, which replace those in the checkpoint.
 
     Returns:
         The module.
@@ -224,14 +278,14 @@ def load_module(
     cls: Any = _import(stored["class_path"], trusted, path)
     if not issubclass(cls, CheckpointMixin):
         raise ValueError(f"checkpoint {path} must be of a module of simo_lightning, got {class_path(cls)}")
-    return cls.load_from_checkpoint(path, map_location, weights_only=weights_only, trusted=trusted)
+    return cls.load_from_checkpoint(path, map_location, weights_only=weights_only, trusted=trusted, **kwargs)
 
 
 def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted] | Trusted = ()) -> nn.Module:
     """The encoder of a checkpoint alone, with its weights; loss, optimizer and the rest are not built.
 
     Args:
-        path: File.
+        path: File, or a folder as for :func:`read_checkpoint`.
         map_location: As in ``torch.load``.
         trusted: As in :meth:`CheckpointMixin.load_from_checkpoint`.
 
@@ -250,18 +304,18 @@ def load_encoder(path: File, map_location: Any = None, trusted: Iterable[Trusted
     encoder = _encoder(checkpoint, arguments.get("encoder"), path, map_location, trusted)
     if preprocessing is not None:
         setattr(encoder, "preprocessing", preprocessing)  # noqa: B010  # nn.Module declares only tensors and modules
-    classes = training_classes(checkpoint, path)
+    with _error_in_one_line(f"checkpoint {path} cannot be used"):
+        classes = training_classes(checkpoint)
     if classes is not None:
         setattr(encoder, "classes", classes)  # noqa: B010
     return encoder
 
 
-def training_classes(checkpoint: Mapping[str, Any], path: File) -> TrainingClasses | None:
+def training_classes(checkpoint: Mapping[str, Any]) -> TrainingClasses | None:
     """The classes that the model of a checkpoint was trained on.
 
     Args:
         checkpoint: As :func:`read_checkpoint` returns it.
-        path: Its file, for the message.
 
     Returns:
         Names and means; None if the checkpoint does not hold them.
@@ -273,14 +327,15 @@ def training_classes(checkpoint: Mapping[str, Any], path: File) -> TrainingClass
     found = stored.get("classes") if isinstance(stored, dict) else None
     if found is None:
         return None
-    names, means = (found.get("names"), found.get("means")) if isinstance(found, dict) else (None, None)
+    names = found.get("names") if isinstance(found, dict) else None
+    means = found.get("means") if isinstance(found, dict) else None
     sound = isinstance(names, list) and all(type(name) is str for name in names)
-    if means is not None:
+    if isinstance(names, list) and means is not None:
         sound = sound and isinstance(means, Tensor) and means.is_floating_point() and means.ndim == 2
         sound = sound and len(means) == len(names) and not means.isinf().any()
     if not sound:
-        raise ValueError(f"classes of checkpoint {path} must hold names and their means, got {str(found)[:100]}")
-    return TrainingClasses(names, None if means is None else means.detach().float().cpu())
+        raise ValueError(f"its classes must have names and one mean for each, got {str(found)[:100]}")
+    return TrainingClasses(list(names or []), None if means is None else means.detach().float().cpu())
 
 
 def _encoder(

@@ -24,8 +24,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from simo_lightning.callbacks import (
     BestCheckpoint,
+    ClassTable,
     CollapseAlarm,
     EmbeddingPlots,
+    EmbeddingProjector,
     EmbeddingWriter,
     GeometryMonitor,
     GracefulShutdown,
@@ -38,8 +40,8 @@ from simo_lightning.callbacks import (
 )
 from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
-from simo_lightning.checkpoints import adopt_preprocessing, read_checkpoint
-from simo_lightning.commands import COMMANDS, run_command
+from simo_lightning.checkpoints import CONFIG_FILE, adopt_preprocessing, read_checkpoint
+from simo_lightning.commands import COMMANDS, command_parser, run_command
 from simo_lightning.lightning_private import FunctionCLI
 from simo_lightning.loggers import RunConfigWriter, RunCSVLogger
 from simo_lightning.parser import SimoParser, user_error
@@ -69,6 +71,7 @@ CALLBACKS: dict[str, type[pl.Callback]] = {
     "geometry": GeometryMonitor,
     "alarm": CollapseAlarm,
     "plots": EmbeddingPlots,
+    "projector": EmbeddingProjector,
 }
 
 
@@ -84,6 +87,7 @@ class SimoCLI(FunctionCLI):
         self._is_new = False  # whether this start created the run's folder
         self._missing: list[Path] = []  # folders that did not exist before it
         self._resumed_step = 0
+        self._class_table = ClassTable()
         with tempfile.TemporaryDirectory(prefix="simo_") as self._scratch:  # for a trial (fast_dev_run)
             try:
                 super().__init__(*args, **kwargs)
@@ -97,6 +101,11 @@ class SimoCLI(FunctionCLI):
     def functions() -> dict[str, tuple[Callable[..., Any], set[str]]]:
         """``plot``."""
         return {"plot": (write_report, {"trainer", "model", "datamodule", "config_name"})}
+
+    def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, summary in COMMANDS.items():  # for the help and the completion; main runs them
+            parser.commands.add_subcommand(name, command_parser(name), help=summary)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run_dir`` and the callbacks that a config can set."""
@@ -179,6 +188,8 @@ class SimoCLI(FunctionCLI):
         callbacks += [callback for callback in named.values() if callback is not None]
         if config.log_every_n_steps is None:
             callbacks.append(_LogEveryEpoch())
+        if self.subcommand in ("validate", "test"):
+            callbacks.append(self._class_table)
         return [*callbacks, GracefulShutdown(save=named["last"] is not None), ImagesPerSecond(), EmbeddingWriter()]
 
     def _is_default(self, name: str) -> bool:
@@ -217,9 +228,14 @@ class SimoCLI(FunctionCLI):
         _print("", *lines)
 
     def after_validate(self) -> None:
-        """Print the folder of the pictures."""
-        if (self.run_dir / "plots").exists() and not self._is_trial():
-            _print("", f"plots       {self.run_dir / 'plots'}")
+        """Print the folder of the pictures, and the table of the classes with the worst of them."""
+        if self._is_trial():
+            return
+        lines = self._class_table.summary()
+        if (self.run_dir / "plots").exists():
+            lines.insert(0, f"plots       {self.run_dir / 'plots'}")
+        if lines:
+            _print("", *lines)
 
     after_test = after_validate
 
@@ -323,6 +339,8 @@ class SimoCLI(FunctionCLI):
             if not path.is_file() and fitting:
                 _print(f"no checkpoint at {path} yet: starting from the beginning")
                 return None
+        if path.is_dir() and (path / CONFIG_FILE).is_file():
+            raise ValueError(f"--ckpt_path must be a checkpoint file, got the folder {path} of a shared model")
         # a damaged file is reported now, not after the data are read; `plot` has no weights_only
         weights_only = self.config[self.config.subcommand].get("weights_only")
         checkpoint = read_checkpoint(path, map_location="cpu", weights_only=weights_only)

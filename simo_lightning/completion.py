@@ -64,7 +64,9 @@ def _options_of_command(command: argparse.ArgumentParser) -> dict[str, list[str]
         if isinstance(action.default, Namespace) and "class_path" in action.default:  # a callback
             callback, cls = action.option_strings[0], resolve_name(action.default.class_path)
             options |= {callback: [cls.__name__, "null"], **dict(_options(callback, cls))}
-    return options | dict([*_options("--trainer", Trainer), *_classes("--model"), *_classes("--data")])
+    if "--model" in options:  # a command with a config
+        options |= dict([*_options("--trainer", Trainer), *_classes("--model"), *_classes("--data")])
+    return options
 
 
 def _classes(option: str) -> Iterator[tuple[str, list[str]]]:

@@ -36,6 +36,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
+def total_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum over all processes, with gradient.
+
+    For a loss that each process computes from such totals, so that its value is the same on all. As with
+    :func:`gather_rows`, the backward pass sums the gradients of all processes, and DDP's mean over processes turns them
+    into the exact gradient of one such loss.
+
+    Args:
+        values: Floats of any shape, the same on every process.
+
+    Returns:
+        The sum, on every process; ``values`` itself on one process.
+    """
+    if world_size() == 1:
+        return values
+    total: Tensor = _TotalOverRanks.apply(values)
+    return total
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Elementwise sum over all processes, without gradient.
 
@@ -47,9 +66,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return _all_reduced(values)
 
 
 def largest_over_ranks(value: int, device: torch.device) -> int:
@@ -96,3 +113,20 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient[ctx.own]
+
+
+class _TotalOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _all_reduced(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _all_reduced(gradient)
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -16,6 +16,7 @@ from simo_lightning.class_paths import Trusted
 from simo_lightning.functional.decomposition import OrthogonalShares, orthogonal_shares
 from simo_lightning.functional.knn import unit_vectors
 from simo_lightning.preprocessing import Preprocessing
+from simo_lightning.tensor_files import first_line
 
 # A picture: a file, or a PIL image.
 Picture = str | Path | Image.Image
@@ -42,8 +43,8 @@ class Embedder:
         device: On which the encoder is.
 
     Raises:
-        ValueError: If ``batch_size`` or ``num_workers`` is out of range, the precision is unknown, or the
-            preprocessing has no mean.
+        ValueError: If ``batch_size`` or ``num_workers`` is out of range, the precision is unknown, the machine has no
+            such device, or the preprocessing has no mean.
 
     Example:
         >>> from simo_lightning import ImageEncoder
@@ -71,9 +72,7 @@ class Embedder:
             raise ValueError(f"precision must be '32' or 'bf16', got {precision!r}")
         if preprocessing.mean is None:
             raise ValueError("preprocessing must have mean and std to embed images, got None")
-        if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = _available(device)
         self.encoder = encoder.to(self.device).eval()
         self.preprocessing = preprocessing
         self.classes = classes
@@ -139,7 +138,8 @@ class Embedder:
         Returns:
             float32 ``(N, D)``, on the device.
         """
-        inputs = self.preprocessing(pixels.to(self.device, non_blocking=True))
+        # contiguous: another memory format, as of a transposed picture, would be computed with other rounding
+        inputs = self.preprocessing(pixels.to(self.device, non_blocking=True).contiguous())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             embeddings: Tensor = self.encoder(inputs)
         return embeddings.float()
@@ -186,6 +186,17 @@ class Embedder:
 
     def _read(self, pictures: list[Picture]) -> Iterator[Tensor]:
         yield from DataLoader(_Pictures(pictures, self.preprocessing), self.batch_size, num_workers=self.num_workers)
+
+
+def _available(device: str | torch.device) -> torch.device:
+    """A device that this machine has."""
+    if device == "auto":
+        device = torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whatever torch raises without the driver
+        raise ValueError(f"device must be one of this machine, got {str(device)!r} ({first_line(error)})") from error
 
 
 class _Pictures(Dataset[Tensor]):

@@ -8,6 +8,8 @@ EXTRAS = {
     "bokeh": "report",
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
+    "faiss": "search",
+    "captum": "explain",
     "datasets": "hub",
     "huggingface_hub": "hub",
     "pytorch_metric_learning": "losses",
@@ -16,7 +18,7 @@ EXTRAS = {
     "onnxscript": "export",
     "pyarrow": "parquet",
     "peft": "lora",
-    "safetensors": "timm",
+    "safetensors": "hub",
     "shtab": "completion",
     "timm": "timm",
     "umap": "umap",

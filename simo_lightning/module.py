@@ -1,15 +1,16 @@
 """SimOModule: trains an encoder with a contrastive loss."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
@@ -24,14 +25,16 @@ from simo_lightning.checkpoints import (
 from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss, configure_loss
+from simo_lightning.losses.simo import Reduce
 from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing, encoder_input
 from simo_lightning.schedules import with_schedule
+from simo_lightning.sharing import SharingMixin
 
 Batch = tuple[Tensor, Tensor]
 
 
-class SimOModule(CheckpointMixin, pl.LightningModule):
+class SimOModule(SharingMixin, CheckpointMixin, pl.LightningModule):
     """Trains an encoder so that embeddings of one class align and those of different classes are orthogonal.
 
     All parts are passed in: a subclass overrides one method, a config replaces one part. Validation and test steps
@@ -67,6 +70,12 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
             completes it when a fit starts, from its own arguments, the encoder's ``preprocessing`` (of pretrained
             weights), and the training images. It is then an attribute of this module, and binding: set it to None
             before a fit that reads its images otherwise.
+
+        reduce: How several processes compute the loss of their global batch. "gather" gathers all embeddings, with any
+            loss. "sums" adds up sums over each class, so that a process's time and bytes do not grow with the number of
+            processes: only with a SimOLoss at the level centroid, class or group
+            (:meth:`~simo_lightning.losses.SimOLoss.terms_over_ranks`). "auto": the one of fewer bytes. Value and
+            gradient are the same up to rounding.
 
     Attributes:
         default_callbacks: Whether to add callbacks to the trainer that are missing there.
@@ -105,8 +114,11 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         compile: bool = False,
         preprocessing: Preprocessing | None = None,
         parameter_groups: ParameterGroups | None = None,
+        reduce: Reduce = "auto",
     ) -> None:
         super().__init__()
+        if reduce not in get_args(Reduce):
+            raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, or None for whole batches, got {micro_batch_size}")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -119,6 +131,7 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         self.preprocessing = preprocessing
         self.loss_sizes: dict[str, int | None] | None = None  # what the loss was configured with
         self.parameter_groups = parameter_groups
+        self.reduce = reduce
         self.classes: TrainingClasses | None = None
         self._step_of_class_means: int | None = None  # at which they were computed
 
@@ -172,8 +185,9 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Configure the loss as it was, unless the data of this fit have configured it; take the classes."""
+        self._loaded_step = checkpoint.get("global_step")
         stored = checkpoint.get("simo_module")
-        classes = training_classes(checkpoint, "that is loaded")
+        classes = training_classes(checkpoint)
         if classes is not None and (self.classes is None or self.classes.names == classes.names):
             self.classes, self._step_of_class_means = classes, checkpoint.get("global_step")
         sizes = stored.get("loss_sizes") if isinstance(stored, dict) else None
@@ -210,9 +224,13 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         """Loss of the global batch, and this process's embeddings and labels for the callbacks."""
         images, labels = batch
         embeddings = self._embed_micro_batches(images)
-        embeddings_of_all, labels_of_all = gather_rows(embeddings), gather_rows(labels)
-        with self._draws_of_all_ranks(batch_idx):
-            terms = self.loss_terms(embeddings_of_all, labels_of_all)
+        if self._reduces_sums():
+            loss_of_all: Any = self.loss.terms_over_ranks
+            terms = self._loss_terms(partial(loss_of_all, reduce=self.reduce), embeddings, labels)
+        else:
+            embeddings_of_all, labels_of_all = gather_rows(embeddings), gather_rows(labels)
+            with self._draws_of_all_ranks(batch_idx):
+                terms = self.loss_terms(embeddings_of_all, labels_of_all)
         first, *others = terms.values()
         loss = sum(others, first)
         if not loss.isfinite():
@@ -268,14 +286,31 @@ class SimOModule(CheckpointMixin, pl.LightningModule):
         Raises:
             ValueError: As the loss does, with the step.
         """
+        if callable(getattr(self.loss, "terms", None)):
+            return self._loss_terms(self.loss.terms, embeddings, labels)  # type: ignore[arg-type]
+        return {"loss": self._loss_terms(self.loss, embeddings, labels)}
+
+    def _loss_terms(self, loss: Callable[[Tensor, Tensor], Any], embeddings: Tensor, labels: Tensor) -> Any:
+        """What a loss returns, outside autocast, with the step in its errors."""
         with torch.autocast(embeddings.device.type, enabled=False):
             try:
-                if callable(getattr(self.loss, "terms", None)):
-                    terms: dict[str, Tensor] = self.loss.terms(embeddings, labels)  # type: ignore[operator]
-                    return terms
-                return {"loss": self.loss(embeddings, labels)}
+                return loss(embeddings, labels)
             except ValueError as error:
                 raise ValueError(f"at step {self.global_step}: {error}") from error
+
+    def _reduces_sums(self) -> bool:
+        """Whether the loss may add up sums of all processes instead of gathering their embeddings."""
+        if world_size() == 1 or self.reduce == "gather":
+            return False
+        # a subclass that computes the loss itself gets the global batch
+        own = is_overridden("loss_terms", self, SimOModule) or not isinstance(self.loss, SimOLoss)
+        own = own or any(is_overridden(name, self.loss, SimOLoss) for name in ("terms", "forward"))
+        if own and self.reduce == "sums":
+            raise ValueError(
+                "reduce='sums' requires a SimOLoss whose terms are not overridden, nor loss_terms of the module, got "
+                f"{type(self.loss).__name__} in {type(self).__name__}"
+            )
+        return not own
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Embeddings ``(N, D)`` and labels ``(N,)`` for the callbacks."""

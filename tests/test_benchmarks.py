@@ -20,7 +20,7 @@ from benchmarks import run, tables, timing, timing_decode, timing_fit
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
 from benchmarks.machine import in_process, memory_mib
-from benchmarks.scaling_model import gather_cost, moments_cost
+from benchmarks.scaling_model import CASES, gather_cost, sums_cost
 from benchmarks.train import make_parts
 from simo_lightning.data.labels import coarse_index
 
@@ -435,10 +435,18 @@ def test_a_fit_is_watched_in_its_own_process() -> None:
     assert len(found["mib"]) == len(found["tensors"])
 
 
-def test_gather_and_loss_run_in_real_processes() -> None:
-    rows = timing_fit.gather(2, steps=1)
-    assert [(row["processes"], row["rows"], row["dim"]) for row in rows] == [(2, 240, 16), (2, 240, 128)]
-    assert all(row["step_ms"] > 0 for row in rows)
+def test_the_loss_of_real_processes_sends_what_the_model_counts() -> None:
+    rows = timing_fit.loss_over_ranks(2, steps=1)
+    assert [(row["reduce"], row["rows"], row["dim"]) for row in rows] == [
+        (reduce, 2 * case[0], case[1]) for case in CASES for reduce in ("gather", "sums")
+    ]
+    for gather, sums, (own_rows, dim, _, own) in zip(rows[::2], rows[1::2], CASES, strict=True):
+        classes = sums["classes"]
+        labels = 16 * own + 8  # a label and a count of each class, and how many there are
+        # embeddings, all labels, and the gradient of the embeddings of both processes; a length for each
+        assert 1e3 * gather["kb"] == own_rows * (4 * dim + 8) + 2 * own_rows * 4 * dim + 16
+        # class sums and the sum of the loss, forward and backward; the gradient of the mean term adds nothing
+        assert 1e3 * sums["kb"] == labels + 2 * 4 * classes * dim + 2 * 4
 
 
 def test_decoding_is_timed_in_pairs_of_epochs(tmp_path: Path) -> None:
@@ -457,8 +465,10 @@ def test_the_model_counts_each_byte_and_operation() -> None:
     # of 4 ranks each sends 3 of the 4 parts of the embeddings, of the labels, and of the gradient twice
     sent = sum(3 * (5 * 4 + 8) + 2 * 3 * 5 * 4 for _ in range(3))
     products = 3 + 6  # of (N, 5) with (5, 2): forward and backward; a multiplication and an addition each
-    assert gather_cost(4, rows=3, dim=5, classes=2) == (sent, products * 2 * 12 * 5 * 2)
-    assert moments_cost(4, rows=3, dim=5, classes=2) == (0.75 * 4 * (4 * 2 * 5 + 2 * 2), products * 2 * 3 * 5 * 2)
+    assert gather_cost(4, rows=3, dim=5, classes=2, own_classes=1) == (sent, products * 2 * 12 * 5 * 2)
+    # a label and a count of each rank's class; the sums forward and backward, each reduced and sent on
+    sent = 3 * 16 + 0.75 * 4 * 4 * 2 * 5
+    assert sums_cost(4, rows=3, dim=5, classes=2, own_classes=1) == (sent, products * 2 * 3 * 5 * 2)
 
 
 def test_a_config_over_another_replaces_parts_with_a_class_path_whole() -> None:

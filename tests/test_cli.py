@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from simo_lightning.checkpoints import load_encoder
 from simo_lightning.cli import SimoCLI, main
 from tests.digits_run import QUIET, ROOT, SIMO, SMALL, assert_equal_weights, copy_of, fit, rows, weights
 
@@ -116,6 +117,12 @@ def test_validate_test_and_predict_from_a_checkpoint(digits_run: Path, capfd: py
         assert file["embeddings"].shape == (len(file["labels"]), 16)
         assert file["class_names"].tolist() == [str(digit) for digit in range(10)]
         assert set(file["labels"].tolist()) == set(range(10))
+        assert file["known_classes"].tolist() == [str(digit) for digit in range(10)]
+        means = load_encoder(best).classes.means.numpy()
+        cosines = file["embeddings"] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+        assert (file["nearest"] == cosines.argmax(axis=1)).mean() > 0.99  # ties by rounding
+        assert (file["nearest"] == file["labels"]).mean() > 0.5
+        np.testing.assert_allclose(file["shares"].sum(axis=1) + file["rest"], 1, atol=1e-5)
 
 
 def test_a_probe_of_the_encoder(digits_run: Path) -> None:

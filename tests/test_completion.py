@@ -11,6 +11,7 @@ import pytest
 
 from simo_lightning import ImageEncoder
 from simo_lightning.cli import CALLBACKS, main
+from simo_lightning.commands import COMMANDS
 
 # Sets what readline sets at the TAB key, calls the function that `complete` names, and prints what it offers.
 PRESS_TAB = """
@@ -43,7 +44,7 @@ def offered(script: Path, *words: str) -> set[str]:
 
 
 def test_subcommands(script: Path) -> None:
-    assert offered(script, "") == {"fit", "validate", "test", "predict", "plot"}
+    assert offered(script, "") == {"fit", "validate", "test", "predict", "plot", *COMMANDS}
     assert offered(script, "pre") == {"predict"}
 
 

@@ -106,6 +106,75 @@ def test_classes_without_a_mean_have_no_share():
     assert orthogonal_basis(means[2:]).deviation.isnan()
 
 
+@pytest.mark.parametrize("means", MEANS.values(), ids=MEANS)
+def test_shares_are_those_of_a_loop_in_float64(means):
+    unit = np.array([row / np.sqrt(sum(value * value for value in row)) for row in means.numpy()])
+    gram = np.array([[sum(a * b for a, b in zip(one, other, strict=True)) for other in unit] for one in unit])
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > 1e-10
+    root = vectors[:, kept] @ np.diag(values[kept] ** -0.5) @ vectors[:, kept].T  # G^(-1/2) on its range
+    directions = root @ unit
+    embeddings = rows(20, means.shape[1], seed=2).numpy()
+    expected = np.zeros((20, len(means)))
+    for index, embedding in enumerate(embeddings):
+        length = np.sqrt(sum(value * value for value in embedding))
+        for label, direction in enumerate(directions):
+            expected[index, label] = (sum(a * b for a, b in zip(embedding, direction, strict=True)) / length) ** 2
+    shares, rest = orthogonal_shares(torch.from_numpy(embeddings), means)
+    np.testing.assert_allclose(shares.numpy(), expected, atol=1e-10)
+    np.testing.assert_allclose(rest.numpy(), 1 - expected.sum(axis=1), atol=1e-10)
+
+
+@pytest.mark.parametrize("means", MEANS.values(), ids=MEANS)
+def test_shares_do_not_change_by_a_rotation(means):
+    dim = means.shape[1]
+    rotation = torch.linalg.qr(rows(dim, dim, seed=3)).Q
+    embeddings = rows(20, dim, seed=2)
+    plain, rotated = orthogonal_shares(embeddings, means), orthogonal_shares(embeddings @ rotation, means @ rotation)
+    torch.testing.assert_close(tuple(rotated), tuple(plain), rtol=0, atol=1e-12)
+
+
+def test_shares_of_orthogonal_means_are_squared_cosines():
+    means = torch.linalg.qr(rows(9, 4)).Q.T * torch.tensor([[0.1], [1.0], [5.0], [20.0]])
+    embeddings = rows(30, 9, seed=2)
+    cosines = normalize(embeddings, dim=1) @ normalize(means, dim=1).T
+    torch.testing.assert_close(orthogonal_shares(embeddings, means).shares, cosines.square(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("means", MEANS.values(), ids=MEANS)
+def test_shares_differ_from_squared_cosines_by_no_more_than_stated(means):
+    basis, unit = orthogonal_basis(means), normalize(means, dim=1)
+    distance = (basis.vectors - unit).norm(dim=1)
+    embeddings = normalize(torch.cat((rows(200, means.shape[1], seed=2), means, basis.vectors)), dim=1)
+    difference = (orthogonal_shares(embeddings, means).shares - (embeddings @ unit.T).square()).abs()
+    assert (difference <= distance * (basis.vectors.norm(dim=1) + 1) + 1e-12).all()
+    assert difference.square().mean(dim=1).sqrt().max() <= 2 * basis.deviation + 1e-12
+    values = torch.linalg.svdvals(unit)[: basis.rank]
+    assert basis.deviation.item() == pytest.approx(((1 - values).square().sum() / len(means)).sqrt().item(), abs=1e-12)
+
+
+def test_a_direction_is_the_mean_less_half_of_the_others_to_first_order():
+    errors = []
+    for size in (1e-2, 1e-3):
+        means = normalize(torch.eye(9).double()[:4] + size * rows(4, 9), dim=1)
+        cosines = means @ means.T
+        expected = means - 0.5 * (cosines - torch.eye(4)) @ means
+        errors.append((orthogonal_basis(means).vectors - expected).norm().item())
+    assert errors[1] < 2 * errors[0] / 100  # what is left is of the second order
+
+
+def test_more_classes_than_dimensions_have_the_least_deviation_as_a_tight_frame():
+    angles = torch.arange(12).double() * torch.pi / 12
+    frame = torch.stack((angles.cos(), angles.sin()), dim=1)  # 12 means at equal angles in 2 dimensions
+    least = 1 - (2 / 12) ** 0.5
+    assert orthogonal_basis(frame).deviation.item() == pytest.approx(least, abs=1e-12)
+    for seed in range(20):
+        assert orthogonal_basis(rows(12, 2, seed)).deviation.item() > least
+    lengths = orthogonal_basis(rows(12, 5)).vectors.square().sum(dim=1)
+    assert lengths.max() < 1
+    assert lengths.mean().item() == pytest.approx(5 / 12)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from simo_lightning import ImageEncoder, SimOLoss, SimOModule
-from simo_lightning.checkpoints import load_encoder
-from simo_lightning.export import export_encoder
+from simo_lightning.checkpoints import TrainingClasses, load_encoder
+from simo_lightning.class_paths import InitArgumentsMixin
+from simo_lightning.cli import main
+from simo_lightning.export import export_checked, export_encoder, exported_metadata
 from simo_lightning.extras import missing_extra
 from simo_lightning.preprocessing import Preprocessing
 from tests.bounds import assert_float32_error
@@ -106,6 +108,72 @@ def test_what_the_preprocessing_leaves_open_is_passed(tmp_path: Path) -> None:
     raw = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     known = Preprocessing(16, tuple(MEAN), tuple(STD)).normalize(raw)
     assert_same_up_to_rounding(run(path, raw), module.encoder, known)
+
+
+def named() -> SimOModule:
+    """A module with classes, for images that are not square."""
+    module = SimOModule(trained(), preprocessing=Preprocessing((16, 24), MEAN, STD, resize="pad")).eval()
+    module.classes = TrainingClasses(["ant", "bee"])
+    return module
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_the_command_writes_the_same_vectors_and_what_the_model_knows(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, path = named(), tmp_path / f"e.{ending}"
+    main(["export", str(save(module, tmp_path / "a.ckpt")), str(path)])
+    for size in (1, 5):
+        images = torch.randint(256, (size, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            assert float((run(path, images) - module.embed(images)).abs().max()) <= 1e-4
+    found = exported_metadata(path)
+    assert found["class_names"] == ["ant", "bee"]
+    assert found["embedding_dim"] == 8
+    assert Preprocessing(**found["preprocessing"]) == module.preprocessing
+    printed = capsys.readouterr().out
+    assert "uint8 images of 16 x 24 pixels" in printed
+    assert float(printed.partition("difference from the model ")[2].partition(",")[0]) <= 1e-4
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.ckpt", path.name]
+
+
+class ExportsWrongly(InitArgumentsMixin, nn.Module):
+    """An encoder whose exported graph adds a thousandth."""
+
+    in_channels = 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = images.mean(dim=(2, 3))
+        return found + 1e-3 if torch.compiler.is_exporting() else found
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_file_with_other_vectors_is_refused_and_the_old_one_kept(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"e.{ending}"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=r"differ from the model's by at most 0\.0001, got 0\.001: no file is written"):
+        export_checked(ExportsWrongly(), path, image_size=8, mean=MEAN, std=STD)
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert export_checked(ExportsWrongly(), path, tolerance=1e-2, image_size=8)[1] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_wrong_arguments_of_the_command_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(named(), tmp_path / "a.ckpt")
+    for words, message in (
+        (["a.ckpt", "e.bin"], "path must end in .onnx or .pt2, got e.bin"),
+        (["a.ckpt", "e.pt2", "--tolerance", "0"], "tolerance must be positive, got 0.0"),
+        (
+            ["a.ckpt", "e.pt2", "--image_size", "[1,2,3]"],
+            "image_size must be a side, or height and width, got [1, 2, 3]",
+        ),
+        (["none.ckpt", "e.pt2"], "no checkpoint at none.ckpt"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", *words])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"simo export: error: {message}")
+    assert not list(tmp_path.glob("e.*"))
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,28 @@ def test_the_sizes_of_a_loss_claim_no_memory(sizes: Any, sound: dict[str, Any]) 
     assert_refused(Path("a.ckpt"), r"a\.ckpt does not fit SimOModule: ", ["load_from_checkpoint", "load_module"])
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["a"],
+        {"names": "ab"},
+        {"names": ["a", 1]},
+        {"names": ["a"], "means": [[1.0]]},
+        {"names": ["a"], "means": torch.ones(2, 16)},
+        {"names": ["a"], "means": torch.ones(1, 16, dtype=torch.long)},
+        {"names": ["a"], "means": torch.full((1, 16), float("inf"))},
+    ],
+    ids=str,
+)
+def test_classes_are_names_and_means(classes: Any, sound: dict[str, Any]) -> None:
+    torch.save({**sound, "simo_module": {**sound["simo_module"], "classes": classes}}, "a.ckpt")
+    assert_refused(
+        Path("a.ckpt"),
+        r"a\.ckpt .*its classes must have names",
+        ["load_from_checkpoint", "load_module", "load_encoder"],
+    )
+
+
 def rewritten(
     source: Path, target: Path, name: Callable[[str], str] = str, compression: int = 0, **data: bytes
 ) -> Path:

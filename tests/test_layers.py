@@ -21,6 +21,7 @@ LAYERS = {
     2: {
         "checkpoints",
         "data",
+        "embeddings_file",
         "encoders",
         "loggers",
         "losses",
@@ -30,10 +31,10 @@ LAYERS = {
         "run_folder",
         "schedules",
     },
-    3: {"callbacks", "export", "probe", "semi_supervised"},
+    3: {"callbacks", "export", "probe", "semi_supervised", "sharing"},
     4: {"embedder", "help", "module", "report"},
-    5: {"completion", "testing"},
-    6: {"parser"},
+    5: {"completion", "embed_files", "search", "testing"},
+    6: {"explain", "parser"},
     7: {"commands"},
     8: {"cli"},
 }

@@ -1,5 +1,6 @@
 """The base class of callbacks that evaluate embeddings."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from simo_lightning.callbacks.embed import forget_banks
 from simo_lightning.distributed import gather_rows, world_size
+from simo_lightning.functional.retrieval import average_scores
 
 
 def step_embeddings(outputs: Any) -> tuple[Tensor, Tensor] | None:
@@ -45,6 +47,26 @@ def described_images(labels: Tensor) -> str:
     """Number of images and of their classes, in words, from the labels ``(N,)``."""
     classes = len(labels.unique())
     return f"{len(labels):,} image{'s' * (len(labels) != 1)} of {classes:,} class{'es' * (classes != 1)}"
+
+
+def class_values(scores: Tensor, labels: Tensor, names: Sequence[str]) -> dict[int, dict[str, float]]:
+    """Mean scores of each class, by label and name.
+
+    Args:
+        scores: Of the images of all processes, ``(N, S)``; an image whose scores are ``nan`` does not count.
+        labels: Any integers, ``(N,)``.
+        names: S names.
+
+    Returns:
+        For each label, the means by name; ``nan`` if no image counts.
+
+    Example:
+        >>> class_values(torch.tensor([[1.0], [0.0], [1.0]]), torch.tensor([7, 7, 2]), ["knn"])
+        {2: {'knn': 1.0}, 7: {'knn': 0.5}}
+    """
+    classes, index = labels.unique(return_inverse=True)
+    means = average_scores(scores, index, "none", len(classes)).tolist()
+    return {label: dict(zip(names, row, strict=True)) for label, row in zip(classes.tolist(), means, strict=True)}
 
 
 def class_names(trainer: Trainer, num_classes: int) -> list[str]:

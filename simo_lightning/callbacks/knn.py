@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from simo_lightning.callbacks.embed import EmbedBatch, bank_batches, embed_bank
-from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
+from simo_lightning.callbacks.evaluation import EvaluationCallback, class_values, described_images
 from simo_lightning.distributed import gather_rows, sum_over_ranks
+from simo_lightning.functional.confusion import most_confused
 from simo_lightning.functional.geometry import nearest_class_mean_predict
 from simo_lightning.functional.knn import knn_predict, unit_vectors
 from simo_lightning.functional.moments import class_sums
@@ -46,6 +47,11 @@ class OnlineKNN(EvaluationCallback):
         embed: Maps the module and a batch of the bank to embeddings ``(N, D)`` and labels ``(N,)``; None: for batches
             ``(images, labels)``, by the module's ``embed`` or else its ``forward``.
 
+    Attributes:
+        class_values: Of the last evaluation, by label: the accuracies ``knn`` and ``nearest_class_mean``; the class
+            that kNN predicts most often for the misclassified images, ``most_confused_with``, and how often,
+            ``confused``.
+
     Raises:
         ValueError: If a number is below 1, or `bank_size` is given with `bank`; and at the start of a run, if there is
             no bank or k exceeds its images.
@@ -73,6 +79,7 @@ class OnlineKNN(EvaluationCallback):
         self.bank_size = bank_size
         self.bank = bank
         self.embed = embed
+        self.class_values: dict[int, dict[str, float]] = {}
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     @override
@@ -109,13 +116,15 @@ class OnlineKNN(EvaluationCallback):
     @override
     @torch.no_grad()
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
+        self.class_values = {}
         if not self._queries:
             return {}
         bank, bank_labels = embed_bank(trainer, pl_module, self.bank, self.bank_size, self.embed)
         self._check_k(len(bank))
         means = class_means(bank, bank_labels)
-        if stage == "val" and self.bank is None and callable(getattr(pl_module, "set_class_means", None)):
-            pl_module.set_class_means(means)
+        set_class_means: Any = getattr(pl_module, "set_class_means", None)
+        if stage == "val" and self.bank is None and callable(set_class_means):
+            set_class_means(means)
         queries, labels = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
         self.reset(trainer)
         known = torch.isin(labels, bank_labels)
@@ -126,9 +135,14 @@ class OnlineKNN(EvaluationCallback):
         }
         correct = torch.stack([(predicted == asked).float() for predicted in predictions.values()], dim=1)
         correct, asked, labels = gather_rows(correct), gather_rows(asked), gather_rows(labels)
+        voted = gather_rows(predictions["knn"])
         self._tell(stage, labels, asked, bank_labels)
         if not len(asked):
             return {}
+        self.class_values = class_values(correct, asked, list(predictions))
+        confused, counts = (part.tolist() for part in most_confused(asked, voted, len(means)))
+        for label, values in self.class_values.items():
+            values |= {"most_confused_with": confused[label], "confused": counts[label]}
         averages = (("", average_scores(correct, asked)), ("_macro", average_scores(correct, asked, "macro")))
         return {
             f"{name}{suffix}": value

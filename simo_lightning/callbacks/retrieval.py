@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from simo_lightning.callbacks.embed import EmbedBatch, embed_loader, own_batches
-from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
+from simo_lightning.callbacks.evaluation import EvaluationCallback, class_values, described_images
 from simo_lightning.data.sources import stratified_subset
 from simo_lightning.distributed import gather_rows, rank, world_size
 from simo_lightning.functional.moments import compact_labels
@@ -42,6 +42,9 @@ class RetrievalMonitor(EvaluationCallback):
         embed: Maps the module and a batch of the gallery to embeddings ``(N, D)`` and labels ``(N,)``; None: for
             batches ``(images, labels)``, by the module's ``embed`` or else its ``forward``.
 
+    Attributes:
+        class_values: Of the last evaluation, by label: the mean of each value over the queries of a class.
+
     Raises:
         ValueError: If a number is below 1 or there is no k.
     """
@@ -65,6 +68,7 @@ class RetrievalMonitor(EvaluationCallback):
         self.max_queries = max_queries
         self.gallery = gallery
         self.embed = embed
+        self.class_values: dict[int, dict[str, float]] = {}
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     @override
@@ -78,6 +82,7 @@ class RetrievalMonitor(EvaluationCallback):
     @override
     @torch.no_grad()
     def compute(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Tensor]:
+        self.class_values = {}
         if not self._batches:
             return {}
         embeddings, labels = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
@@ -130,6 +135,7 @@ class RetrievalMonitor(EvaluationCallback):
         if not (counts > 0).any():
             return {}
         names = [*(f"recall_at_{k}" for k in self.ks), "r_precision", "map_at_r"]
+        self.class_values = class_values(values, labels, names)
         averages = (("", average_scores(values, labels)), ("_macro", average_scores(values, labels, "macro")))
         return {f"{name}{suffix}": mean for suffix, means in averages for name, mean in zip(names, means, strict=True)}
 

@@ -4,6 +4,6 @@ Each is a module with a function ``run``, whose arguments are those of the comma
 arguments that have no ``--`` with their number in the form of argparse: None for one, "+" for one or more.
 """
 
-from simo_lightning.commands.parser import COMMANDS, command_parser, run_command
+from simo_lightning.commands.parser import COMMANDS, CommandParser, command_parser, run_command
 
-__all__ = ["COMMANDS", "command_parser", "run_command"]
+__all__ = ["COMMANDS", "CommandParser", "command_parser", "run_command"]

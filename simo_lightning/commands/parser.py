@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from docstring_parser import parse
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from simo_lightning.extras import missing_extra
 from simo_lightning.parser import in_one_line, user_error
@@ -16,6 +16,11 @@ from simo_lightning.parser import in_one_line, user_error
 # Modules of this package by the name of their command, with what the command does.
 COMMANDS: dict[str, str] = {
     "compare": "Show the reports of two or more runs side by side in one HTML file.",
+    "embed": "Write the embeddings of image files to a Parquet or .npz file.",
+    "explain": "Show which classes an image leans to, its nearest images, and where in it a similarity comes from.",
+    "export": "Write the encoder of a checkpoint as ONNX or .pt2, and check the file.",
+    "search": "Find the nearest images of a file of embeddings.",
+    "share": "Write a model as a folder with a model card, and upload it to the Hugging Face Hub.",
 }
 
 
@@ -53,7 +58,19 @@ def command_parser(name: str) -> CommandParser:
     for argument, number in module.POSITIONAL.items():
         kind = hints[argument] if number is None else hints[argument].__args__[0]
         parser.add_argument(argument, nargs=number, type=kind, help=help_of[argument])
-    parser.add_function_arguments(module.run, skip=set(module.POSITIONAL))
+    own = set(module.POSITIONAL)
+    for argument, parameter in inspect.signature(module.run).parameters.items():
+        if argument in own:
+            continue
+        common: dict[str, Any] = {"default": parameter.default, "help": help_of[argument]}
+        if hints[argument] is bool:  # --scores, not --scores true
+            parser.add_argument(f"--{argument}", action=ActionYesNo(no_prefix="no_"), **common)
+        elif len(argument) == 1:
+            parser.add_argument(f"-{argument}", f"--{argument}", type=hints[argument], **common)
+        else:
+            continue
+        own.add(argument)
+    parser.add_function_arguments(module.run, skip=own)
     return parser
 
 

@@ -53,6 +53,12 @@ def orthogonal_basis(class_means: Tensor) -> OrthogonalBasis:
     exist. The rows of Q are then the Parseval frame of the span that is nearest to M: shorter than 1 and not
     orthogonal, but their squared projections still sum to the energy in the span.
 
+    How large the difference is: with the cosines ``G = M M^T`` of the means, ``M = G^(1/2) Q``. To first order each
+    direction is its mean less half of every other mean times their cosine, ``q_c = m_c - 1/2 sum_d G_cd m_d`` over
+    d != c, so that of two similar classes neither is preferred. The deviation is ``sqrt(sum_i (1 - s_i)^2 / C)`` over
+    the singular values s_i of M that are not zero, and so 0 if the means are orthogonal. For C > D classes it is at
+    least ``1 - sqrt(D / C)`` where they span all dimensions.
+
     Args:
         class_means: Float tensor ``(C, D)``; a row of zeros or ``nan`` is a class without a mean.
 
@@ -84,6 +90,14 @@ def orthogonal_shares(embeddings: Tensor, class_means: Tensor) -> OrthogonalShar
     With the embedding x scaled to length 1 and the directions q_c of :func:`orthogonal_basis`, the share of a class is
     ``(q_c . x)^2``, and the rest is ``1 - sum_c (q_c . x)^2``, the squared length of the part of x that is orthogonal
     to all class means. If the class means span all D dimensions, as C >= D of them usually do, the rest is 0.
+
+    If the means m_c of length 1 are orthogonal, the share of a class is the squared cosine with its mean,
+    ``(m_c . x)^2``. Otherwise they differ by at most ``|q_c - m_c| (|q_c| + 1) <= 2 |q_c - m_c|``, and so by at most
+    twice the deviation of :func:`orthogonal_basis` in the root mean square over the classes. The squared cosines do not
+    sum to 1 then: what two similar classes have in common would count twice. A share has no sign, so that of an
+    embedding opposite to a class mean is large too, and the class with the largest share need not be that with the
+    largest cosine. A share is at most ``|q_c|^2``: 1 for linearly independent means, and ``D / C`` in the mean over
+    C > D classes that span all dimensions.
 
     Args:
         embeddings: Float tensor ``(N, D)``.

@@ -4,6 +4,9 @@ Shapes: N embeddings, D dimensions, C classes, R embeddings of a chunk. Througho
 squared dot product ("orthogonality": 0 means orthogonal). Where the paper sums d and o over pairs, they are means here,
 so that eps means the same at every batch size.
 
+Sums over the embeddings go through ``total``: the identity for embeddings that are all in this process, a sum over all
+processes where each has some of them and ``classes.counts`` are those of all.
+
 Every function is plain PyTorch and differentiable any number of times. What depends on the values of the labels is
 computed first, by :func:`number_classes`; the rest depends on shapes alone and compiles without a graph break.
 """
@@ -30,6 +33,12 @@ Form = Literal["ratio", "log", "softmax"]
 # Entries of the largest matrix that is kept for the backward pass. Larger ones are computed in chunks of rows, each
 # once more in the backward pass, so that memory is linear in N.
 _CHUNK_ENTRIES = 2**21
+
+Total = Callable[[Tensor], Tensor]
+
+
+def _of_this_process(values: Tensor) -> Tensor:
+    return values
 
 
 class Similarity(NamedTuple):
@@ -69,7 +78,7 @@ class Classes(NamedTuple):
 
     Attributes:
         labels: Class of each embedding, ``(N,)`` int64.
-        counts: Embeddings of each class, ``(C,)`` int64, all >= 1.
+        counts: Embeddings of each class, ``(C,)`` int64, all >= 1; over all processes where they share the embeddings.
         blocks: Indices of the embeddings of each class, by :func:`.moments.class_blocks`; empty unless requested.
     """
 
@@ -97,9 +106,9 @@ def number_classes(labels: Tensor, blocks: bool = False) -> Classes:
     return Classes(index, counts, class_blocks(index, counts) if blocks else ())
 
 
-def class_means(embeddings: Tensor, classes: Classes) -> Tensor:
+def class_means(embeddings: Tensor, classes: Classes, total: Total = _of_this_process) -> Tensor:
     """Mean embedding of each class, ``(C, D)``."""
-    return class_sums(embeddings, classes.labels, len(classes.counts)) / classes.counts.unsqueeze(1)
+    return total(class_sums(embeddings, classes.labels, len(classes.counts))) / classes.counts.unsqueeze(1)
 
 
 def class_centers(means: Tensor, prototypes: Tensor | None, prototype_weight: float) -> Tensor:
@@ -168,7 +177,14 @@ def simo_loss(embeddings: Tensor, similar: bool, eps: float = 1e-2, orthogonalit
     return similarity.similar(d, o) if similar else similarity.dissimilar(d, o)
 
 
-def group_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity: Similarity) -> dict[str, Tensor]:
+def group_terms(
+    embeddings: Tensor,
+    classes: Classes,
+    means: Tensor,
+    similarity: Similarity,
+    second: Tensor | None = None,
+    total: Total = _of_this_process,
+) -> dict[str, Tensor]:
     """The paper's level: one similar ratio per class, one dissimilar ratio over all pairs of different classes.
 
     Args:
@@ -176,6 +192,9 @@ def group_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity:
         classes: With blocks.
         means: Class means, ``(C, D)``.
         similarity: Form, eps and leaning.
+        second: Second moments of the classes over all processes, ``(C, D, D)``; None where one process has all
+            embeddings.
+        total: Sums over the processes.
 
     Returns:
         ``similar`` (mean over the classes of two embeddings or more) and ``dissimilar``, scalars >= 0.
@@ -183,23 +202,42 @@ def group_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity:
     Source:
         arXiv 2410.05233, Alg. 2, steps 1 and 2. Time O(N D min(n, D)) for n embeddings a class, memory O(N D).
     """
-    n, sizes = len(embeddings), classes.counts.to(embeddings.dtype)
-    scatter = class_scatter(embeddings, means, classes.labels)  # (C,)
-    within = embeddings.new_zeros(len(sizes))  # (C,) sums of o over the ordered pairs of each class
-    for members, indices in classes.blocks:
-        gram = _gram(gather_block(embeddings, indices))
-        within = within.index_copy(0, members, gram.square().sum(dim=(1, 2)))
-    terms = {"similar": _similar_classes(embeddings, classes, scatter, within, similarity)}
+    n, sizes = classes.counts.sum(), classes.counts.to(embeddings.dtype)
+    scatter = total(class_scatter(embeddings, means, classes.labels))  # (C,)
+    within, of_all = _sums_of_o(embeddings, classes) if second is None else _energies(second)
+    terms = {"similar": _similar_classes(embeddings, classes, scatter, within, similarity, total)}
     if len(sizes) < 2:
-        return {**terms, "dissimilar": embeddings.sum() * 0.0}
+        return {**terms, "dissimilar": means.sum() * 0.0}
     pairs = n**2 - classes.counts.square().sum()  # ordered pairs of different classes
-    between = (sizes * (means - embeddings.mean(dim=0)).square().sum(dim=1)).sum()
+    mean = (sizes.unsqueeze(1) * means).sum(dim=0) / n
+    between = (sizes * (means - mean).square().sum(dim=1)).sum()
     d = 2 * ((scatter * (n - sizes)).sum() + n * between) / pairs
-    o = similarity.o((_gram(embeddings).square().sum() - within.sum()).clamp(min=0) / pairs)
+    o = similarity.o((of_all - within.sum()).clamp(min=0) / pairs)
     return {**terms, "dissimilar": similarity.dissimilar(d, o)}
 
 
-def class_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity: Similarity) -> dict[str, Tensor]:
+def _sums_of_o(embeddings: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
+    """Sums of o over the ordered pairs of each class, ``(C,)``, and of all embeddings, a scalar."""
+    within = embeddings.new_zeros(len(classes.counts))
+    for members, indices in classes.blocks:
+        gram = _gram(gather_block(embeddings, indices))
+        within = within.index_copy(0, members, gram.square().sum(dim=(1, 2)))
+    return within, _gram(embeddings).square().sum()
+
+
+def _energies(second: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_sums_of_o` of second moments ``(C, D, D)``: the squared norm of each, and of their sum."""
+    return second.square().sum(dim=(1, 2)), second.sum(dim=0).square().sum()
+
+
+def class_terms(
+    embeddings: Tensor,
+    classes: Classes,
+    means: Tensor,
+    similarity: Similarity,
+    second: Tensor | None = None,
+    total: Total = _of_this_process,
+) -> dict[str, Tensor]:
     """One similar ratio per class, one dissimilar ratio per pair of classes.
 
     Args:
@@ -207,17 +245,19 @@ def class_terms(embeddings: Tensor, classes: Classes, means: Tensor, similarity:
         classes: With blocks.
         means: Class means, ``(C, D)``.
         similarity: Form, eps and leaning.
+        second: As for :func:`group_terms`.
+        total: Sums over the processes.
 
     Returns:
         ``similar`` (mean over the classes of two embeddings or more) and ``dissimilar`` (mean over the pairs of
         classes), scalars >= 0. Time O(N D^2) where C D <= N and O(N^2 D) elsewhere, memory O(N D + C^2).
     """
     number, sizes = len(classes.counts), classes.counts.to(embeddings.dtype)
-    scatter = class_scatter(embeddings, means, classes.labels)  # (C,)
-    sums = _class_pair_sums(embeddings, classes)  # (C, C) of o over all pairs
-    terms = {"similar": _similar_classes(embeddings, classes, scatter, sums.diagonal(), similarity)}
+    scatter = total(class_scatter(embeddings, means, classes.labels))  # (C,)
+    sums = _class_pair_sums(embeddings, classes, second)  # (C, C) of o over all pairs
+    terms = {"similar": _similar_classes(embeddings, classes, scatter, sums.diagonal(), similarity, total)}
     if number < 2:
-        return {**terms, "dissimilar": embeddings.sum() * 0.0}
+        return {**terms, "dissimilar": means.sum() * 0.0}
     spread, centered = scatter / sizes, means - means.mean(dim=0)
     d = spread.unsqueeze(1) + spread + squared_distances(centered, centered)  # (C, C)
     o = similarity.o(sums / (sizes.unsqueeze(1) * sizes))
@@ -231,6 +271,7 @@ def centroid_terms(
     similarity: Similarity,
     label_smoothing: float = 0.0,
     singles: bool = False,
+    total: Total = _of_this_process,
 ) -> dict[str, Tensor]:
     """One ratio per embedding and class center: its own class similar, every other class dissimilar.
 
@@ -242,6 +283,7 @@ def centroid_terms(
         label_smoothing: For the softmax form, share of the target spread evenly over all classes, in 0..1.
         singles: Whether classes of one embedding have a similar term. They should where the centers include
             prototypes; the mean of one embedding is that embedding.
+        total: Sums over the processes.
 
     Returns:
         ratio and log: ``similar`` (mean over embeddings) and ``dissimilar`` (mean over embeddings and other classes).
@@ -267,12 +309,12 @@ def centroid_terms(
         dissimilar = similarity.dissimilar(d, o).scatter(1, own, 0.0)
         return torch.stack([similar.sum(), dissimilar.sum()])
 
-    n, width = len(embeddings), max(centers.shape)
-    total = _sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // width), embeddings, classes.labels)
-    mean = total[0] / (classes.counts * counted).sum().clamp(min=1)
+    n, width = classes.counts.sum(), max(centers.shape)
+    summed = total(_sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // width), embeddings, classes.labels))
+    mean = summed[0] / (classes.counts * counted).sum().clamp(min=1)
     if similarity.form == "softmax":
         return {"softmax": mean}
-    return {"similar": mean, "dissimilar": total[1] / max(n * (len(centers) - 1), 1)}
+    return {"similar": mean, "dissimilar": summed[1] / (n * (len(centers) - 1)).clamp(min=1)}
 
 
 def pair_terms(
@@ -360,7 +402,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _similar_classes(
-    embeddings: Tensor, classes: Classes, scatter: Tensor, sums: Tensor, similarity: Similarity
+    embeddings: Tensor, classes: Classes, scatter: Tensor, sums: Tensor, similarity: Similarity, total: Total
 ) -> Tensor:
     """Mean of the similar ratio over the classes of two embeddings or more.
 
@@ -368,18 +410,20 @@ def _similar_classes(
     class, each embedding with itself included.
     """
     sizes, paired = classes.counts, classes.counts > 1
-    itself = class_sums(embeddings.square().sum(dim=1).square(), classes.labels, len(sizes))
+    itself = total(class_sums(embeddings.square().sum(dim=1).square(), classes.labels, len(sizes)))
     pairs = (sizes * (sizes - 1)).clamp(min=1)
     d, o = 2 * sizes * scatter / pairs, similarity.o((sums - itself).clamp(min=0) / pairs)
     return similarity.similar(d, o).masked_fill(~paired, 0).sum() / paired.sum().clamp(min=1)
 
 
-def _class_pair_sums(embeddings: Tensor, classes: Classes) -> Tensor:
+def _class_pair_sums(embeddings: Tensor, classes: Classes, second: Tensor | None) -> Tensor:
     """Sum of o over all pairs of an embedding of one class and one of another, or the same: ``(C, C)``."""
     (n, dim), number = embeddings.shape, len(classes.counts)
-    if number * dim <= n:  # second moments S_c, which are no larger than the embeddings: sum of o = S_a . S_b
-        second = class_second_moments(embeddings, classes.blocks, number).flatten(1)
-        return (second @ second.T).clamp(min=0)
+    if second is None and number * dim <= n:  # second moments S_c, which are no larger than the embeddings
+        second = class_second_moments(embeddings, classes.blocks, number)
+    if second is not None:  # the sum of o is S_a . S_b
+        flat = second.flatten(1)
+        return (flat @ flat.T).clamp(min=0)
 
     def sums(x: Tensor, index: Tensor) -> Tensor:
         o = (embeddings @ x.T).square()  # (N, R)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from simo_lightning.class_paths import InitArgumentsMixin
-from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.distributed import gather_rows, total_over_ranks
+from simo_lightning.functional.moments import check_embeddings, class_blocks, class_second_moments
 from simo_lightning.functional.prototypes import class_prototypes
 from simo_lightning.functional.simo import (
     Classes,
     Form,
     Similarity,
+    Total,
     centroid_terms,
     class_centers,
     class_means,
@@ -27,6 +29,7 @@ from simo_lightning.functional.simo import (
 )
 
 Level = Literal["group", "class", "centroid", "pair"]
+Reduce = Literal["auto", "gather", "sums"]
 
 
 class SimOLoss(InitArgumentsMixin, nn.Module):
@@ -48,10 +51,10 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
     level pair. The default trained best on validation images; :meth:`softmax` and :meth:`paper` have the defaults of
     two other forms. For batches of 16,000 embeddings or more, :meth:`compile` it.
 
-    The loss is computed in float32 or better whatever the autocast. It performs no communication: gather the embeddings
-    of all processes first (:func:`simo_lightning.distributed.gather_rows`), and the value and gradient are those of the
-    global batch. Classes of one embedding have no similar pair and count for the dissimilar side alone. A batch with
-    one class, or none, gives a finite loss with a gradient.
+    The loss is computed in float32 or better whatever the autocast. It performs no communication: for the batch of all
+    processes call :meth:`terms_over_ranks`, as SimOModule does, or gather their embeddings first
+    (:func:`simo_lightning.distributed.gather_rows`). Classes of one embedding have no similar pair and count for the
+    dissimilar side alone. A batch with one class, or none, gives a finite loss with a gradient.
 
     Args:
         level: Resolution at which the ratio is taken.
@@ -176,13 +179,64 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             ValueError: As :meth:`forward`.
         """
         check_embeddings(embeddings, labels)
-        _check_finite(embeddings)
+        _check_finite(embeddings, embeddings)
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         if len(embeddings) == 0:
             return {"softmax" if self.form == "softmax" else "similar": embeddings.sum()}
         classes, prototypes = self._number_classes(embeddings, labels)
         with torch.autocast(embeddings.device.type, enabled=False):
             return (self._compiled or self._terms)(embeddings, classes, prototypes)
+
+    def terms_over_ranks(self, embeddings: Tensor, labels: Tensor, reduce: Reduce = "auto") -> dict[str, Tensor]:
+        """The terms of the embeddings of all processes, of which each passes its own. Every process calls it.
+
+        Value and gradient are those of :meth:`terms` on the gathered embeddings. The levels centroid, class and group
+        need of other processes only sums over each class, which are added up with gradient
+        (:func:`~simo_lightning.distributed.total_over_ranks`); each process then compares its own embeddings alone, so
+        that its time and the bytes it sends do not grow with the number of processes.
+
+        Args:
+            embeddings: This process's, ``(N, D)``; N may differ, and be 0.
+            labels: ``(N,)``.
+            reduce: "sums", or "gather" for the embeddings themselves; "auto" is the one of fewer bytes: sums of
+                ``(C, D)`` numbers at the level centroid, and ``(C, D, D)`` more at class and group. Those of the level
+                pair, and of a compiled loss, are gathered.
+
+        Returns:
+            As :meth:`terms`, the same on every process.
+
+        Raises:
+            ValueError: As :meth:`terms`, on every process; or if ``reduce`` is "sums" and the level is pair, or the
+                loss is compiled.
+        """
+        if reduce not in get_args(Reduce):
+            raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}")
+        needs_rows = self.level == "pair" or self._compiled is not None
+        if reduce == "sums" and needs_rows:
+            found = "level 'pair'" if self.level == "pair" else "a compiled loss"
+            raise ValueError(f"reduce='sums' requires level centroid, class or group and no compile(), got {found}")
+        check_embeddings(embeddings, labels)
+        if reduce == "gather" or needs_rows:
+            return self.terms(gather_rows(embeddings), gather_rows(labels))
+        shared, numbers = _classes_of_all(labels, self.level in ("group", "class"))
+        if reduce == "auto" and not self._sums_send_less(shared, embeddings.shape[1]):
+            return self.terms(gather_rows(embeddings), gather_rows(labels))
+        if len(numbers) == 0:
+            return {"softmax" if self.form == "softmax" else "similar": embeddings.sum()}
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        prototypes = None
+        if self.prototype_weight:
+            prototypes = class_prototypes(numbers, embeddings.shape[1], embeddings.dtype)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self._terms(embeddings, shared, prototypes, total_over_ranks)
+
+    def _sums_send_less(self, classes: Classes, dim: int) -> bool:
+        """Whether the sums of all classes, reduced twice, are fewer bytes than all rows, gathered and reduced once.
+
+        A ring sends (W - 1) / W of a tensor to gather it, and twice as much to reduce it.
+        """
+        per_class = 1 if self.level == "centroid" else 1 + dim
+        return 4 * len(classes.counts) * per_class < 3 * int(classes.counts.sum())
 
     def class_centers(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Class centers of a batch, in the order of the labels, as the level centroid compares embeddings with them.
@@ -236,18 +290,30 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         numbers = torch.empty_like(classes.counts).scatter_(0, classes.labels, labels.long())  # (C,) labels of classes
         return classes, class_prototypes(numbers, embeddings.shape[1], embeddings.dtype)
 
-    def _terms(self, embeddings: Tensor, classes: Classes, prototypes: Tensor | None) -> dict[str, Tensor]:
-        """The weighted terms of numbered classes: what :meth:`compile` compiles."""
+    def _terms(
+        self, embeddings: Tensor, classes: Classes, prototypes: Tensor | None, total: Total | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted terms of numbered classes: what :meth:`compile` compiles.
+
+        ``total`` sums over the processes, each of which has some of the embeddings; None: this one has all of them.
+        """
         embeddings, similarity = self.normalized(embeddings), self.similarity
-        means = class_means(embeddings, classes)
-        if self.level == "group":
-            terms = group_terms(embeddings, classes, means, similarity)
-        elif self.level == "class":
-            terms = class_terms(embeddings, classes, means, similarity)
+        shared: dict[str, Any] = {} if total is None else {"total": total}
+        means = class_means(embeddings, classes, **shared)
+        if total is not None:
+            _check_finite(means, embeddings)
+        if self.level in ("group", "class"):
+            second = None
+            if total is not None:
+                # a process without rows takes part in the backward pass, too
+                of_own = class_second_moments(embeddings, classes.blocks, len(means)) + 0 * embeddings.sum()
+                second = total(of_own)
+            of_level = group_terms if self.level == "group" else class_terms
+            terms = of_level(embeddings, classes, means, similarity, second, **shared)
         elif self.level == "centroid":
             centers = class_centers(means, prototypes, self.prototype_weight)
             singles = prototypes is not None
-            terms = centroid_terms(embeddings, classes, centers, similarity, self.label_smoothing, singles)
+            terms = centroid_terms(embeddings, classes, centers, similarity, self.label_smoothing, singles, **shared)
         else:
             terms = pair_terms(embeddings, classes, means, similarity, self.label_smoothing)
         if self.mean_weight:
@@ -292,10 +358,28 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             )
 
 
-def _check_finite(embeddings: Tensor) -> None:
-    if math.isfinite(float(embeddings.detach().sum())):
+def _classes_of_all(labels: Tensor, blocks: bool) -> tuple[Classes, Tensor]:
+    """The classes of all processes, numbered in the order of their labels, and these labels ``(C,)``.
+
+    Labels of the classes are those of this process's embeddings, counts those of all. Each process sends the labels
+    that it has, and how often.
+    """
+    own, counts = labels.long().unique(return_counts=True)
+    gathered = gather_rows(torch.stack([own, counts], dim=1))  # (classes of each process, 2)
+    numbers, place = gathered[:, 0].unique(return_inverse=True)
+    total = torch.zeros_like(numbers).index_add_(0, place, gathered[:, 1])
+    index = torch.searchsorted(numbers, labels.long())
+    own_blocks = class_blocks(index, torch.bincount(index, minlength=len(numbers))) if blocks else ()
+    return Classes(index, total, own_blocks), numbers
+
+
+def _check_finite(total: Tensor, embeddings: Tensor) -> None:
+    """Raise unless a `total` that includes all `embeddings` is finite; the message counts the rows of these."""
+    if math.isfinite(float(total.detach().sum())):
         return  # a finite sum has no nan or inf in it, and is cheaper than a test of each number
     finite = embeddings.detach().isfinite().all(dim=1)
+    if not total.isfinite().all() and finite.all():  # of all processes: every one of them raises
+        raise ValueError("embeddings must be finite, got nan or inf on another process, or sums that overflow")
     if not finite.all():
         bad = (~finite).nonzero().squeeze(1)
         raise ValueError(

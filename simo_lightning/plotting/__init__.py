@@ -1,5 +1,6 @@
 """Tensors to matplotlib figures, without pyplot: no global state and no display."""
 
+from simo_lightning.plotting.attribution import attribution_figure, describe_attribution
 from simo_lightning.plotting.colors import class_colors, class_markers
 from simo_lightning.plotting.curves import Curve, curves_figure, describe_curves
 from simo_lightning.plotting.neighbors import describe_neighbors, neighbors_figure
@@ -9,6 +10,7 @@ from simo_lightning.plotting.reliability import describe_reliability, reliabilit
 from simo_lightning.plotting.scatter import describe_scatter, scatter_figure
 from simo_lightning.plotting.sequence import describe_sequence, save_animation, small_multiples_figure
 from simo_lightning.plotting.shares import (
+    ShareRow,
     class_shares_figure,
     describe_class_shares,
     describe_shares,
@@ -22,13 +24,16 @@ from simo_lightning.plotting.spectrum import describe_spectrum, spectrum_figure
 __all__ = [
     "Curve",
     "Projection",
+    "ShareRow",
     "Snapshot",
+    "attribution_figure",
     "class_colors",
     "class_cosines",
     "class_markers",
     "class_shares_figure",
     "class_similarity_figure",
     "curves_figure",
+    "describe_attribution",
     "describe_class_shares",
     "describe_curves",
     "describe_neighbors",

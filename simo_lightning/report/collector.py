@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.nn.functional import interpolate
 from typing_extensions import override
 
 from simo_lightning.callbacks.evaluation import EvaluationCallback, gather_in_order
 from simo_lightning.distributed import gather_rows, rank, world_size
+from simo_lightning.plotting.pixels import are_images, as_pixels
 from simo_lightning.report.pictures import EmbeddedImages
-
-_LARGEST_SIDE = 64  # pixels of an image that is kept
 
 
 class EmbeddingCollector(EvaluationCallback):
@@ -52,7 +50,7 @@ class EmbeddingCollector(EvaluationCallback):
         self._embeddings.append(embeddings.to("cpu", torch.promote_types(embeddings.dtype, torch.float32)))
         self._labels.append(labels.cpu())
         images: Any = batch[0] if isinstance(batch, (list, tuple)) and batch else None
-        self._has_images &= _are_images(images, len(labels))
+        self._has_images &= are_images(images, len(labels))
         if self._has_images:
             kept = images[-self._seen % self._step :: self._step]
             self._images.append(as_pixels(kept, getattr(trainer, "datamodule", None)).cpu())
@@ -80,38 +78,3 @@ class EmbeddingCollector(EvaluationCallback):
         index, images = gather_rows(index.to(device)).cpu(), gather_rows(images.to(device)).cpu()
         order = index.argsort()
         return images[order], index[order]
-
-
-def as_pixels(images: Tensor, datamodule: Any = None) -> Tensor:
-    """Images as uint8, for display.
-
-    Args:
-        images: ``(N, C, H, W)``, uint8 or normalised floats.
-        datamodule: With ``mean`` and ``std`` of each channel on the scale 0..1, or without.
-
-    Returns:
-        uint8 of the same shape, or smaller where a side is over 64 pixels.
-
-    Example:
-        >>> as_pixels(torch.tensor([[[[-1.0, 0.0, 1.0]]]])).tolist()
-        [[[[0, 128, 255]]]]
-    """
-    pixels = images.float()
-    mean, std = getattr(datamodule, "mean", None), getattr(datamodule, "std", None)
-    if images.dtype == torch.uint8:
-        pixels = pixels / 255
-    elif mean is not None and std is not None and len(mean) == len(std) == images.shape[1]:
-        scale, center = (pixels.new_tensor(list(values)).view(1, -1, 1, 1) for values in (std, mean))
-        pixels = pixels * scale + center
-    else:
-        low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
-        pixels = (pixels - low) / (high - low).clamp(min=torch.finfo(pixels.dtype).tiny)
-    longest = max(pixels.shape[2:])
-    if longest > _LARGEST_SIDE:
-        size = [max(1, side * _LARGEST_SIDE // longest) for side in pixels.shape[2:]]
-        pixels = interpolate(pixels, size=size, mode="area")
-    return (pixels.nan_to_num(nan=0.0).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _are_images(images: Any, count: int) -> bool:
-    return isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3) and len(images) == count
