@@ -495,3 +495,17 @@ def test_the_matrix_leaves_out_classes_without_images(tmp_path: Path):
     contents = contents_of(tmp_path, EmbeddedImages(rows, labels), 24, projections=["pca"])
     assert sorted(contents.order.tolist()) == list(range(0, 24, 2))
     assert contents.sections[0].pictures[0].alt.startswith("Cosines between the means of 12 classes")
+
+
+def test_without_bokeh_the_page_has_the_static_figures_and_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("simo_lightning.report.contents.has_bokeh", lambda: False)
+    labels = torch.arange(24) % 3
+    rows = torch.eye(3)[labels] + 0.1 * torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    contents = contents_of(tmp_path, EmbeddedImages(rows, labels), 3, projections=["pca"])
+    page = Page(write_page(tmp_path, "t", {}, contents))
+    assert page.all("script") == []
+    assert len(pictures(page)) == 6  # similarity, map, two of shares, spectrum, norms
+    assert "pip install 'simo_lightning[report]' makes the map interactive." in page.texts
+    assert page.path.stat().st_size < 1e6

@@ -89,7 +89,11 @@ class Gallery:
             raise ValueError("images must be given, got None")
         name = self.class_names[int(self.labels[index])]
         says = {"query": "Query: ", "wrong": "Other class: "}.get(kind, "")
-        return Shot(image_uri(self.images[index]), f"{says}{name}, {self.titles[index]}", name, note, kind)
+        return Shot(image_uri(self.images[index]), f"{says}{name}, {self.title(index)}", name, note, kind)
+
+    def title(self, index: int) -> str:
+        """What an image is called, without the folder of its class."""
+        return self.titles[index].removeprefix(f"{self.class_names[int(self.labels[index])]}/")
 
     def nearest(self, queries: Tensor, neighbors: Neighbors, title: str = "", texts: Sequence[str] = ()) -> list[Strip]:
         """Queries and their nearest images.
@@ -108,7 +112,7 @@ class Gallery:
             found = neighbors.indices[query, :_NEIGHBORS].tolist()
             cosines = neighbors.cosines[query, :_NEIGHBORS].tolist()
             right = [bool(self.labels[other] == self.labels[query]) for other in found]
-            shots = [self.shot(query, "query", self.titles[query])]
+            shots = [self.shot(query, "query", self.title(query))]
             for other, cosine, same in zip(found, cosines, right, strict=True):
                 shots.append(self.shot(other, "right" if same else "wrong", f"cosine {cosine:.2f}"))
             text = texts[place] if texts else f"{sum(right)} of {len(right)} nearest images share the class"
@@ -127,7 +131,7 @@ class Gallery:
         )
         shots = []
         for query, other in pair.images.tolist():
-            shots += [self.shot(query, "query", self.titles[query]), self.shot(other, "wrong", "nearest")]
+            shots += [self.shot(query, "query", self.title(query)), self.shot(other, "wrong", "nearest")]
         return Strip(f"{first} and {second}", text, shots)
 
     def worst(self, neighbors: Neighbors, labels: Tensor, scores: RetrievalScores) -> list[Strip]:
@@ -163,5 +167,5 @@ class Gallery:
             text = f"Correlation of the pixels {correlation:.2f}, cosine of the embeddings {cosine:.2f}."
             title = names[0] if same else f"{names[0]} and {names[1]}: two labels"
             kind = "" if same else "wrong"
-            strips.append(Strip(title, text, [self.shot(each, kind, self.titles[each]) for each in (first, second)]))
+            strips.append(Strip(title, text, [self.shot(each, kind, self.title(each)) for each in (first, second)]))
         return strips
