@@ -438,7 +438,7 @@ class Missing:
     ("package", "extra", "options"),
     [
         ("timm", "timm", {"backbone": "timm/test_vit"}),
-        ("safetensors", "timm", {"weights": "a.safetensors"}),
+        ("safetensors", "hub", {"weights": "a.safetensors"}),
         ("peft", "lora", {"backbone": "resnet10", "lora": {"r": 2}}),
     ],
 )

@@ -75,7 +75,7 @@ def save_record(folder: Path, record: Record) -> None:
 
 
 def load_record(folder: Path) -> Record:
-    """Read what :func:`save_record` wrote.
+    """Read what :func:`~simo_lightning.report.write_report` kept.
 
     Args:
         folder: Of the report.
