@@ -3,7 +3,7 @@
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.compare import write_comparison
 from simo_lightning.report.contents import Contents, Section, Table, make_contents
-from simo_lightning.report.gallery import Strip
+from simo_lightning.report.gallery import Shot, Strip
 from simo_lightning.report.page import write_page
 from simo_lightning.report.pictures import EmbeddedImages, Picture
 from simo_lightning.report.record import Record, load_record
@@ -20,6 +20,7 @@ __all__ = [
     "Picture",
     "Record",
     "Section",
+    "Shot",
     "Sprite",
     "Strip",
     "Table",
