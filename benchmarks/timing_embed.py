@@ -194,7 +194,7 @@ def embed(given: argparse.Namespace) -> list[Row]:
                 floor["CPU: loop / embed"] = floor["loop CPU us"] / found["embed CPU us"]
             rows.append({**case, **found, **floor})
             print(rows[-1], flush=True)
-        rows[-1] |= killed(folder / "32.ckpt", folder / f"{count // 10}", folder, workers, 2 if not given.quick else 1)
+        rows[-1] |= killed(folder / "32.ckpt", folder / f"{count}", folder, workers, after=count // 2048)
         print(rows[-1], flush=True)
         small = sorted((folder / "source8").glob("*/*.jpg"))
         with (folder / "list.csv").open("w", newline="") as file:
