@@ -40,6 +40,8 @@ LONGEST = [
     "test_cluster.py",
     "test_testing.py",
     "test_notebooks.py",
+    "test_report.py",
+    "test_reduce.py",
     "test_hostile_files.py",
     "test_callbacks.py",
     "test_run_folder.py",
