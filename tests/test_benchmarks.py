@@ -246,6 +246,7 @@ def process_of(line: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_a_changed_row_is_made_again_alone_also_after_a_kill(made: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path)
     kept = (made / "out" / "small.csv").read_text()
@@ -395,6 +396,7 @@ def test_merging_connects_and_all_in_one_point_is_one_group() -> None:
 # ---- timings
 
 
+@pytest.mark.slow
 def test_the_loss_is_timed_in_fresh_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = timing.losses(["default", "pml"], [(120, 16, 10)])
     assert [row["loss"] for row in rows] == ["default", "pml"]
@@ -406,6 +408,7 @@ def test_the_loss_is_timed_in_fresh_processes(tmp_path: Path, capsys: pytest.Cap
     assert timing.losses(["pair", "pml"], [(10**6, 16, 10), (20, 16, 10)]) == []  # too large; fewer than 4 a class
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_case_alone() -> None:
     before = bytearray(2**28)  # 256 MiB, in the process that starts the case
     small, large = (in_process(allocate, mib=mib) for mib in (1, 64))
@@ -435,6 +438,7 @@ def test_a_fit_is_watched_in_its_own_process() -> None:
     assert len(found["mib"]) == len(found["tensors"])
 
 
+@pytest.mark.slow
 def test_the_loss_of_real_processes_sends_what_the_model_counts() -> None:
     rows = timing_fit.loss_over_ranks(2, steps=1)
     assert [(row["reduce"], row["rows"], row["dim"]) for row in rows] == [
