@@ -144,7 +144,8 @@ def test_a_loaded_model_finds_the_neighbours_that_validation_found(run: Path, br
 def test_predict_on_another_folder_gives_the_vectors_of_the_loaded_model(run: Path, dark: Path, tmp_path: Path) -> None:
     words = ["--data.data_dir", str(dark), "--ckpt_path", str(last(run)), "--run_dir", str(tmp_path / "out")]
     main(["predict", *TINY, *words])
-    written = np.load(tmp_path / "out" / "predictions" / "embeddings.npz")
+    with np.load(tmp_path / "out" / "predictions" / "embeddings.npz") as file:
+        written = dict(file)
     model = SimOModule.load_from_checkpoint(last(run))
     assert written["labels"].tolist() == files(dark / "test")[1]
     plain, exact = embedded(model, dark / "test"), embedded(model.double(), dark / "test")
