@@ -509,3 +509,15 @@ def test_without_bokeh_the_page_has_the_static_figures_and_says_how_to_install_i
     assert len(pictures(page)) == 6  # similarity, map, two of shares, spectrum, norms
     assert "pip install 'simo_lightning[report]' makes the map interactive." in page.texts
     assert page.path.stat().st_size < 1e6
+
+
+def test_the_matrix_of_very_many_classes_shows_every_nth(tmp_path: Path) -> None:
+    rows = torch.randn(1500, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(1500)
+    moments = class_moments(rows, labels, 1500)
+    names = [f"class {label}" for label in range(1500)]
+    contents = make_contents(
+        tmp_path, EmbeddedImages(rows, labels), moments, names, metric_rows(moments), projections=()
+    )
+    assert sorted(contents.order.tolist()) == list(range(0, 1500, 2))
+    assert "750 of 1,500 classes" in contents.sections[0].text

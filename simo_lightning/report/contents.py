@@ -47,6 +47,7 @@ from simo_lightning.report.thumbnails import Sprite, make_sprite
 _MOST_COMPARED = 20_000  # images that are compared with each other
 _MAX_LEGEND = 30  # classes that a map always shows, each with its own switch
 _WORST_PAIRS = 20
+_MOST_IN_MATRIX = 1000  # classes of the matrix: it has a byte for each pair, and clustering compares all of them
 _MOST_UNORDERED = 10  # classes that keep the order of the data
 
 
@@ -104,7 +105,7 @@ class Contents:
         sections: In order.
         map_points: Points of the map by projection, ``(M, 2)`` each.
         map_index: Which embeddings these are, ``(M,)``.
-        order: Of the classes in the matrix of cosines: those with images, ``(at most C,)``.
+        order: Of the classes in the matrix of cosines: those with images, of more than 1,000 every n-th.
         data: For page.js; empty without Bokeh.
         sprite: The images of the map's points; None without images or without Bokeh.
     """
@@ -159,10 +160,10 @@ def make_contents(
     """
     chosen = _chosen_queries(data, queries)  # before anything is drawn
     compared = _Compared(data, class_names, files)
-    contents = Contents(order=torch.arange(len(class_names)))
+    present = (moments.counts > 0).nonzero().squeeze(1)
+    contents = Contents(order=present[list(every_nth(len(present), _MOST_IN_MATRIX))])
     if len(class_names) > _MOST_UNORDERED:
-        contents.order = cluster_order(plotting.class_cosines(moments))
-    contents.order = contents.order[moments.counts[contents.order] > 0]
+        contents.order = contents.order[cluster_order(plotting.class_cosines(moments.means[contents.order]))]
     values = {row.name: row.value for row in rows}
     contents.headline = headline(
         compared.embeddings,
@@ -182,7 +183,8 @@ def make_contents(
         Section(
             "Similarity of the classes",
             "Which classes share a direction."
-            + (" Similar classes are neighbours." if len(class_names) > _MOST_UNORDERED else ""),
+            + (" Similar classes are neighbours." if len(class_names) > _MOST_UNORDERED else "")
+            + (f" {share(len(contents.order), len(present))} classes." if len(contents.order) < len(present) else ""),
             [similarity],
             table=_pairs_table(moments.means, class_names),
             interactive="matrix",
