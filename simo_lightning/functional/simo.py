@@ -294,14 +294,19 @@ def centroid_terms(
         Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
     """
     origin = centers.mean(dim=0).detach()  # for the distances, which would lose digits far from 0
+    centered, along = centers - origin, centers @ origin  # (C, D), (C,)
     counted = torch.ones_like(classes.counts) if singles else (classes.counts > 1).long()  # (C,)
 
     def sums(x: Tensor, index: Tensor) -> Tensor:  # (R, D), (R,)
         own = index.unsqueeze(1)
         # Exact where classes are tight. F.embedding is deterministic on CUDA, where indexing is not.
         own_d = (x - F.embedding(index, centers)).square().sum(dim=1, keepdim=True)
-        d = squared_distances(x - origin, centers - origin).scatter(1, own, own_d)  # (R, C)
-        o = similarity.o((x @ centers.T).square())
+        shifted = x - origin
+        products = shifted @ centered.T  # (R, C): the one large product, from which both d and o follow
+        squares = shifted.square().sum(dim=1, keepdim=True) + centered.square().sum(dim=1)
+        d = (squares - 2 * products).clamp(min=0).scatter(1, own, own_d)
+        # x . c = (x - origin) . (c - origin) + (x - origin) . origin + c . origin
+        o = similarity.o((products + (shifted @ origin).unsqueeze(1) + along).square())
         if similarity.form == "softmax":
             losses = F.cross_entropy(similarity.logit(d, o), index, reduction="none", label_smoothing=label_smoothing)
             return (losses * counted[index]).sum().unsqueeze(0)
