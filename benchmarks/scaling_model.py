@@ -2,8 +2,7 @@
 
 W ranks of n rows of P classes each, N = W n, D dimensions, C classes in all, float32. Collectives are rings: an
 all-gather of B bytes sends B (W - 1) / W from each rank, an all-reduce twice as much. The centroid level multiplies an
-(N, D) by a (D, C) matrix three times forward (class sums, products with the means, distances) and twice as often
-backward: 18 N C D operations.
+(N, D) by a (D, C) matrix once forward and twice backward: 6 N C D operations.
 
 - gather: the embeddings of all ranks go to all; each computes the loss of all N rows; the gradient is all-reduced.
 - sums: each rank sends the labels of its P classes with their counts, and the class sums (C, D) are all-reduced, with
@@ -24,10 +23,10 @@ def gather_cost(world: int, rows: int, dim: int, classes: int, own_classes: int)
 
     Example:
         >>> gather_cost(2, rows=1, dim=4, classes=1, own_classes=1)
-        (56.0, 144)
+        (56.0, 48)
     """
     total = world * rows
-    return (world - 1) / world * (3 * total * dim * 4 + total * 8), 18 * total * classes * dim
+    return (world - 1) / world * (3 * total * dim * 4 + total * 8), 6 * total * classes * dim
 
 
 def sums_cost(world: int, rows: int, dim: int, classes: int, own_classes: int) -> tuple[float, float]:
@@ -35,9 +34,9 @@ def sums_cost(world: int, rows: int, dim: int, classes: int, own_classes: int) -
 
     Example:
         >>> sums_cost(2, rows=1, dim=4, classes=1, own_classes=1)
-        (48.0, 72)
+        (48.0, 24)
     """
-    return (world - 1) / world * (4 * classes * dim * 4 + world * own_classes * 16), 18 * rows * classes * dim
+    return (world - 1) / world * (4 * classes * dim * 4 + world * own_classes * 16), 6 * rows * classes * dim
 
 
 def markdown() -> str:

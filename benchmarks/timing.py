@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks import timing_decode, timing_embed, timing_fit
+from benchmarks import timing_decode, timing_embed, timing_fit, timing_training
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -24,11 +26,13 @@ LARGEST = {"pair": 16384, "pml": 4096}  # N, where memory or time is quadratic
 
 
 def make_loss(name: str) -> Callable[[Tensor, Tensor], Any]:
-    """A loss by name: default, default compiled, a level, a level and form, pml (SupConLoss of
-    pytorch-metric-learning), or floor, which only copies the embeddings.
+    """A loss by name: default, default compiled, a level, a level and form, supcon (:func:`compact_supcon`), pml
+    (SupConLoss of pytorch-metric-learning), or floor, which only copies the embeddings.
     """
     if name == "floor":
         return lambda embeddings, labels: embeddings.detach().clone()
+    if name == "supcon":
+        return compact_supcon
     if name == "pml":
         return SupConLoss(temperature=0.1)  # type: ignore[no-any-return]
     level, _, form = name.partition(" ")
@@ -38,6 +42,26 @@ def make_loss(name: str) -> Callable[[Tensor, Tensor], Any]:
     if form == "compiled":
         loss.compile()
     return loss
+
+
+def compact_supcon(embeddings: Tensor, labels: Tensor, temperature: float = 0.1, entries: int = 2**21) -> Tensor:
+    """SupCon in its fastest plain form: one N x N product and a logsumexp, in chunks of ``entries`` that are recomputed
+    in the backward pass, and class sums for the positives. For labels 0..C-1 of two embeddings or more each.
+    """
+    unit, counts = F.normalize(embeddings), torch.bincount(labels)
+    sums = torch.zeros(len(counts), unit.shape[1]).index_add(0, labels, unit)
+    positives = ((unit * sums[labels]).sum(dim=1) - 1) / (counts[labels] - 1) / temperature
+
+    def log_sums(rows: Tensor, first: int) -> Tensor:
+        itself = torch.arange(first, first + len(rows)).unsqueeze(1)
+        return (rows @ unit.T / temperature).scatter(1, itself, -torch.inf).logsumexp(dim=1).sum()
+
+    size = max(1, entries // len(unit))
+    if size >= len(unit):
+        return (log_sums(unit, 0) - positives.sum()) / len(unit)
+    starts = range(0, len(unit), size)
+    parts = [checkpoint(log_sums, unit[i : i + size], i, use_reentrant=False, preserve_rng_state=False) for i in starts]
+    return (torch.stack(parts).sum() - positives.sum()) / len(unit)
 
 
 def draw(rows: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +81,7 @@ def loss_case(loss: str, rows: int, dim: int, classes: int) -> Row:
         if value.requires_grad:
             value.backward()
 
-    step(*draw(rows if compiled else 4 * classes, dim, classes))  # warm-up; a second size would compile for all sizes
+    step(*draw(rows if compiled else 2 * classes, dim, classes))  # warm-up; a second size would compile for all sizes
     batch, before = draw(rows, dim, classes), memory_mib("VmRSS")
     step(*batch)
     grown = None if compiled else max(0.0, memory_mib() - before)  # compilation itself takes more
@@ -67,8 +91,8 @@ def loss_case(loss: str, rows: int, dim: int, classes: int) -> Row:
 
 
 def losses(losses: list[str], shapes: list[tuple[int, int, int]]) -> list[Row]:
-    """All feasible cases: at least 4 embeddings per class, no N x N matrix or (C, D, D) moments that are too large."""
-    cases = [(name, n, d, c) for n, d, c in shapes for name in losses if 4 * c <= n <= LARGEST.get(name, n)]
+    """All feasible cases: at least 2 embeddings per class, no N x N matrix or (C, D, D) moments that are too large."""
+    cases = [(name, n, d, c) for n, d, c in shapes for name in losses if 2 * c <= n <= LARGEST.get(name, n)]
     cases = [one for one in cases if one[0] != "class" or one[3] * one[2] ** 2 <= 2**23]
     return [in_process(loss_case, loss=name, rows=n, dim=d, classes=c) for name, n, d, c in cases]
 
@@ -128,6 +152,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "micro_batches": micro_batches,
     "decode": timing_decode.decode,
     "embed": timing_embed.embed,
+    "training": timing_training.training,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -141,6 +166,7 @@ def main() -> None:
         dest="data_dir",
         help="CIFAR-10, for all that times simo fit; photographs in class folders, for decode",
     )
+    own.add_argument("--photos.data_dir", dest="photos_dir", help="photographs in class folders, for training")
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of NAME.csv, which is replaced")
     own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
     given = own.parse_args()

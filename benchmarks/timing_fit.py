@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from simo_lightning import SimOLoss
 DIGITS, CIFAR10 = str(ROOT / "configs" / "digits.yaml"), str(ROOT / "configs" / "cifar10_cpu.yaml")
 SIMO = str(Path(sys.executable).with_name("simo"))
 NO_VALIDATION = ["--trainer.limit_val_batches", "0", "--best.monitor", "train/loss", "--trainer.max_epochs", "100"]
+ALL_CLASSES = (1024, 128, 512, 512)  # n, D, C, P of a batch whose classes do not grow with the number of processes
 DIM = 13  # size of the embeddings that Watch counts: no other tensor has as many columns
 
 
@@ -251,21 +253,25 @@ def loss_over_ranks_case(steps: int) -> None:
 
     ``step_ms`` is the wall time of forward and backward pass. ``own_ms`` is the CPU time of the thread that computes,
     without the waiting for a core and for other processes, which two cores cannot avoid with eight of them. ``kb`` is
-    what this process hands to collectives.
+    what this process hands to collectives. With ``reduce`` "none" every process computes the loss of its own embeddings
+    alone, at the same time as the others: what more processes per core cost by themselves (cold caches).
     """
     torch.set_num_threads(1)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         dist.init_process_group("gloo")
-    for rows, dim, classes, own in CASES:
+    for rows, dim, classes, own in (*CASES, ALL_CLASSES):
         labels = ((rank * own + torch.arange(rows) % own) % classes).sort().values
         embeddings = torch.randn(rows, dim, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        for reduce in ("gather", "sums"):
+        for reduce in ("none", "gather", "sums"):
             loss, times, sent = SimOLoss(form="softmax"), [], 0
             for _ in range(steps + 5):
+                if world > 1:
+                    dist.barrier()
                 with SentBytes() as counter:
                     start, own_start = now(), time.thread_time()
-                    sum(loss.terms_over_ranks(embeddings, labels, reduce).values()).backward()
+                    terms = loss.terms if reduce == "none" else partial(loss.terms_over_ranks, reduce=reduce)
+                    sum(terms(embeddings, labels).values()).backward()
                     times.append((now() - start, time.thread_time() - own_start))
                 sent = counter.bytes
             step, own_time = 1e3 * np.median(times[5:], axis=0)
