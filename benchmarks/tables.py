@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.experiments import SHIPPED, TABLE, read, read_table
 from benchmarks.machine import MACHINE
+from benchmarks.prototypes import markdown as prototypes
 from benchmarks.scaling_model import markdown as scaling_model
 from simo_lightning.plotting import class_similarity_figure, project_2d, scatter_figure
 
@@ -259,7 +260,9 @@ def snapshot_figures(study: str, names: Sequence[str] | None, out: Path = SHIPPE
 def main(words: Sequence[str] | None = None) -> None:
     """Print tables; draw pictures where asked to."""
     own = argparse.ArgumentParser("python -m benchmarks.tables", description=__doc__, allow_abbrev=False)
-    own.add_argument("names", nargs="+", help="studies of experiments.yaml, timings, summary, or scaling_model")
+    own.add_argument(
+        "names", nargs="+", help="studies of experiments.yaml, timings, summary, scaling_model, or prototypes"
+    )
     own.add_argument("--out", type=Path, default=SHIPPED, metavar="FOLDER", help="of the CSV files (default: shipped)")
     own.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="another table of experiments")
     own.add_argument("--plot", type=Path, metavar="FILE", help="draw the studies, or levels, into FILE")
@@ -272,6 +275,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 print(markdown(name, given.out, given.table))
             elif name == "scaling_model":
                 print(scaling_model())
+            elif name == "prototypes":
+                print(prototypes())
             else:
                 print(summary(given.out) if name == "summary" else timing(name, given.out))
             for file, figure in (snapshot_figures(name, given.rows, given.out) if given.figures else {}).items():

@@ -74,11 +74,36 @@ def class_(embeddings: Tensor, labels: list[int], form: str, eps: float, leaning
     return {"similar": similar, "dissimilar": average(dissimilar_losses, embeddings)}
 
 
+GF2_POLYNOMIALS = {8: 0b1011, 16: 0b10011, 32: 0b100101}
+
+
+def polynomial_product(x: int, y: int) -> int:
+    """Product of two polynomials over GF(2), bit i the coefficient of the power i."""
+    product = 0
+    for bit in range(y.bit_length()):
+        product ^= (x << bit) * (y >> bit & 1)
+    return product
+
+
+def polynomial_remainder(x: int, divisor: int) -> int:
+    while x.bit_length() >= divisor.bit_length():
+        x ^= divisor << (x.bit_length() - divisor.bit_length())
+    return x
+
+
 def axis(label: int, dim: int) -> Tensor:
-    """The unit vector of a class: a coordinate axis, or signs from the finalizer of SplitMix64 in 64-bit integers."""
+    """The unit vector of a class: a coordinate axis, a Gold sequence by polynomial division over GF(2) (dimensions 8,
+    16 and 32), or signs from the finalizer of SplitMix64 in 64-bit integers.
+    """
     if 0 <= label < dim:
         return torch.tensor([float(column == label) for column in range(dim)], dtype=torch.float64)
     signs, mask = [], 2**64 - 1
+    if dim in GF2_POLYNOMIALS and 0 <= label < dim + dim**2:
+        a, b = divmod(label - dim, dim)
+        for x in range(dim):
+            cube = polynomial_remainder(polynomial_product(polynomial_product(x, x), x), GF2_POLYNOMIALS[dim])
+            signs.append((-1.0) ** ((a & cube).bit_count() + (b & x).bit_count()))
+        return torch.tensor(signs, dtype=torch.float64) / dim**0.5
     for column in range(dim):
         mixed = (label * dim + column + 1) * 0x9E3779B97F4A7C15 & mask
         mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
