@@ -205,11 +205,16 @@ def _write_missing(
         warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)  # the children run no torch code
         pool = ProcessPoolExecutor(max(1, min(workers, len(missing))), context, _start_worker, (counter, stop))
         try:
-            write = partial(_write_shard, dest=dest, schema=features.arrow_schema, skip=on_broken == "skip")
+            coarse = {name: label for label, name in enumerate(getattr(features.get("coarse"), "names", []))}
+            given = {"schema": features.arrow_schema, "coarse": coarse, "skip": on_broken == "skip"}
+            write = partial(_write_shard, dest=dest, **given)
+            shown = 0
             running: set[Future[None]] = {pool.submit(write, shard) for shard in missing}
             while running:
                 done, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
-                bar.update(counter.value - (bar.n - bar.initial))
+                counted = counter.value
+                bar.update(counted - shown)
+                shown = counted
                 for each in done:
                     each.result()
         except ValueError as error:  # raised here, not by the pool: the command then prints one line
@@ -258,7 +263,7 @@ class _Hashed:
         self.file.flush()
 
 
-def _write_shard(shard: _Shard, dest: Path, schema: Any, skip: bool) -> None:
+def _write_shard(shard: _Shard, dest: Path, schema: Any, coarse: dict[str, int], skip: bool) -> None:
     """Write one file of images under another name, then a note of what it holds, then rename the file."""
     import pyarrow as pa
 
@@ -269,7 +274,7 @@ def _write_shard(shard: _Shard, dest: Path, schema: Any, skip: bool) -> None:
         with partly.open("xb") as file:
             hashed = _Hashed(file)
             with pa.ipc.new_stream(hashed, schema) as stream:
-                for rows in _batches(shard.records, skip, broken):
+                for rows in _batches(shard.records, coarse, skip, broken):
                     stream.write_batch(pa.RecordBatch.from_pylist(rows, schema))
                     images += len(rows)
             file.flush()
@@ -285,7 +290,9 @@ def _write_shard(shard: _Shard, dest: Path, schema: Any, skip: bool) -> None:
         partly.unlink(missing_ok=True)
 
 
-def _batches(records: Sequence[Record], skip: bool, broken: dict[str, str]) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    records: Sequence[Record], coarse: dict[str, int], skip: bool, broken: dict[str, str]
+) -> Iterator[list[dict[str, Any]]]:
     """Rows of one record batch after the other; adds those that do not decode to ``broken``."""
     rows: list[dict[str, Any]] = []
     held = 0
@@ -300,7 +307,8 @@ def _batches(records: Sequence[Record], skip: bool, broken: dict[str, str]) -> I
             broken[record.path] = str(error)
         else:
             image = {"bytes": content, "path": None}
-            rows.append({"image": image, "path": record.path, "label": record.label, "coarse": record.coarse})
+            above = None if record.coarse is None else coarse[record.coarse]
+            rows.append({"image": image, "path": record.path, "label": record.label, "coarse": above})
             held += len(content)
         with _counter.get_lock():
             _counter.value += 1

@@ -205,8 +205,7 @@ class ImageFolderPairDataModule(PairDataModule):
             listing,
             split,
             self.max_memory_gib * 2**30,
-            # simo pack has decoded each image once, so that none is left to skip
-            on_broken="error" if isinstance(self._find(), PackedFolder) else self.on_broken,
+            on_broken=self.on_broken,
             cache_name=f"{split}_" if self.manifest is not None else "",
             note=self._augmented_by() if split == "train" else "",
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class FolderImages:
     labels: Tensor
     class_names: list[str]
     decoder: Preprocessing
+    checked: ClassVar[bool] = False
+    """Whether each image is known to decode."""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -27,5 +27,7 @@ def only_one_process(lock: Path, what: str) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"{what} is being written by another process") from None
-        yield
-    lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

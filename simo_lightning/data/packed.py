@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -41,12 +41,13 @@ class PackedImages(FolderImages):
 
     table: Any
     rows: np.ndarray
+    checked: ClassVar[bool] = True
 
     def file(self, index: int) -> BinaryIO:
         """The bytes of one image file, with a name for messages."""
         content = self.table.data.column("image")[int(self.rows[index])]["bytes"]
         file = io.BytesIO(content.as_buffer())
-        file.name = f"{self.names[index]} in {self.root}"
+        file.name = str(self.path(index))
         return file
 
     @property
@@ -199,6 +200,6 @@ def open_packed(folder: str | Path, class_level: int | None = None) -> PackedFol
         if size != file["bytes"]:
             raise ValueError(f"{str(root / name)!r} must have {file['bytes']:,} bytes as it was packed, got {size:,}")
     parts = open_splits(root)
-    sizes = ", ".join(f"{len(part):,} images in the {split} split" for split, part in parts.items())
+    sizes = ", ".join(f"{len(part):,} in the {split} split" for split, part in parts.items())
     rank_zero_info(f"{str(root)!r}: packed images, {sizes}")
     return PackedFolder(root, parts, info["class_level"])

@@ -112,7 +112,7 @@ def read_images(
     channels, (height, width) = listed.decoder.channels, listed.decoder.size
     in_memory = len(listed) * channels * height * width <= max_memory
     cached = None
-    if in_memory or on_broken == "skip":
+    if in_memory or (on_broken == "skip" and not listed.checked):
         cached = _decoded(listed, in_memory, workers, on_broken, cache_name)
         listed = _without(listed, cached.broken)
         _check_classes(listed, split, listing)
@@ -237,9 +237,9 @@ def _report(
         f"decoded into memory ({_memory(size)})" if in_memory else "decoded batch by batch (larger than max_memory_gib)"
     )
     parts.append(f"{kept}, {note}" if note else kept)
-    if cached is None:
+    if cached is None and not listed.checked:
         parts.append("not opened yet: a broken file ends the run when it is read (on_broken: skip checks all at start)")
-    elif cached.changes:
+    elif cached is not None and cached.changes:
         parts.append(f"converted: {_counted(cached.changes)}")
     left_out = what_was_left_out(listing, {} if cached is None else cached.broken)
     if left_out:
