@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from benchmarks import experiments as table_of
-from benchmarks import run, tables, timing, timing_decode, timing_fit
+from benchmarks import imagenet_model, run, tables, timing, timing_decode, timing_fit
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
 from benchmarks.machine import in_process, memory_mib
@@ -325,6 +325,22 @@ def test_every_table_of_the_page_is_printed_from_the_shipped_files(capsys: pytes
 def test_the_page_of_scaling_holds_the_table_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     tables.main(["scaling_model"])
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_the_config_of_imagenet_says_what_the_model_counts() -> None:
+    comment = "".join(f"# {line}\n" for line in imagenet_model.lines())
+    assert comment in (ROOT / "configs" / "imagenet.yaml").read_text()
+
+
+def test_activations_are_counted_by_hand() -> None:
+    class Two(torch.nn.Sequential):
+        """A convolution keeps its input, a batch norm its own and two statistics, a ReLU its output."""
+
+    net = Two(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    images, pixels = 5, 6 * 6
+    statistics = 2 * 4
+    kept = images * pixels * (3 + 4 + 4) + statistics
+    assert imagenet_model.activation_bytes(net, images, 6) == 2 * kept
 
 
 def test_a_spread_over_seeds_leaves_diverged_runs_out_and_undefined_numbers_are_told() -> None:

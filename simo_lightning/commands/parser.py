@@ -1,4 +1,4 @@
-"""Parsers of the commands for a trained model."""
+"""Parsers of the commands that read no config of a run."""
 
 import inspect
 import os
