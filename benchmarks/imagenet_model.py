@@ -22,7 +22,7 @@ NODES = (1, 8)
 def activation_bytes(encoder: torch.nn.Module, images: int, size: int) -> int:
     """Bytes that autograd keeps of a forward pass in bfloat16, without the parameters."""
     encoder = encoder.to("meta", torch.bfloat16).train()
-    own = {id(parameter) for parameter in encoder.parameters()}
+    own = {each.untyped_storage()._cdata for each in [*encoder.parameters(), *encoder.buffers()]}
     kept: list[Tensor] = []  # alive, so that no storage has the number of one that is gone
 
     def keep(tensor: Tensor) -> Tensor:
@@ -31,9 +31,9 @@ def activation_bytes(encoder: torch.nn.Module, images: int, size: int) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         output = encoder(torch.empty(images, 3, size, size, dtype=torch.bfloat16, device="meta"))
-    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in kept if id(each) not in own}
     assert output.requires_grad
-    return sum(storages.values())
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in kept}
+    return sum(size for storage, size in storages.items() if storage not in own)
 
 
 def lines() -> list[str]:
@@ -59,8 +59,9 @@ def lines() -> list[str]:
         classes = min(CLASSES, world * data["classes_per_batch"])
         loss, _ = sums_cost(world, images, given["embedding_dim"], classes, data["classes_per_batch"])
         gradients = 2 * (world - 1) / world * 4 * parameters
+        steps = IMAGES // (world * images)
         found.append(
-            f"{world} GPUs: {world * images:,} images of {classes:,} classes a step, {IMAGES // (world * images):,} steps "
+            f"{world} GPUs: {world * images:,} images of {classes:,} classes a step, {steps:,} steps "
             f"an epoch; each sends {gradients / 1e6:,.0f} MB of gradients, {loss / 1e6:.2f} MB for the loss"
         )
     return found
