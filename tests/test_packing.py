@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -118,6 +119,10 @@ def test_each_index_is_the_same_image_as_in_the_folder(tmp_path: Path, lines: li
         for index in range(0, len(other), 4):
             for size in (None, (8, 9)):
                 assert other.picture(index, size).tobytes() == source.picture(index, size).tobytes()
+    sent = pickle.dumps(found["train"])  # to a worker that is not forked: names of files, no images
+    assert len(sent) < 30_000 < sum(file.stat().st_size for file in packed.glob("train/*.arrow"))
+    again = pickle.loads(sent)
+    assert torch.equal(again.__getitems__([7])[0], found["train"].__getitems__([7])[0])
     chosen = found["train"].subset(torch.tensor([20, 3]))
     assert torch.equal(chosen.__getitems__([1])[0], found["train"].__getitems__([3])[0])
 
@@ -432,8 +437,6 @@ class Touches:
 
 def test_opening_runs_nothing_that_a_file_holds(tmp_path: Path) -> None:
     """An Arrow file with a pickled extension type, which pyarrow loaded before 14.0.1."""
-    import pickle
-
     write_folder(tmp_path / "photos", CLASSES, count=4)
     pack_images("photos", "packed")
     (shard,) = Path("packed/train").glob("*.arrow")

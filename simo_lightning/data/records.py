@@ -1,7 +1,5 @@
 """The images of a folder or a manifest as records to pack."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import NamedTuple
