@@ -173,6 +173,10 @@ def test_broken_files_are_an_error_or_left_out(tmp_path: Path, capsys: pytest.Ca
     (folder / "train" / "bee" / "3.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"bee/3\.jpg' does not decode as an image: .*set on_broken to 'skip'$"):
         pack_images(folder, "packed")
+    with pytest.raises(SystemExit):
+        main(["pack", str(folder), "packed", "--no_progress"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"simo pack: error: '{folder}/train/bee/3.jpg' does not decode as an image: ")
     shutil.rmtree("packed")
     (folder / "train" / "ant" / "notes.txt").touch()
     with pytest.raises(ValueError, match=r"notes\.txt' is not an image"):
@@ -212,8 +216,9 @@ def test_the_weights_are_those_of_a_fit_from_the_folder(tmp_path: Path, argument
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-    again = fit_weights(tmp_path / "packed", **arguments)  # from the cache, where there is one
-    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    if not arguments:
+        again = fit_weights(tmp_path / "packed")  # from the cache
+        assert all(torch.equal(value, again[name]) for name, value in one.items())
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
