@@ -1,3 +1,4 @@
+import argparse
 import copy
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks import experiments as table_of
-from benchmarks import imagenet_model, run, tables, timing, timing_decode, timing_fit
+from benchmarks import imagenet_model, run, tables, timing, timing_decode, timing_fit, timing_pack
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
 from benchmarks.machine import in_process, memory_mib
@@ -471,6 +472,16 @@ def test_decoding_is_timed_in_pairs_of_epochs(tmp_path: Path) -> None:
     row = timing_decode.decode_case(str(tmp_path), 32, "trivial", workers=1, batch=8, rounds=1)
     assert (row["images"], row["policy"], row["rounds"]) == (16, "trivial", 1)
     assert row["ratio"] == pytest.approx(row["simo_lightning, images/s"] / row["torchvision, images/s"])
+
+
+@pytest.mark.slow
+def test_packing_and_packed_images_are_timed_in_fresh_processes() -> None:
+    rows = timing_pack.pack(argparse.Namespace(quick=True))
+    assert [(row["pixels"], row["images"]) for row in rows] == [(256, 200), (8, 3_000)]
+    for row in rows:
+        assert row["pack MB/s"] == pytest.approx(row["mb"] * row["pack"] / row["images"])
+        assert row["folder decode CPU us"] > row["folder bytes CPU us"] > 0
+        assert row["packed decode CPU us"] > row["packed bytes CPU us"] > 0
 
 
 def test_a_command_that_fails_is_not_timed() -> None:
