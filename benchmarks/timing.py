@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import timing_decode, timing_embed, timing_fit, timing_training
+from benchmarks import timing_decode, timing_embed, timing_fit, timing_pack, timing_training
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -153,6 +153,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "decode": timing_decode.decode,
     "embed": timing_embed.embed,
     "training": timing_training.training,
+    "pack": timing_pack.pack,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -173,7 +174,7 @@ def main() -> None:
     if not (
         given.quick
         or given.data_dir
-        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed"}
+        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed", "pack"}
     ):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:

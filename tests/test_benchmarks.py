@@ -1,3 +1,4 @@
+import argparse
 import copy
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks import experiments as table_of
-from benchmarks import run, tables, timing, timing_decode, timing_fit
+from benchmarks import imagenet_model, run, tables, timing, timing_decode, timing_fit, timing_pack
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
 from benchmarks.machine import in_process, memory_mib
@@ -327,6 +328,19 @@ def test_the_page_of_scaling_holds_the_table_of_the_command(capsys: pytest.Captu
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
 
 
+def test_the_config_of_imagenet_says_what_the_model_counts() -> None:
+    comment = "".join(f"# {line}\n" for line in imagenet_model.lines())
+    assert comment in (ROOT / "configs" / "imagenet.yaml").read_text()
+
+
+def test_activations_are_counted_by_hand() -> None:
+    """A convolution keeps its input, a batch norm its own and two statistics in float32, a ReLU its output."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    images, pixels = 5, 6 * 6
+    kept = 2 * images * pixels * (3 + 4 + 4) + 4 * 2 * 4
+    assert imagenet_model.activation_bytes(net, images, 6) == kept
+
+
 def test_a_spread_over_seeds_leaves_diverged_runs_out_and_undefined_numbers_are_told() -> None:
     frame = read(SHIPPED / "recipes.csv").query("name == 'cross_entropy'").copy()
     content = read_table()["recipes"]
@@ -458,6 +472,16 @@ def test_decoding_is_timed_in_pairs_of_epochs(tmp_path: Path) -> None:
     row = timing_decode.decode_case(str(tmp_path), 32, "trivial", workers=1, batch=8, rounds=1)
     assert (row["images"], row["policy"], row["rounds"]) == (16, "trivial", 1)
     assert row["ratio"] == pytest.approx(row["simo_lightning, images/s"] / row["torchvision, images/s"])
+
+
+@pytest.mark.slow
+def test_packing_and_packed_images_are_timed_in_fresh_processes() -> None:
+    rows = timing_pack.pack(argparse.Namespace(quick=True))
+    assert [(row["pixels"], row["images"]) for row in rows] == [(256, 200), (8, 3_000)]
+    for row in rows:
+        assert row["pack MB/s"] == pytest.approx(row["mb"] * row["pack"] / row["images"])
+        assert row["folder decode CPU us"] > row["folder bytes CPU us"] > 0
+        assert row["packed decode CPU us"] > row["packed bytes CPU us"] > 0
 
 
 def test_a_command_that_fails_is_not_timed() -> None:

@@ -1,4 +1,4 @@
-"""The commands for a trained model. They read no config of a run: ``simo NAME ARGUMENTS``.
+"""The commands that read no config of a run: ``simo NAME ARGUMENTS``.
 
 Each is a module with a function ``run``, whose arguments are those of the command, and ``POSITIONAL``, the names of the
 arguments that have no ``--`` with their number in the form of argparse: None for one, "+" for one or more.

@@ -1,4 +1,4 @@
-"""Parsers of the commands for a trained model."""
+"""Parsers of the commands that read no config of a run."""
 
 import inspect
 import os
@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "embed": "Write the embeddings of image files to a Parquet or .npz file.",
     "explain": "Show which classes an image leans to, its nearest images, and where in it a similarity comes from.",
     "export": "Write the encoder of a checkpoint as ONNX or .pt2, and check the file.",
+    "pack": "Pack a folder of images, or those of a table, into a few large files for training.",
     "search": "Find the nearest images of a file of embeddings.",
     "share": "Write a model as a folder with a model card, and upload it to the Hugging Face Hub.",
 }

@@ -21,9 +21,12 @@ from simo_lightning.data.hub import HubImages, HubPairDataModule, SemiSupervised
 from simo_lightning.data.labels import Relabelled
 from simo_lightning.data.loader import DrawnBatches, DrawnIndices, ResumableLoader, TrainingBatch
 from simo_lightning.data.manifest import Manifest, read_manifest
+from simo_lightning.data.packed import PackedFolder, PackedImages, open_packed
+from simo_lightning.data.packing import pack_images, verify_packed
 from simo_lightning.data.photo_augment import Crop, PhotoAugment
 from simo_lightning.data.pictures import AugmentedPictures
 from simo_lightning.data.reading import load_image_folder
+from simo_lightning.data.records import PackedFiles
 from simo_lightning.data.sampler import ClassBalancedSampler, EvaluationSampler, pair_indices
 from simo_lightning.data.semi import SemiBalancedSampler, SemiSupervisedPairDataModule
 from simo_lightning.data.sources import DecodedFiles, ImageSource, LabelledImages, PictureFiles, whole_picture
@@ -47,6 +50,9 @@ __all__ = [
     "ImageSource",
     "LabelledImages",
     "Manifest",
+    "PackedFiles",
+    "PackedFolder",
+    "PackedImages",
     "PairDataModule",
     "PhotoAugment",
     "PictureFiles",
@@ -66,7 +72,10 @@ __all__ = [
     "load_cifar",
     "load_digits",
     "load_image_folder",
+    "open_packed",
+    "pack_images",
     "pair_indices",
     "read_manifest",
+    "verify_packed",
     "whole_picture",
 ]

@@ -12,8 +12,9 @@ import torch
 
 from simo_lightning.data.augment import BatchAugment
 from simo_lightning.data.datamodule import PairDataModule
-from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits, list_image_folder
-from simo_lightning.data.manifest import Manifest, coarse_classes, read_coarse, read_manifest
+from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits
+from simo_lightning.data.manifest import Manifest, coarse_classes, list_split, read_coarse, read_manifest
+from simo_lightning.data.packed import PackedFolder, is_packed, open_packed
 from simo_lightning.data.pictures import Augment
 from simo_lightning.data.reading import OnBroken, load_image_folder, read_images
 from simo_lightning.data.semi import SemiSupervisedPairDataModule
@@ -110,8 +111,9 @@ class ImageFolderPairDataModule(PairDataModule):
     ``data_dir`` holds one folder per split, with the usual names in any case: train or training; val, valid or
     validation; test or testing; query; gallery; unknown (only the training folder is required). In each of them one
     folder per class holds its images at any depth; "unknown" holds images of no class, in folders or not. Or
-    ``data_dir`` holds the class folders themselves, which are then the training split. At start one line per split says
-    what was found and what is done to it.
+    ``data_dir`` holds the class folders themselves, which are then the training split. Or ``simo pack`` wrote it: the
+    same images, read memory-mapped from a few large files. At start one line per split says what was found and what is
+    done to it.
 
     Args:
         data_dir: The folder; ``~`` is the user's home. With ``manifest``: the folder of its relative paths, by default
@@ -166,7 +168,7 @@ class ImageFolderPairDataModule(PairDataModule):
         self.background = background
         self.max_value = max_value
         self._coarse_from = coarse if isinstance(coarse, str) else None
-        self._found: Manifest | dict[Split, Path] | None = None
+        self._found: Manifest | PackedFolder | dict[Split, Path] | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -184,7 +186,12 @@ class ImageFolderPairDataModule(PairDataModule):
             raise ValueError(
                 f"class_level must be null with a manifest, which names the classes, got {self.class_level}"
             )
-        if self._coarse_from == "manifest" and self.manifest is None:
+        if self.manifest is not None and is_packed(self.data_dir):
+            raise ValueError(
+                f"manifest must be null with the packed images of {str(self.data_dir)!r}, which hold its labels, got "
+                f"{str(self.manifest)!r}"
+            )
+        if self._coarse_from == "manifest" and self.manifest is None and not is_packed(self.data_dir):
             raise ValueError("coarse 'manifest' requires a manifest, got none")
         if self._coarse_from == "folder" and self.manifest is not None:
             raise ValueError("coarse 'folder' requires class folders, got a manifest")
@@ -210,14 +217,17 @@ class ImageFolderPairDataModule(PairDataModule):
     def extra_splits(self) -> tuple[Split, ...]:  # type: ignore[override]
         """Which of the splits "query", "gallery" and "unknown" there are."""
         found = self._find()
-        given = found.splits if isinstance(found, Manifest) else found
+        given = found if isinstance(found, dict) else found.splits
         return tuple(split for split in EXTRA_SPLITS if split in given)
 
-    def _find(self) -> Manifest | dict[Split, Path]:
-        """The manifest, or the folder of each split; looked up once."""
+    def _find(self) -> Manifest | PackedFolder | dict[Split, Path]:
+        """The manifest, the packed images, or the folder of each split; looked up once."""
         if self._found is None:
             if self.manifest is not None:
                 self._found = read_manifest(self.manifest, self.data_dir)
+            elif is_packed(self.data_dir):
+                assert self.data_dir is not None
+                self._found = open_packed(self.data_dir, self.class_level)
             else:
                 assert self.data_dir is not None
                 self._found = find_splits(self.data_dir, class_level=self.class_level)
@@ -228,20 +238,18 @@ class ImageFolderPairDataModule(PairDataModule):
         return "" if augment is None else f"augmented by {type(augment).__name__}"
 
     def _list(self, split: Split) -> Listing | None:
-        skip, found = self.on_broken == "skip", self._find()
-        if isinstance(found, Manifest):
-            return found.listing(split, self.preprocessing, skip)
-        if split not in found:
-            return None
-        one_class = "unknown" if split == "unknown" else None
-        return list_image_folder(found[split], self.preprocessing, self.class_level, skip, one_class)
+        found = self._find()
+        if isinstance(found, PackedFolder):
+            return found.listing(split, self.preprocessing)
+        return list_split(found, split, self.preprocessing, self.class_level, self.on_broken == "skip")
 
     def _coarse_classes(self, origin: str, listing: Listing, class_names: list[str]) -> dict[str, list[str]]:
         found = self._find()
-        if origin == "manifest" and isinstance(found, Manifest):
+        if origin == "manifest" and isinstance(found, Manifest | PackedFolder):
             coarse = found.coarse()
         elif origin == "folder":
-            coarse = coarse_folders(listing.images, self.class_level or 1)
+            class_level = found.class_level if isinstance(found, PackedFolder) else self.class_level
+            coarse = coarse_folders(listing.images, class_level or 1)
         else:
             coarse = read_coarse(origin, self.data_dir)
         return coarse_classes(coarse, class_names, origin)

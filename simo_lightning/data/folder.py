@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -33,13 +34,16 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 }
 
 
+ADVICE = "remove it, or set on_broken to 'skip'"
+
+
 @contextmanager
-def named_as_broken() -> Iterator[None]:
+def named_as_broken(advice: str = ADVICE) -> Iterator[None]:
     """Say in a ValueError what to do about a file that does not decode."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{error}; remove it, or set on_broken to 'skip'") from error
+        raise ValueError(f"{error}; {advice}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,8 @@ class FolderImages:
     labels: Tensor
     class_names: list[str]
     decoder: Preprocessing
+    checked: ClassVar[bool] = False
+    """Whether each image is known to decode."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -70,13 +76,28 @@ class FolderImages:
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = np.empty((len(indices), self.decoder.channels, *self.decoder.size), dtype=np.uint8)
         for position, index in enumerate(indices):
-            with named_as_broken():
-                images[position] = self.decoder.read(self.path(index))[0]
+            with named_as_broken(self.advice):
+                images[position] = self.decoder.read(self.file(index))[0]
         return torch.from_numpy(images), self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
     def path(self, index: int) -> Path:
-        """File of one image."""
+        """Path of one image, by which it is known."""
         return self.root / str(self.names[index])
+
+    def file(self, index: int) -> Path | BinaryIO:
+        """What the decoder reads for one image."""
+        return self.path(index)
+
+    @property
+    def stored(self) -> Sequence[str]:
+        """Files that hold the images, relative to ``root``."""
+        names: list[str] = self.names.tolist()
+        return names
+
+    @property
+    def advice(self) -> str:
+        """What to do about an image that does not decode."""
+        return ADVICE
 
     def picture(self, index: int, size: PictureSize = None) -> Image.Image:
         """One whole picture, upright and in mode RGB, for a transform that crops and resizes it itself.
@@ -95,8 +116,8 @@ class FolderImages:
             ValueError: If it is not an image or is damaged; the message names it.
         """
         decoder = Decoder(self.decoder.background, self.decoder.max_value)
-        with named_as_broken():
-            return decoder(self.path(index), size)[0]
+        with named_as_broken(self.advice):
+            return decoder(self.file(index), size)[0]
 
     def subset(self, indices: Tensor) -> FolderImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""

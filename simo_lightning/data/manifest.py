@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from simo_lightning.data.folder import SPLIT_NAMES, Listing, list_files
+from simo_lightning.data.folder import SPLIT_NAMES, Listing, list_files, list_image_folder
 from simo_lightning.data.sources import Split, name_list
 from simo_lightning.extras import missing_extra
 from simo_lightning.preprocessing import Preprocessing
@@ -157,6 +157,32 @@ def read_manifest(path: str | Path, data_dir: str | Path | None = None) -> Manif
         + (f"; columns not used: {name_list(unused)}" if unused else "")
     )
     return Manifest(table, root, splits)
+
+
+def list_split(
+    found: Manifest | dict[Split, Path],
+    split: Split,
+    decoder: Preprocessing,
+    class_level: int | None = None,
+    skip: bool = False,
+) -> Listing | None:
+    """List the images of one split of a manifest, or of the folders of splits.
+
+    Args:
+        found: The manifest, or what ``find_splits`` returns.
+        split: The split.
+        decoder: Reads a file.
+        class_level: See ``list_image_folder``; not used with a manifest.
+        skip: Whether files that are no images, or do not exist, are left out; otherwise they are an error.
+
+    Returns:
+        The images; None if there is no such split. The images of "unknown" are one class of that name.
+    """
+    if isinstance(found, Manifest):
+        return found.listing(split, decoder, skip)
+    if split not in found:
+        return None
+    return list_image_folder(found[split], decoder, class_level, skip, "unknown" if split == "unknown" else None)
 
 
 def read_coarse(path: str | Path, data_dir: str | Path | None = None) -> dict[str, str]:

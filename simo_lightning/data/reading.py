@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -112,7 +112,7 @@ def read_images(
     channels, (height, width) = listed.decoder.channels, listed.decoder.size
     in_memory = len(listed) * channels * height * width <= max_memory
     cached = None
-    if in_memory or on_broken == "skip":
+    if in_memory or (on_broken == "skip" and not listed.checked):
         cached = _decoded(listed, in_memory, workers, on_broken, cache_name)
         listed = _without(listed, cached.broken)
         _check_classes(listed, split, listing)
@@ -137,7 +137,7 @@ def _decoded(listed: FolderImages, keep: bool, workers: int | None, on_broken: O
     decoder = listed.decoder
     size = "x".join(map(str, dict.fromkeys(decoder.size)))
     name = f"{cache_name}{size}" if keep else f"{cache_name}checked"
-    key = fingerprint(listed.root, listed.names, decoder)
+    key = fingerprint(listed.root, listed.stored, decoder)
     shape = (decoder.channels, *decoder.size) if keep else None
     cached = read_cache(listed.root, name, key, len(listed), shape)
     if cached is None:
@@ -171,8 +171,8 @@ def _decode_part(part: FolderImages, keep: bool, skip: bool) -> _Part:
     position = 0
     for index, name in enumerate(part.names.tolist()):
         try:
-            with named_as_broken():
-                image, changed = part.decoder.read(part.path(index))
+            with named_as_broken(part.advice):
+                image, changed = part.decoder.read(part.file(index))
         except ValueError as error:
             if not skip:
                 raise
@@ -237,11 +237,11 @@ def _report(
         f"decoded into memory ({_memory(size)})" if in_memory else "decoded batch by batch (larger than max_memory_gib)"
     )
     parts.append(f"{kept}, {note}" if note else kept)
-    if cached is None:
+    if cached is None and not listed.checked:
         parts.append("not opened yet: a broken file ends the run when it is read (on_broken: skip checks all at start)")
-    elif cached.changes:
+    elif cached is not None and cached.changes:
         parts.append(f"converted: {_counted(cached.changes)}")
-    left_out = _left_out(listing, {} if cached is None else cached.broken)
+    left_out = what_was_left_out(listing, {} if cached is None else cached.broken)
     if left_out:
         parts.append(f"left out: {'; '.join(left_out)}")
     rank_zero_info(f"{split} split in {str(listed.root)!r}: {'; '.join(parts)}")
@@ -281,12 +281,12 @@ def _header(listed: FolderImages, index: int) -> tuple[int, int]:
     """Width and height of a file as stored."""
     path = listed.path(index)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(listed.file(index), formats=FORMATS) as image:
             return image.size
     except OSError as error:
         if error.errno is not None:
             raise
-        with named_as_broken():
+        with named_as_broken(listed.advice):
             raise ValueError(f"{str(path)!r} does not decode as an image: {error}") from error
 
 
@@ -305,9 +305,15 @@ def _resizing(decoder: Preprocessing) -> str:
     return f"{rule} to {width} x {height}"
 
 
-def _left_out(listing: Listing, broken: dict[str, str]) -> Sequence[str]:
+def what_was_left_out(listing: Listing, broken: Collection[str] = ()) -> list[str]:
+    """Phrases for the log.
+
+    Args:
+        listing: Tells what is not in it.
+        broken: Names of files that do not decode.
+    """
     found = [_counted(listing.left_out)] if listing.left_out else []
-    kinds = {"empty class folder": listing.empty, "missing file": listing.missing, "broken file": list(broken)}
+    kinds = {"empty class folder": listing.empty, "missing file": listing.missing, "broken file": broken}
     return found + [
         f"{len(names):,} {kind}{'s' * (len(names) > 1)} ({name_list(names)})" for kind, names in kinds.items() if names
     ]

@@ -10,7 +10,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from simo_lightning.checkpoints import TrainingClasses
 from simo_lightning.data.loader import default_workers, keep_batch
+from simo_lightning.data.lock import only_one_process
 from simo_lightning.embed_files.classes import known_means, read_classes
 from simo_lightning.embed_files.listing import ImageList, describe_left_out, write_list
 from simo_lightning.embed_files.parts import WRITERS, Part, Parts
@@ -31,11 +31,6 @@ from simo_lightning.embedder import Embedder, EmbeddingPrecision
 from simo_lightning.embeddings_file import read_info, sha256_of
 from simo_lightning.extras import import_extra
 from simo_lightning.preprocessing import Preprocessing
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 _PART = 1024  # images that are lost at most when the command is killed, of each process
 _FORMAT = 1
@@ -157,7 +152,7 @@ def embed_files(
     folder = out.with_name(out.name + ".parts")
     had_folder = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder, out):
+    with only_one_process(folder / "lock", f"out {str(out)!r}"):
         try:
             part_size = batch_size * max(1, round(_PART / batch_size))
             listed = write_list(folder / "new_images", images, part_size, data_dir)
@@ -201,18 +196,6 @@ def _check_devices(device: torch.device, devices: int) -> None:
         raise ValueError(f"device must be a kind such as {device.type!r} for {devices} devices, got {str(device)!r}")
     if devices > torch.accelerator.device_count():
         raise ValueError(f"devices must be at most {torch.accelerator.device_count()}, as there are, got {devices}")
-
-
-@contextmanager
-def _only_one(folder: Path, out: Path) -> Iterator[None]:
-    """Raise if another process works in the folder."""
-    with (folder / "lock").open("w") as file:
-        if fcntl is not None:
-            try:  # not flock, which a worker that outlives a killed process would keep
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"out {str(out)!r} is being written by another process") from None
-        yield
 
 
 def _info(embedder: Embedder, settings: _Settings, listed: ImageList) -> dict[str, Any]:
