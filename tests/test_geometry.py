@@ -217,8 +217,11 @@ def summed_one_by_one(rows: Tensor, labels: Tensor, num_classes: int) -> ClassMo
     """Class moments in the dtype of the rows, an embedding at a time."""
     moments = ClassMoments.zeros(num_classes, rows.shape[1], rows.dtype)
     for row, label in zip(rows, labels.tolist(), strict=True):
-        for sums, value in zip(moments, (1, row, torch.outer(row, row), (row @ row) ** 2), strict=True):
-            sums[label] += value
+        outer, square = torch.outer(row, row), row @ row
+        per_class = {"counts": 1, "sums": row, "squared_norms": square, "fourth": square**2, "second": outer}
+        for name, value in per_class.items():
+            moments.tensors()[name][label] += value
+        moments.second_moment.add_(outer)
     return moments
 
 

@@ -132,6 +132,7 @@ def make_contents(
     curves: Mapping[str, Curve] | None = None,
     files: Sequence[str] | None = None,
     training_means: Tensor | None = None,
+    not_computed: str = "",
 ) -> Contents:
     """Analyse the embeddings and draw all pictures.
 
@@ -151,6 +152,7 @@ def make_contents(
         files: Name of each image of the split; None: an image is called by its number.
         training_means: Class means of the training images ``(C, D)``, for the orthogonal shares; None: those of the
             split.
+        not_computed: Which metrics have no row, and why.
 
     Returns:
         The contents.
@@ -192,7 +194,8 @@ def make_contents(
         Section("Map", "The embeddings in the plane; a class has the same colour everywhere.", maps, interactive="map"),
         Section(
             "Metrics",
-            "Over all images of the split. A value may be undefined, for example with one class.",
+            "Over all images of the split. A value may be undefined, for example with one class."
+            + (f" {not_computed[0].upper()}{not_computed[1:]}." if not_computed else ""),
             groups=metric_groups(rows),
         ),
         *compared.sections(chosen),
