@@ -116,3 +116,15 @@ def test_wrong_arguments_are_reported_in_one_line(
     assert len(lines) == 1, lines
     assert lines[0].startswith("simo: error:")
     assert message in lines[0]
+
+
+def test_the_report_leaves_out_what_exceeds_the_budget(digits_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = copy_of(digits_run)
+    plot(
+        "--run_dir", str(run), "--ckpt_path", "last", "--second_budget_mb", "0", "--projections", "[]", "--out", "here"
+    )
+    line = (
+        "ot computed: participation_ratio, subspace_overlap, variance_across, variance_along: the second moments of 10 "
+    )
+    assert f"n{line}" in "".join(capfd.readouterr())
+    assert f"N{line}" in Path("here/index.html").read_text()

@@ -19,6 +19,7 @@ from simo_lightning.metrics import (
     ClassMomentsMetric,
     EffectiveRank,
     NearestClassMeanAccuracy,
+    RMSNorm,
     SubspaceOverlap,
     Uniformity,
     geometry_metrics,
@@ -245,7 +246,7 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"4 GiB of torch.float64, got \(1000000 \+ 1024\) \* 1024 = 7.6 GiB"):
         ClassCosine(1_000_000, 1024)
     with pytest.raises(
-        ValueError, match=r"^SubspaceOverlap requires the second moment of each class, 2,097 MB for 1,000"
+        ValueError, match=r"^SubspaceOverlap requires .* second moments of 1,000 classes in 512 .* 2,097 MB"
     ):
         SubspaceOverlap(1000, 512)
     assert SubspaceOverlap(2, 512, second_budget_mb=5).second.shape == (2, 512, 512)
@@ -256,6 +257,39 @@ def test_errors_name_the_argument():
         metric.update(torch.zeros(3, 6), [0, 1, 2])
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.3"):
         metric.update(torch.zeros(3, 6), torch.tensor([0, 1, 4]))
+
+
+def test_metrics_above_the_budget_are_left_out_of_the_collection_with_one_line(caplog):
+    embeddings, labels = data()
+    with caplog.at_level("INFO"):
+        metrics = geometry_metrics(NUM_CLASSES, DIM, second_budget_mb=0)
+    assert [record.getMessage()[:47] for record in caplog.records] == [
+        "not computed: participation_ratio, subspace_ove"
+    ]
+    metrics.update(embeddings, labels)
+    alone = {name: value for name, value in expected(embeddings, labels).items() if name in metrics}
+    assert len(alone) == 14
+    assert floats(metrics.compute()) == pytest.approx(alone, rel=1e-10)
+
+
+def test_a_metric_goes_on_after_a_reset_in_inference_mode():
+    metric, (embeddings, labels) = EffectiveRank(NUM_CLASSES, DIM), data()
+    with torch.inference_mode():
+        metric.update(embeddings, labels)
+        metric.reset()
+    metric.update(embeddings, labels)
+    assert metric.compute().item() == pytest.approx(expected(embeddings, labels)["effective_rank"], rel=1e-10)
+
+
+def test_float32_metrics_do_not_lose_digits_with_the_number_of_batches():
+    """Against float64 sums of the same numbers; of 500 batches."""
+    embeddings, labels = data(2_000)
+    metric, exact = RMSNorm(NUM_CLASSES, DIM, torch.float32), RMSNorm(NUM_CLASSES, DIM)
+    for rows in torch.arange(2_000).split(4):
+        metric.update(embeddings[rows], labels[rows])
+        exact.update(embeddings[rows], labels[rows])
+    assert metric.compute().item() == pytest.approx(exact.compute().item(), rel=4 * UNIT)
+    assert metric.moments.counts.tolist() == exact.moments.counts.tolist()
 
 
 def sync(folder: Path) -> None:

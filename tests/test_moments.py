@@ -64,15 +64,15 @@ def test_a_batch_takes_no_memory_that_grows_with_the_classes() -> None:
 
 
 def test_the_second_moments_of_classes_are_kept_within_the_budget() -> None:
-    assert ClassMoments.zeros(1_000, 178).second.nbytes <= 256e6  # type: ignore[union-attr]
+    assert ClassMoments.zeros(1_000, 178, device="meta").second.nbytes <= 256e6  # type: ignore[union-attr]
     assert ClassMoments.zeros(1_000, 179).second is None
-    assert ClassMoments.zeros(1_000, 179, torch.float32).second is not None
-    assert ClassMoments.zeros(1_000, 179, second_budget_mb=257).second is not None
+    assert ClassMoments.zeros(1_000, 179, torch.float32, "meta").second is not None
+    assert ClassMoments.zeros(1_000, 179, device="meta", second_budget_mb=257).second is not None
     embeddings, labels = draw(30, 4), torch.arange(30) % 3
     within, without = (class_moments(embeddings, labels, 3, second_budget_mb=budget) for budget in (1, 0))
     assert (within.second is None, without.second is None) == (False, True)
     torch.testing.assert_close(within.second.sum(dim=0), without.second_moment)  # type: ignore[union-attr]
-    line = "overlap requires the second moment of each class, 20,972 MB for 10,000 classes in 512 dimensions, .* raise"
+    line = "^overlap requires moments with second, got None: .* 10,000 classes in 512 dimensions take 20,972 MB, above"
     with pytest.raises(ValueError, match=line):
         ClassMoments.zeros(10_000, 512).required_second("overlap")
     with pytest.raises(ValueError, match="second_budget_mb must be at least 0, got -1"):
@@ -84,8 +84,8 @@ def test_the_second_moments_of_classes_are_kept_within_the_budget() -> None:
 
 
 def test_float32_sums_of_many_batches_keep_the_error_of_one_addition() -> None:
-    """Against exact sums: what additions round off is kept, where plain sums of 20,000 batches lose digits."""
-    embeddings, labels = 1 + draw(20_000, 2).float().abs(), torch.arange(20_000) % 2
+    """Against exact sums: what additions round off is kept, where plain sums of 1,000 batches lose digits."""
+    embeddings, labels = 1 + draw(4_000, 2).float().abs(), torch.arange(4_000) % 2
     moments, rest, plain = (ClassMoments.zeros(2, 2, torch.float32) for _ in range(3))
     for start in range(0, len(labels), 4):
         rows = slice(start, start + 4)
@@ -97,7 +97,7 @@ def test_float32_sums_of_many_batches_keep_the_error_of_one_addition() -> None:
     unit = torch.finfo(torch.float32).eps / 2
     error, lost = (((sums - exact.double()).abs() / exact).max() for sums in (moments.merge(rest).sums, plain.sums))
     assert error <= 3 * unit  # of a batch's own sum of two rows, of the last addition, and of the reference's rounding
-    assert lost > 10 * unit
+    assert lost > 6 * unit
 
 
 def test_a_value_is_cached_until_more_is_added() -> None:

@@ -116,11 +116,8 @@ class ClassMoments:
             ValueError: If it is None.
         """
         if self.second is None:
-            num_classes, dim = self.sums.shape
-            size = second_size_mb(num_classes, dim, self.sums.dtype)
             raise ValueError(
-                f"{name} requires the second moment of each class, {size:,.0f} MB for {num_classes:,} classes in {dim} "
-                f"dimensions, more than the budget of these moments; raise second_budget_mb"
+                f"{name} requires moments with second, got None: {described_second(self)}, above second_budget_mb"
             )
         return self.second
 
@@ -227,6 +224,19 @@ def second_size_mb(num_classes: int, embedding_dim: int, dtype: torch.dtype = to
         131.072
     """
     return num_classes * embedding_dim**2 * dtype.itemsize / 1e6
+
+
+def described_second(moments: ClassMoments) -> str:
+    """Size of ``second`` in words, whether it is there or not.
+
+    Example:
+        >>> described_second(ClassMoments.zeros(10_000, 512))
+        'the second moments of 10,000 classes in 512 dimensions take 20,972 MB'
+    """
+    num_classes, dim = moments.sums.shape
+    size = second_size_mb(num_classes, dim, moments.sums.dtype)
+    text = f"{size:,.0f}" if size >= 10 else f"{size:.2g}"
+    return f"the second moments of {num_classes:,} classes in {dim:,} dimensions take {text} MB"
 
 
 def _add(total: Tensor, part: Tensor, classes: Tensor | None, rest: Tensor | None) -> None:

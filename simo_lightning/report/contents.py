@@ -45,6 +45,7 @@ from simo_lightning.report.rows import MetricGroup, MetricRow, metric_groups
 from simo_lightning.report.thumbnails import Sprite, make_sprite
 
 _MOST_COMPARED = 20_000  # images that are compared with each other
+_MOST_SHARES = 2**25  # orthogonal shares, one for each image and class: 256 MiB in float64
 _MAX_LEGEND = 30  # classes that a map always shows, each with its own switch
 _WORST_PAIRS = 20
 _MOST_IN_MATRIX = 1000  # classes of the matrix: it has a byte for each pair, and clustering compares all of them
@@ -320,7 +321,10 @@ def _shares(
         f"directions are the class means of the {of}."
     )
     used = means if training_means is None else training_means
-    pictures = draw_shares(folder, compared.embeddings, compared.labels, class_names, used)
+    kept = list(every_nth(len(compared.labels), max(1, _MOST_SHARES // len(class_names))))
+    if len(kept) < len(compared.labels):
+        text += f" {share(len(kept), len(compared.labels))} images."
+    pictures = draw_shares(folder, compared.embeddings[kept], compared.labels[kept], class_names, used)
     return Section("Orthogonal shares", text, pictures)
 
 

@@ -139,7 +139,9 @@ def class_separation_blocks(moments: ClassMoments) -> Iterator[tuple[slice, slic
             separation = torch.where(beyond > 0, (beyond / variances).sqrt(), 0)
             separation = torch.where(known[rows].unsqueeze(1) & known[columns], separation, float("nan"))
             if rows == columns:
-                separation.fill_diagonal_(float("nan"))
+                separation = ((separation + separation.mT) / 2).fill_diagonal_(
+                    float("nan")
+                )  # symmetric to the last digit
             yield rows, columns, separation
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from simo_lightning.functional.moments import ClassMoments, second_size_mb
+from simo_lightning.functional.moments import ClassMoments, described_second
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 _SECTION = re.compile(r"^(?:Raises|Example|Source):$", re.MULTILINE)
@@ -156,12 +156,7 @@ def not_computed(moments: ClassMoments, second_budget_mb: float) -> str:
     names = sorted(GEOMETRY.keys() - computable_metrics(moments))
     if not names:
         return ""
-    num_classes, dim = moments.sums.shape
-    size = second_size_mb(num_classes, dim, moments.sums.dtype)
-    return (
-        f"not computed: {', '.join(names)}: the second moments of {num_classes:,} classes in {dim:,} dimensions take "
-        f"{size:,.0f} MB, above second_budget_mb={second_budget_mb:g}"
-    )
+    return f"not computed: {', '.join(names)}: {described_second(moments)}, above second_budget_mb={second_budget_mb:g}"
 
 
 def _with_sections(docstring: str, metric: GeometryMetric) -> str:
