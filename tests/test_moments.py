@@ -58,7 +58,7 @@ def test_batches_added_in_place_equal_the_whole() -> None:
 def test_a_batch_takes_no_memory_that_grows_with_the_classes() -> None:
     """Bytes that torch allocates for a batch of 50, by its profiler: (C, D) would be 16 MB."""
     moments, (embeddings, labels) = ClassMoments.zeros(100_000, 20), (draw(50, 20), torch.arange(50) * 1_999)
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         moments.add_(embeddings, labels)
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages()) < 1e6
 

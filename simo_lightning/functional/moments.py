@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 #: Default of ``second_budget_mb``, in MB (10^6 bytes).
 SECOND_BUDGET_MB = 256.0
@@ -137,7 +137,7 @@ class ClassMoments:
         """
         return ClassMoments(**{name: function(value) for name, value in self.tensors().items()})
 
-    def cached(self, function: Callable[["ClassMoments"], Result]) -> Result:
+    def cached(self, function: Callable[["ClassMoments"], _Result]) -> _Result:
         """Value of a function of these moments, computed once however many metrics use it.
 
         Args:
@@ -148,7 +148,7 @@ class ClassMoments:
         """
         if function not in self._cache:
             self._cache[function] = function(self)
-        value: Result = self._cache[function]
+        value: _Result = self._cache[function]
         return value
 
     def add_(self, embeddings: Tensor, labels: Tensor, rest: "ClassMoments | None" = None) -> None:
