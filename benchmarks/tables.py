@@ -141,6 +141,10 @@ def timing(name: str, out: Path = SHIPPED) -> str:
         shown["it / floor"] = shown["milliseconds"] / shown.pop("floor")
         for other in ("supcon", "pml"):
             shown[f"{other} / it"] = shown.pop(other) / shown["milliseconds"]
+    if "measured" in shown:  # a column for each number of classes and dimensions, in the order of the file
+        sizes = shown["classes"].map("{:,}".format) + " x " + shown["dim"].map("{:,}".format)
+        wide = shown.assign(size=sizes).pivot(index="measured", columns="size", values="value")
+        shown = wide.reindex(index=shown["measured"].unique(), columns=sizes.unique()).reset_index()
     rows = [[_plain(value, 3) for value in row] for row in shown.astype(object).itertuples(index=False)]
     return "\n".join([*_common(frame, MACHINE), "", *_table(list(shown), rows)])
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import timing_decode, timing_embed, timing_fit, timing_pack, timing_training
+from benchmarks import (
+    timing_decode,
+    timing_embed,
+    timing_fit,
+    timing_moments,
+    timing_pack,
+    timing_training,
+)
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -154,6 +161,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "embed": timing_embed.embed,
     "training": timing_training.training,
     "pack": timing_pack.pack,
+    "moments": timing_moments.moments,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -171,11 +179,8 @@ def main() -> None:
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of NAME.csv, which is replaced")
     own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
     given = own.parse_args()
-    if not (
-        given.quick
-        or given.data_dir
-        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed", "pack"}
-    ):
+    need_data = {"training", *(f.__name__ for f in timing_fit.BENCHMARKS)}
+    if need_data & {*given.names} and not (given.quick or given.data_dir):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:
         machine, path = about(), given.out / f"{name}.csv"

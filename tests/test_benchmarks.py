@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks import experiments as table_of
-from benchmarks import imagenet_model, run, tables, timing, timing_decode, timing_fit, timing_pack
+from benchmarks import imagenet_model, run, tables, timing, timing_decode, timing_fit, timing_moments, timing_pack
 from benchmarks.apart import classes_apart
 from benchmarks.experiments import ROOT, SHIPPED, append, experiments, merge, read, read_table
 from benchmarks.machine import in_process, memory_mib
@@ -465,6 +465,23 @@ def test_the_loss_of_real_processes_sends_what_the_model_counts() -> None:
         assert 1e3 * gather["kb"] == own_rows * (4 * dim + 8) + 2 * own_rows * 4 * dim + 16
         # class sums and the sum of the loss, forward and backward; the gradient of the mean term adds nothing
         assert 1e3 * sums["kb"] == labels + 2 * 4 * classes * dim + 2 * 4
+
+
+def test_class_moments_are_timed_by_size_and_callback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (
+        timing_moments.sizes_case(5, 4) + timing_moments.former_case(5, 4) + timing_moments.streamed_case(5, 4, 1_000)
+    )
+    rows += timing_moments.sizes_case(200, 500)  # 400 MB of second moments: above the budget
+    rows += timing_moments.callback_case("GeometryMonitor", 5, 4)
+    append(tmp_path / "moments.csv", [{**row, "cpu": "x"} for row in rows])
+    tables.main(["moments", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| measured | 5 x 4 | 200 x 500 |" in printed
+    small, large = cells(printed, "subspace_overlap, s")
+    assert float(small) > 0
+    assert large == ""
+    small, large = (float(value) for value in cells(printed, "all metrics, s"))
+    assert 0 < small < large
 
 
 def test_decoding_is_timed_in_pairs_of_epochs(tmp_path: Path) -> None:

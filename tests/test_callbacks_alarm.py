@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
 from simo_lightning.callbacks import CollapseAlarm
-from simo_lightning.functional.geometry import class_separation, rank_share, spread_share
+from simo_lightning.functional.geometry import (
+    class_separation,
+    class_separation_blocks,
+    collapse,
+    rank_share,
+    spread_share,
+)
 from simo_lightning.functional.moments import class_moments
 from simo_lightning.testing.trainers import small_trainer
 from tests.callback_parts import NUM_CLASSES, Encoder, History, Pictures, trainer
@@ -51,6 +57,39 @@ def test_separation_is_that_of_the_loop(seed):
     np.testing.assert_allclose(found, separation_loop(rows.numpy(), labels.numpy(), 5), rtol=1e-9)
     turn = torch.linalg.qr(rows[:5])[0]
     torch.testing.assert_close(class_separation(class_moments(1e3 * rows @ turn, labels, 5)), found, equal_nan=True)
+
+
+@pytest.mark.parametrize("budget", [256, 0])
+@pytest.mark.parametrize("pairs", [1, 8192])
+def test_separation_in_blocks_is_that_of_the_whole(monkeypatch, budget, pairs):
+    rows, labels = random_embeddings(0)
+    rows[labels == 1] += rows[labels == 0].mean(0) - rows[labels == 1].mean(0) + 1e-4  # two means nearly coincide
+    moments = class_moments(rows, labels, 5, second_budget_mb=budget)
+    whole = class_separation(moments)
+    monkeypatch.setattr(collapse, "_BLOCK", 2)
+    monkeypatch.setattr(collapse, "_PAIRS", pairs)
+    assert len(list(class_separation_blocks(moments))) == 6
+    torch.testing.assert_close(class_separation(moments), whole, rtol=1e-10, atol=0, equal_nan=True)
+
+
+def test_separation_without_second_moments_of_classes_is_in_units_of_the_pooled_spread():
+    """Equal to the loop where every class is given the pooled covariance, and to the other form where they share it."""
+    rows, labels = random_embeddings(1)
+    found = class_separation(class_moments(rows, labels, 5, second_budget_mb=0))
+    classes = [rows[labels == label].numpy() for label in range(5)]
+    pooled = sum(np.cov(some.T) * (len(some) - 1) for some in classes[:3]) / sum(len(some) - 1 for some in classes[:3])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        line = classes[b].mean(0) - classes[a].mean(0)
+        noise = sum(np.trace(np.cov(classes[c].T)) / len(classes[c]) for c in (a, b))
+        square = line @ line
+        expected = np.sqrt(max(square - noise, 0) / (line @ pooled @ line / square))
+        assert found[a, b].item() == found[b, a].item() == pytest.approx(expected, rel=1e-10)
+    assert found[3:].isnan().all()
+    noise = torch.randn(30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same, index = torch.cat([noise, noise + 2, noise - 1]), torch.arange(3).repeat_interleave(30)
+    own, shared = (class_separation(class_moments(same, index, 3, second_budget_mb=budget)) for budget in (1, 0))
+    torch.testing.assert_close(own, shared, rtol=1e-10, atol=0, equal_nan=True)
+    assert class_separation(class_moments(rows[:4], torch.arange(4), 4, second_budget_mb=0)).isnan().all()
 
 
 def test_separation_of_points():
@@ -272,6 +311,20 @@ def test_three_thousand_merged_classes_are_reported_in_one_line_and_take_a_bit_p
     again = CollapseAlarm()
     again.load_state_dict(state)
     assert again.state_dict()["reported"]["val"]["merged"].equal(state["reported"]["val"]["merged"])
+
+
+def test_of_many_classes_the_merged_ones_are_found_without_their_second_moments(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(1_100, 8, generator=generator)
+    centers[[7, 1_050]] = centers[[3, 900]]
+    labels = torch.arange(70_400) % 1_100
+    rows = centers[labels] + 0.1 * torch.randn(70_400, 8, generator=generator)
+    moments = class_moments(rows, labels, 1_100, second_budget_mb=0)
+    alarm, run = CollapseAlarm(after_epochs=0), trainer(tmp_path)
+    run.state.fn = TrainerFn.FITTING
+    alarm.evaluate(run, "val", moments)
+    with pytest.warns(UserWarning, match="embeddings collapsed: classes merged: 3 = 7; 900 = 1050$"):
+        assert alarm.evaluate(run, "val", moments) == {"collapsed_classes": torch.tensor(4.0)}
 
 
 def test_the_state_of_a_run_with_other_classes_is_dropped(tmp_path, caplog):

@@ -160,7 +160,7 @@ def test_what_is_missing_is_named_before_the_first_batch(tmp_path: Path) -> None
 
 
 def test_a_callback_that_nobody_asked_for_is_left_out_with_one_line(tmp_path: Path, caplog: Any) -> None:
-    knn, monitor = OnlineKNN(), GeometryMonitor(num_classes=10_000)
+    knn, monitor = OnlineKNN(), GeometryMonitor(num_classes=10**7)
     knn.required = monitor.required = False
 
     class Wide(Plain):
@@ -173,7 +173,9 @@ def test_a_callback_that_nobody_asked_for_is_left_out_with_one_line(tmp_path: Pa
     left_out = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
     assert len(left_out) == 2
     assert left_out[0].startswith("OnlineKNN is left out: it requires a bank")
-    assert left_out[1].startswith("GeometryMonitor is left out: num_classes * embedding_dim^2 must fit in 1 GiB")
+    assert left_out[1].startswith(
+        "GeometryMonitor is left out: (num_classes + embedding_dim) * embedding_dim must fit in 4 GiB"
+    )
 
 
 def test_steps_without_embeddings_are_named(tmp_path: Path) -> None:

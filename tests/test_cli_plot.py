@@ -116,3 +116,25 @@ def test_wrong_arguments_are_reported_in_one_line(
     assert len(lines) == 1, lines
     assert lines[0].startswith("simo: error:")
     assert message in lines[0]
+
+
+def test_the_report_leaves_out_what_exceeds_the_budget(digits_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = copy_of(digits_run)
+    with caplog.at_level("INFO"):
+        plot(
+            "--run_dir",
+            str(run),
+            "--ckpt_path",
+            "last",
+            "--second_budget_mb",
+            "0",
+            "--projections",
+            "[]",
+            "--out",
+            "here",
+        )
+    line = (
+        "ot computed: participation_ratio, subspace_overlap, variance_across, variance_along: the second moments of 10 "
+    )
+    assert f"n{line}" in caplog.text
+    assert f"N{line}" in Path("here/index.html").read_text()

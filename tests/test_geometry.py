@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from simo_lightning.functional import geometry
-from simo_lightning.functional.geometry import GEOMETRY, geometry_metric
+from simo_lightning.functional.geometry import (
+    GEOMETRY,
+    computable_metrics,
+    geometry_metric,
+    means,
+    not_computed,
+    spectrum,
+)
 from simo_lightning.functional.moments import ClassMoments, class_moments
 from tests import reference_geometry
 from tests.bounds import assert_float32_error
@@ -35,6 +42,49 @@ def test_equals_the_loop(name, dim):
     embeddings, labels = data(dim=dim)
     expected = LOOPS[name](embeddings.numpy(), labels.numpy())
     assert values(embeddings, labels)[name] == pytest.approx(expected, rel=1e-9, nan_ok=name == "variance_across")
+
+
+@pytest.mark.parametrize("budget", [256, 0])
+@pytest.mark.parametrize("block", [1, 13, 2**21])
+def test_pooled_sums_and_blocks_give_the_numbers_of_the_loops(monkeypatch, budget, block):
+    """With and without the second moments of each class, and however few pairs of classes are computed at a time."""
+    monkeypatch.setattr(means, "_BLOCK", block)
+    monkeypatch.setattr(spectrum, "_BLOCK", block)
+    labels = torch.arange(120) % 23
+    rows = draw_classes(labels, 6)
+    moments = class_moments(rows, labels, 25, second_budget_mb=budget)
+    metrics = computable_metrics(moments)
+    left_out = {"participation_ratio", "subspace_overlap", "variance_across", "variance_along"}
+    assert GEOMETRY.keys() - metrics.keys() == (set() if budget else left_out)
+    for name, metric in metrics.items():
+        assert metric(moments).item() == pytest.approx(LOOPS[name](rows.numpy(), labels.numpy()), rel=1e-10), name
+
+
+def draw_classes(labels: Tensor, dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(int(labels.max()) + 1, dim, generator=generator, dtype=torch.float64)
+    return centers[labels] + 0.3 * torch.randn(len(labels), dim, generator=generator, dtype=torch.float64)
+
+
+def test_what_requires_more_than_the_budget_says_so_in_one_line():
+    moments = ClassMoments.zeros(10_000, 512)
+    for name in ("subspace_overlap", "class_participation_ratio", "class_variance_along", "class_variance_across"):
+        with pytest.raises(
+            ValueError, match="requires moments with second, got None: the second moments of 10,000 classes"
+        ):
+            getattr(geometry, name)(moments)
+    assert not_computed(moments, 256) == (
+        "not computed: participation_ratio, subspace_overlap, variance_across, variance_along: the second moments of "
+        "10,000 classes in 512 dimensions take 20,972 MB, above second_budget_mb=256"
+    )
+
+
+def test_equal_angles_have_no_spread_in_blocks(monkeypatch):
+    """Squares of cosines would cancel to 1e-8."""
+    monkeypatch.setattr(means, "_BLOCK", 50)
+    simplex = class_moments(torch.eye(40, dtype=torch.float64), torch.arange(40), 40)
+    assert geometry.equiangularity(simplex).item() < 1e-15
+    assert geometry.simplex_deviation(simplex).item() < 1e-15
 
 
 @pytest.mark.parametrize("name", sorted(GEOMETRY))
@@ -217,8 +267,11 @@ def summed_one_by_one(rows: Tensor, labels: Tensor, num_classes: int) -> ClassMo
     """Class moments in the dtype of the rows, an embedding at a time."""
     moments = ClassMoments.zeros(num_classes, rows.shape[1], rows.dtype)
     for row, label in zip(rows, labels.tolist(), strict=True):
-        for sums, value in zip(moments, (1, row, torch.outer(row, row), (row @ row) ** 2), strict=True):
-            sums[label] += value
+        outer, square = torch.outer(row, row), row @ row
+        per_class = {"counts": 1, "sums": row, "squared_norms": square, "fourth": square**2, "second": outer}
+        for name, value in per_class.items():
+            moments.tensors()[name][label] += value
+        moments.second_moment.add_(outer)
     return moments
 
 

@@ -19,6 +19,7 @@ from simo_lightning.metrics import (
     ClassMomentsMetric,
     EffectiveRank,
     NearestClassMeanAccuracy,
+    RMSNorm,
     SubspaceOverlap,
     Uniformity,
     geometry_metrics,
@@ -60,11 +61,13 @@ def test_collection_accumulates_once_from_the_first_update_on(monkeypatch):
     metrics = geometry_metrics(NUM_CLASSES, DIM)
     batches = []
 
+    add = ClassMoments.add_
+
     def watched(*arguments):
         batches.append(arguments)
-        return class_moments(*arguments)
+        add(*arguments)
 
-    monkeypatch.setattr("simo_lightning.metrics.moments.class_moments", watched)
+    monkeypatch.setattr(ClassMoments, "add_", watched)
     for seed in range(3):
         metrics.update(*data(seed=seed))
     assert len(batches) == 3
@@ -240,8 +243,13 @@ def test_float32_sums_for_devices_without_float64():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         ClassCosine(0, 4)
-    with pytest.raises(ValueError, match=r"1 GiB of torch.float64, got 1000 \* 512\^2 = 2.0 GiB"):
-        ClassCosine(1000, 512)
+    with pytest.raises(ValueError, match=r"4 GiB of torch.float64, got \(1000000 \+ 1024\) \* 1024 = 7.6 GiB"):
+        ClassCosine(1_000_000, 1024)
+    with pytest.raises(
+        ValueError, match=r"^SubspaceOverlap requires .* second moments of 1,000 classes in 512 .* 2,097 MB"
+    ):
+        SubspaceOverlap(1000, 512)
+    assert SubspaceOverlap(2, 512, second_budget_mb=5).second.shape == (2, 512, 512)
     metric = ClassCosine(NUM_CLASSES, DIM)
     with pytest.raises(ValueError, match=r"embeddings must have shape \(N, 6\), got \(3, 5\)"):
         metric.update(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long))
@@ -249,6 +257,39 @@ def test_errors_name_the_argument():
         metric.update(torch.zeros(3, 6), [0, 1, 2])
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.3"):
         metric.update(torch.zeros(3, 6), torch.tensor([0, 1, 4]))
+
+
+def test_metrics_above_the_budget_are_left_out_of_the_collection_with_one_line(caplog):
+    embeddings, labels = data()
+    with caplog.at_level("INFO"):
+        metrics = geometry_metrics(NUM_CLASSES, DIM, second_budget_mb=0)
+    assert [record.getMessage()[:47] for record in caplog.records] == [
+        "not computed: participation_ratio, subspace_ove"
+    ]
+    metrics.update(embeddings, labels)
+    alone = {name: value for name, value in expected(embeddings, labels).items() if name in metrics}
+    assert len(alone) == 14
+    assert floats(metrics.compute()) == pytest.approx(alone, rel=1e-10)
+
+
+def test_a_metric_goes_on_after_a_reset_in_inference_mode():
+    metric, (embeddings, labels) = EffectiveRank(NUM_CLASSES, DIM), data()
+    with torch.inference_mode():
+        metric.update(embeddings, labels)
+        metric.reset()
+    metric.update(embeddings, labels)
+    assert metric.compute().item() == pytest.approx(expected(embeddings, labels)["effective_rank"], rel=1e-10)
+
+
+def test_float32_metrics_do_not_lose_digits_with_the_number_of_batches():
+    """Against float64 sums of the same numbers; of 500 batches."""
+    embeddings, labels = data(2_000)
+    metric, exact = RMSNorm(NUM_CLASSES, DIM, torch.float32), RMSNorm(NUM_CLASSES, DIM)
+    for rows in torch.arange(2_000).split(4):
+        metric.update(embeddings[rows], labels[rows])
+        exact.update(embeddings[rows], labels[rows])
+    assert metric.compute().item() == pytest.approx(exact.compute().item(), rel=4 * UNIT)
+    assert metric.moments.counts.tolist() == exact.moments.counts.tolist()
 
 
 def sync(folder: Path) -> None:
@@ -260,7 +301,7 @@ def sync(folder: Path) -> None:
     metrics.update(embeddings[own], labels[own])
     found = floats(metrics.compute())
     local = metrics["nc1"].moments.counts.sum().item()
-    lone = ClassMomentsMetric(NUM_CLASSES, DIM)
+    lone = ClassMomentsMetric(NUM_CLASSES, DIM, second_budget_mb=1)
     if rank == 0:  # the other process has seen nothing
         lone.update(embeddings, labels)
     with lone.sync_context():
@@ -270,7 +311,7 @@ def sync(folder: Path) -> None:
         metric.update(embeddings[own], labels[own])
         found[type(metric).__name__] = metric.compute().item()
     assert (len(sample.sample), int(nearest.total)) == (40, len(labels[own]))  # one's own again after the sync
-    torch.save((found, local, whole._asdict()), folder / f"{rank}.pt")
+    torch.save((found, local, whole.tensors()), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -285,5 +326,5 @@ def test_two_processes_compute_what_one_would(tmp_path):
         found, local, whole = torch.load(tmp_path / f"{rank}.pt")
         assert found == pytest.approx(alone, rel=1e-10)
         assert local == rows
-        for name, value in class_moments(embeddings, labels, NUM_CLASSES)._asdict().items():
+        for name, value in class_moments(embeddings, labels, NUM_CLASSES).tensors().items():
             torch.testing.assert_close(whole[name], value)

@@ -57,6 +57,16 @@ def test_the_spectrum_of_collapsed_embeddings_is_one_value():
     assert "1 value reaches a tenth" in describe_spectrum(moments)
 
 
+def test_norms_without_second_moments_show_the_spread_over_all_directions():
+    embeddings, labels = data()
+    moments = class_moments(embeddings, labels, 4, second_budget_mb=0)
+    (points,) = norms_figure(moments, names()).axes[1].collections
+    expected = [embeddings[labels == label].double().var(dim=0, correction=0).mean().sqrt() for label in range(4)]
+    assert points.get_offsets()[:, 0].tolist() == pytest.approx([float(each) for each in expected])
+    text = describe_norms(moments, names())
+    assert text.endswith(f"; median standard deviation {float(torch.stack(expected).median()):.3g} per direction.")
+
+
 def test_norms_and_spread_are_those_of_a_loop():
     embeddings, labels = data()
     figure = norms_figure(class_moments(embeddings, labels, 4), names())

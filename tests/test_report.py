@@ -521,3 +521,15 @@ def test_the_matrix_of_very_many_classes_shows_every_nth(tmp_path: Path) -> None
     )
     assert sorted(contents.order.tolist()) == list(range(0, 1500, 2))
     assert "750 of 1,500 classes" in contents.sections[0].text
+
+
+def test_metrics_above_the_budget_have_no_row_and_the_page_says_why(tmp_path: Path) -> None:
+    labels, line = torch.arange(24) % 3, "not computed: subspace_overlap: too large"
+    rows = torch.eye(3)[labels] + 0.1 * torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    moments = class_moments(rows, labels, 3, second_budget_mb=0)
+    names, table = ["a", "b", "c"], metric_rows(moments)
+    assert not {row.name for row in table} & {"subspace_overlap", "variance_along", "variance_across"}
+    data = EmbeddedImages(rows, labels)
+    contents = make_contents(tmp_path, data, moments, names, table, projections=(), not_computed=line)
+    page = Page(write_page(tmp_path, "t", {}, contents))
+    assert any("Not computed: subspace_overlap: too large." in text for text in page.texts)

@@ -14,8 +14,14 @@ from typing_extensions import override
 
 from simo_lightning.callbacks.evaluation import class_names
 from simo_lightning.callbacks.moments import ClassMomentsCallback
-from simo_lightning.functional.geometry import class_separation, effective_rank, rank_share, rms_norm, spread_share
-from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.functional.geometry import (
+    class_separation_blocks,
+    effective_rank,
+    rank_share,
+    rms_norm,
+    spread_share,
+)
+from simo_lightning.functional.moments import SECOND_BUDGET_MB, ClassMoments
 
 # A reported finding counts as recovered at this factor beyond its limit, so that noise at the limit is not reported.
 _SLACK = 1.2
@@ -64,7 +70,8 @@ class CollapseAlarm(ClassMomentsCallback):
       many dimensions as classes (:func:`~simo_lightning.functional.geometry.rank_share`).
     - classes merged: their means are less than ``min_separation`` spreads apart, where the spread is that of the two
       classes along the line between the means; 0.5 means that the nearer mean is right for 60 % of them, 50 % being
-      chance (:func:`~simo_lightning.functional.geometry.class_separation`).
+      chance (:func:`~simo_lightning.functional.geometry.class_separation`). Above ``second_budget_mb`` the spread is
+      the pooled one of all classes.
 
     Each finding is reported once, when two consecutive evaluations have it (nan: at once), and its recovery once, when
     two consecutive evaluations are 1.2 times beyond the limit. So a few images at the limit are not reported. Training
@@ -88,6 +95,8 @@ class CollapseAlarm(ClassMomentsCallback):
             the data module's ``class_names`` if it has them.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none.
+        second_budget_mb: Largest size in MB of the second moments of each class, ``(C, D, D)``, which give the spread
+            of each class.
 
     Raises:
         ValueError: If an argument is out of its range; and at the start of a run, if its steps return no embeddings.
@@ -105,8 +114,9 @@ class CollapseAlarm(ClassMomentsCallback):
         num_classes: int | None = None,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
+        second_budget_mb: float = SECOND_BUDGET_MB,
     ) -> None:
-        super().__init__(num_classes, every_n_epochs, every_n_steps)
+        super().__init__(num_classes, every_n_epochs, every_n_steps, second_budget_mb)
         if after_epochs < 0:
             raise ValueError(f"after_epochs must be at least 0, got {after_epochs}")
         if action not in ("warn", "stop"):
@@ -154,9 +164,12 @@ class CollapseAlarm(ClassMomentsCallback):
         for by_stage in (self._reported, self._last):  # of a checkpoint whose data had other classes
             for other in [key for key, findings in by_stage.items() if len(findings.merged) != num_classes]:
                 del by_stage[other]
-        none = _Findings(frozenset(), torch.zeros(num_classes, num_classes, dtype=torch.bool))
-        margins, separation = self._margins(moments)
-        findings = _below_limit(margins, separation, none)
+        none = _Findings(frozenset(), torch.zeros(1, dtype=torch.bool).expand(num_classes, num_classes))  # one byte
+        margins = self._margins(moments)
+        merged, nearly = none.merged, none.merged
+        if "nan" not in margins:
+            merged, nearly = _less_separated(moments, (self.min_separation, _SLACK * self.min_separation))
+        findings = _below_limit(margins, merged, nearly, none)
         names = class_names(trainer, num_classes)
         if trainer.state.fn != TrainerFn.FITTING:
             found = _describe(moments, findings.names, _merged_groups(findings.merged), names)
@@ -164,30 +177,30 @@ class CollapseAlarm(ClassMomentsCallback):
                 rank_zero_info(f"{stage} embeddings are collapsed: {found}")
         else:
             reported, last = self._reported.get(stage, none), self._last.get(stage, none)
-            current = self._last[stage] = _below_limit(margins, separation, reported)
+            current = self._last[stage] = _below_limit(margins, merged, nearly, reported)
             if trainer.current_epoch >= self.after_epochs:
                 before = self._all_reported(none)
                 confirmed = _Findings(last.names | {"nan"}, last.merged)  # nan needs no second evaluation
                 self._reported[stage] = (reported & (current | last)) | (current & confirmed)
                 self._report(trainer, stage, moments, before, self._all_reported(none), names)
-        merged = findings.merged.any(dim=1).sum().float()
-        return {"collapsed_classes": torch.full_like(merged, float("nan")) if "nan" in findings.names else merged}
+        collapsed = findings.merged.any(dim=1).sum().float()
+        return {"collapsed_classes": torch.full_like(collapsed, float("nan")) if "nan" in findings.names else collapsed}
 
     def _all_reported(self, none: _Findings) -> _Findings:
         for findings in self._reported.values():
             none = none | findings
         return none
 
-    def _margins(self, moments: ClassMoments) -> tuple[dict[str, float], Tensor]:
-        """Values in units of their limits, below 1 where collapsed and nan where undefined: by name, and (C, C)."""
+    def _margins(self, moments: ClassMoments) -> dict[str, float]:
+        """Values by name in units of their limits, below 1 where collapsed and nan where undefined."""
         if not moments.squared_norms.isfinite().all():
-            return {"nan": 0.0}, torch.full_like(moments.counts.diag(), float("nan"), dtype=torch.float32)
+            return {"nan": 0.0}
         norm = float(rms_norm(moments))
         return {
             "norm": min(norm / self.smallest_norm, self.largest_norm / norm) if norm else 0.0,
             "point": float(spread_share(moments)) / self.min_spread,
             "rank": float(rank_share(moments)) / self.min_rank,
-        }, class_separation(moments) / self.min_separation
+        }
 
     def _report(
         self,
@@ -219,12 +232,24 @@ class CollapseAlarm(ClassMomentsCallback):
             trainer.should_stop |= self.action == "stop"
 
 
-def _below_limit(margins: dict[str, float], separation: Tensor, reported: _Findings) -> _Findings:
+def _less_separated(moments: ClassMoments, limits: Sequence[float]) -> list[Tensor]:
+    """Which two classes are separated by less than each limit, bool (C, C); False where that is undefined."""
+    num_classes = len(moments.counts)
+    found = [torch.zeros(num_classes, num_classes, dtype=torch.bool) for _ in limits]
+    for rows, columns, separation in class_separation_blocks(moments):
+        for below, limit in zip(found, limits, strict=True):
+            block = separation < limit
+            below[rows, columns] = block
+            below[columns, rows] = block.mT
+    return found
+
+
+def _below_limit(margins: dict[str, float], merged: Tensor, nearly: Tensor, reported: _Findings) -> _Findings:
     """What has collapsed; undefined values have not. Where a value is not finite, all that was reported stays."""
     if "nan" in margins:
         return _Findings(reported.names | {"nan"}, reported.merged)
     names = (name for name, margin in margins.items() if margin < (_SLACK if name in reported.names else 1))
-    return _Findings(frozenset(names), (separation < 1) | (reported.merged & (separation < _SLACK)))
+    return _Findings(frozenset(names), merged | (reported.merged & nearly))
 
 
 def _merged_groups(merged: Tensor) -> list[list[int]]:

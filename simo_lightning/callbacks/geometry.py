@@ -5,8 +5,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from simo_lightning.callbacks.moments import ClassMomentsCallback
-from simo_lightning.functional.geometry import GEOMETRY
-from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.functional.geometry import computable_metrics, not_computed
+from simo_lightning.functional.moments import SECOND_BUDGET_MB, ClassMoments
 
 
 class GeometryMonitor(ClassMomentsCallback):
@@ -21,6 +21,8 @@ class GeometryMonitor(ClassMomentsCallback):
         num_classes: C; None: ``trainer.datamodule.num_classes``, else one more than the largest label.
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none.
+        second_budget_mb: Largest size in MB of the second moments of each class, ``(C, D, D)``. Where they would be
+            larger, the metrics that require them are left out, with one line in the log.
 
     Attributes:
         moments: Class moments of the last epoch of validation or test, over all processes, on the CPU; None before.
@@ -30,13 +32,20 @@ class GeometryMonitor(ClassMomentsCallback):
     """
 
     def __init__(
-        self, num_classes: int | None = None, every_n_epochs: int = 1, every_n_steps: int | None = None
+        self,
+        num_classes: int | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        second_budget_mb: float = SECOND_BUDGET_MB,
     ) -> None:
-        super().__init__(num_classes, every_n_epochs, every_n_steps)
+        super().__init__(num_classes, every_n_epochs, every_n_steps, second_budget_mb)
         self.moments: ClassMoments | None = None
 
     @override
     def evaluate(self, trainer: Trainer, stage: str, moments: ClassMoments) -> dict[str, Tensor]:
         if stage != "train":
             self.moments = moments
-        return {name: metric(moments) for name, metric in GEOMETRY.items()}
+        line = not_computed(moments, self.second_budget_mb)
+        if line:
+            self._tell_once(f"GeometryMonitor: {line}")
+        return {name: metric(moments) for name, metric in computable_metrics(moments).items()}

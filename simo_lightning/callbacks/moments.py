@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from simo_lightning.callbacks.evaluation import EvaluationCallback, described, step_embeddings
 from simo_lightning.distributed import largest_over_ranks, sum_over_ranks
-from simo_lightning.functional.moments import ClassMoments, class_moments
+from simo_lightning.functional.moments import SECOND_BUDGET_MB, ClassMoments
 from simo_lightning.lightning_private import logged_step
 
 # Batches are added together once they have this many embeddings: most of the time of an addition is a fixed cost.
@@ -24,8 +24,8 @@ class _SharedMoments:
     Without a number of classes, the moments have as many as the largest label requires, over all processes.
     """
 
-    def __init__(self, num_classes: int | None, skip_unknown: bool) -> None:
-        self.num_classes, self.skip_unknown = num_classes, skip_unknown
+    def __init__(self, num_classes: int | None, skip_unknown: bool, second_budget_mb: float) -> None:
+        self.num_classes, self.skip_unknown, self.second_budget_mb = num_classes, skip_unknown, second_budget_mb
         self._moments: ClassMoments | None = None
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._last_added: Hashable = None
@@ -53,8 +53,8 @@ class _SharedMoments:
             self._result = None
             if num_classes:
                 if moments is None:
-                    moments = ClassMoments(*(part.to(device) for part in _zeros(num_classes, dim, device)))
-                self._result = ClassMoments(*(sum_over_ranks(part).cpu() for part in _padded(moments, num_classes)))
+                    moments = self._zeros(num_classes, dim, torch.device("cpu") if device.type == "mps" else device)
+                self._result = self._padded(moments, num_classes).map(lambda part: sum_over_ranks(part).cpu())
         return self._result
 
     def _add_batches(self) -> None:
@@ -70,11 +70,26 @@ class _SharedMoments:
         if self._moments is not None and embeddings.shape[1:] != self._moments.sums.shape[1:]:
             dim = self._moments.sums.shape[1]
             raise ValueError(f"embeddings must have shape (N, {dim}), got {tuple(embeddings.shape)}")
+        if embeddings.device.type == "mps":  # which has no float64
+            embeddings, labels = embeddings.cpu(), labels.cpu()
         num_classes = self.num_classes or _smallest_num_classes(self._moments, labels)
         if self._moments is None:
-            _zeros(num_classes, embeddings.shape[1], embeddings.device)  # raises where the sums would be too large
-        batch = class_moments(embeddings, labels, num_classes, _dtype(embeddings.device))
-        self._moments = batch if self._moments is None else _padded(self._moments, num_classes).merge(batch)
+            self._moments = self._zeros(num_classes, embeddings.shape[1], embeddings.device)
+        self._moments = self._padded(self._moments, num_classes)
+        self._moments.add_(embeddings, labels)
+
+    def _zeros(self, num_classes: int, dim: int, device: torch.device) -> ClassMoments:
+        return ClassMoments.zeros(num_classes, dim, device=device, second_budget_mb=self.second_budget_mb)
+
+    def _padded(self, moments: ClassMoments, num_classes: int) -> ClassMoments:
+        """The moments with further classes that have no embeddings."""
+        if num_classes == len(moments.counts):
+            return moments
+        padded = self._zeros(num_classes, moments.sums.shape[1], moments.sums.device)
+        for name, part in padded.tensors().items():  # second only where it is still within the budget
+            own = moments.tensors()[name]
+            part[: len(own)] = own
+        return padded
 
 
 def _smallest_num_classes(moments: ClassMoments | None, labels: Tensor) -> int:
@@ -83,30 +98,13 @@ def _smallest_num_classes(moments: ClassMoments | None, labels: Tensor) -> int:
     return max(so_far, int(labels.max()) + 1) if len(labels) else so_far
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+# By trainer, then by number of classes, length of the window in steps, 0 for validation and test, and budget.
+_SHARED: WeakKeyDictionary[Trainer, dict[tuple[int | None, int, float], _SharedMoments]] = WeakKeyDictionary()
 
 
-def _zeros(num_classes: int, dim: int, device: torch.device) -> ClassMoments:
-    return ClassMoments.zeros(num_classes, dim, _dtype(device))
-
-
-def _padded(moments: ClassMoments, num_classes: int) -> ClassMoments:
-    """The moments with further classes that have no embeddings."""
-    further = num_classes - len(moments.counts)
-    if further == 0:
-        return moments
-    ClassMoments.zeros(num_classes, moments.sums.shape[1], moments.sums.dtype)  # raises where they would be too large
-    return ClassMoments(*(torch.cat([part, part.new_zeros(further, *part.shape[1:])]) for part in moments))
-
-
-# By trainer, then by number of classes and length of the window in steps, 0 for validation and test.
-_SHARED: WeakKeyDictionary[Trainer, dict[tuple[int | None, int], _SharedMoments]] = WeakKeyDictionary()
-
-
-def _shared(trainer: Trainer, num_classes: int | None, window: int) -> _SharedMoments:
+def _shared(trainer: Trainer, num_classes: int | None, window: int, budget: float) -> _SharedMoments:
     moments = _SHARED.setdefault(trainer, {})
-    return moments.setdefault((num_classes, window), _SharedMoments(num_classes, skip_unknown=window > 0))
+    return moments.setdefault((num_classes, window, budget), _SharedMoments(num_classes, window > 0, budget))
 
 
 def _forget(trainer: Trainer, training: bool) -> None:
@@ -118,7 +116,8 @@ class ClassMomentsCallback(EvaluationCallback):
     """Evaluates the class moments of each validation and test epoch, and optionally of training batches.
 
     A subclass implements :meth:`evaluate`. The moments are summed over batches, loaders and processes, so they are
-    exact, and they are summed once for all such callbacks of a trainer.
+    exact, and they are summed once for all such callbacks of a trainer that have the same arguments. They are float64,
+    on the CPU where the device has none (MPS).
 
     In training they are the moments of all batches since the last evaluation: embeddings of augmented images in
     training mode, as in the loss, with the weights of each step, which change within the window. Embeddings whose label
@@ -129,20 +128,29 @@ class ClassMomentsCallback(EvaluationCallback):
         every_n_epochs: Epochs of training from one evaluation of validation to the next.
         every_n_steps: Optimizer steps from one evaluation of training batches to the next; None: none, at
             no cost.
+        second_budget_mb: Largest size in MB of the second moments of each class, ``(C, D, D)``; where they would be
+            larger, the moments are without ``second``.
 
     Raises:
-        ValueError: If a number is below 1; in the run, if a label is not a class, the moments would take more than
-            1 GiB, or with ``every_n_steps`` the training steps return no embeddings.
+        ValueError: If a number is below 1; in the run, if a label is not a class, the other moments would take more
+            than 4 GiB, or with ``every_n_steps`` the training steps return no embeddings.
     """
 
     def __init__(
-        self, num_classes: int | None = None, every_n_epochs: int = 1, every_n_steps: int | None = None
+        self,
+        num_classes: int | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        second_budget_mb: float = SECOND_BUDGET_MB,
     ) -> None:
         super().__init__(every_n_epochs)
+        if not second_budget_mb >= 0:
+            raise ValueError(f"second_budget_mb must be at least 0, got {second_budget_mb}")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, or None, got {every_n_steps}")
         self.num_classes = num_classes
         self.every_n_steps = every_n_steps
+        self.second_budget_mb = second_budget_mb
         self._epoch: _SharedMoments | None = None
         self._window: _SharedMoments | None = None
         self._windows = 0  # complete ones
@@ -170,7 +178,7 @@ class ClassMomentsCallback(EvaluationCallback):
         num_classes = self._known_num_classes(trainer)
         if self._epoch is None and not self._fits(num_classes, embeddings):
             return
-        self._epoch = _shared(trainer, num_classes, window=0)
+        self._epoch = _shared(trainer, num_classes, 0, self.second_budget_mb)
         self._epoch.update(embeddings, labels, index)
 
     @override
@@ -212,7 +220,7 @@ class ClassMomentsCallback(EvaluationCallback):
             return
         returned, index = step_embeddings(outputs), (trainer.current_epoch, batch_idx)
         if returned is not None:
-            self._window = _shared(trainer, self._known_num_classes(trainer), self.every_n_steps)
+            self._window = _shared(trainer, self._known_num_classes(trainer), self.every_n_steps, self.second_budget_mb)
             self._window.update(*returned, index)
         elif self.required:
             raise ValueError(
@@ -231,7 +239,7 @@ class ClassMomentsCallback(EvaluationCallback):
         if self.required or num_classes is None:
             return True
         try:
-            ClassMoments.zeros(num_classes, embeddings.shape[1])
+            ClassMoments.zeros(num_classes, embeddings.shape[1], device="meta", second_budget_mb=0)
         except ValueError as error:
             self._tell_once(f"{type(self).__name__} is left out: {error}")
             return False

@@ -21,7 +21,7 @@ from simo_lightning.callbacks.evaluation import class_names
 from simo_lightning.callbacks.moments import ClassMomentsCallback
 from simo_lightning.distributed import gather_rows
 from simo_lightning.extras import missing_extra
-from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.functional.moments import SECOND_BUDGET_MB, ClassMoments
 from simo_lightning.loggers import log_figure
 from simo_lightning.plotting import (
     Projection,
@@ -54,6 +54,8 @@ class EmbeddingPlots(ClassMomentsCallback):
         dirname: Folder of the pictures, under ``trainer.default_root_dir``.
         projection: From D dimensions to the plane; see :func:`~simo_lightning.plotting.project_2d`.
         snapshot_points: Points in a snapshot, over all classes, at most ``max_points``; the same images in every epoch.
+        second_budget_mb: Largest size in MB of the second moments of each class, ``(C, D, D)``; where they would be
+            larger, the picture of the norms shows each class's standard deviation over all directions.
 
     Raises:
         ValueError: If a number is below 1, or the projection is unknown or not installed.
@@ -67,8 +69,9 @@ class EmbeddingPlots(ClassMomentsCallback):
         dirname: str = "plots",
         projection: Projection = "pca",
         snapshot_points: int = 300,
+        second_budget_mb: float = SECOND_BUDGET_MB,
     ) -> None:
-        super().__init__(every_n_epochs=every_n_epochs)
+        super().__init__(every_n_epochs=every_n_epochs, second_budget_mb=second_budget_mb)
         for name, value in (("max_points", max_points), ("snapshot_points", snapshot_points)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -9,10 +9,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from simo_lightning.functional.geometry import GEOMETRY
+from simo_lightning.functional.geometry import GEOMETRY, computable_metrics, not_computed
+from simo_lightning.functional.moments import SECOND_BUDGET_MB, ClassMoments
 from simo_lightning.metrics.moments import ClassMomentsMetric
 
 
@@ -46,6 +48,7 @@ def metric_class(function: Callable[..., Tensor]) -> type[ClassMomentsMetric]:
         "__doc__": f"{metric.meaning}, by :func:`.geometry.{name}`.",
         "higher_is_better": metric.higher_is_better,
         "_function": staticmethod(function),
+        "_needs_second": metric.needs_second,
     }
     return type(metric.class_name, (ClassMomentsMetric,), body)
 
@@ -59,13 +62,21 @@ CLASSES: dict[str, type[ClassMomentsMetric]] = {
 globals().update(CLASSES)
 
 
-def geometry_metrics(num_classes: int, embedding_dim: int, dtype: torch.dtype = torch.float64) -> MetricCollection:
+def geometry_metrics(
+    num_classes: int,
+    embedding_dim: int,
+    dtype: torch.dtype = torch.float64,
+    second_budget_mb: float = SECOND_BUDGET_MB,
+) -> MetricCollection:
     """All declared geometry metrics. They share one state: an update costs as much as that of one metric.
+
+    Metrics that require second moments above the budget are left out, with one line.
 
     Args:
         num_classes: C.
         embedding_dim: D.
         dtype: Of the sums; torch.float32 for devices without float64.
+        second_budget_mb: Largest size in MB of the second moments of each class, ``(C, D, D)``.
 
     Returns:
         Collection by the names under which they are logged.
@@ -79,8 +90,12 @@ def geometry_metrics(num_classes: int, embedding_dim: int, dtype: torch.dtype = 
         >>> {name: round(value.item(), 2) for name, value in metrics.compute().items() if "class" in name}
         {'class_cosine': 0.0, 'class_cosine_max': 0.0}
     """
+    zeros = ClassMoments.zeros(num_classes, embedding_dim, dtype, second_budget_mb=second_budget_mb)
+    line = not_computed(zeros, second_budget_mb)
+    if line:
+        rank_zero_info(line)
     metrics: dict[str, Metric | MetricCollection] = {
-        name: metric_class(metric.function)(num_classes, embedding_dim, dtype)
-        for name, metric in sorted(GEOMETRY.items())
+        name: metric_class(metric.function)(num_classes, embedding_dim, dtype, second_budget_mb)
+        for name, metric in computable_metrics(zeros).items()
     }
     return MetricCollection(metrics, compute_groups=[list(metrics)])

@@ -45,6 +45,7 @@ from simo_lightning.report.rows import MetricGroup, MetricRow, metric_groups
 from simo_lightning.report.thumbnails import Sprite, make_sprite
 
 _MOST_COMPARED = 20_000  # images that are compared with each other
+_MOST_SHARES = 2**25  # orthogonal shares, one for each image and class: 256 MiB in float64
 _MAX_LEGEND = 30  # classes that a map always shows, each with its own switch
 _WORST_PAIRS = 20
 _MOST_IN_MATRIX = 1000  # classes of the matrix: it has a byte for each pair, and clustering compares all of them
@@ -132,6 +133,7 @@ def make_contents(
     curves: Mapping[str, Curve] | None = None,
     files: Sequence[str] | None = None,
     training_means: Tensor | None = None,
+    not_computed: str = "",
 ) -> Contents:
     """Analyse the embeddings and draw all pictures.
 
@@ -151,6 +153,7 @@ def make_contents(
         files: Name of each image of the split; None: an image is called by its number.
         training_means: Class means of the training images ``(C, D)``, for the orthogonal shares; None: those of the
             split.
+        not_computed: Which metrics have no row, and why.
 
     Returns:
         The contents.
@@ -192,7 +195,8 @@ def make_contents(
         Section("Map", "The embeddings in the plane; a class has the same colour everywhere.", maps, interactive="map"),
         Section(
             "Metrics",
-            "Over all images of the split. A value may be undefined, for example with one class.",
+            "Over all images of the split. A value may be undefined, for example with one class."
+            + (f" {not_computed[0].upper()}{not_computed[1:]}." if not_computed else ""),
             groups=metric_groups(rows),
         ),
         *compared.sections(chosen),
@@ -317,7 +321,10 @@ def _shares(
         f"directions are the class means of the {of}."
     )
     used = means if training_means is None else training_means
-    pictures = draw_shares(folder, compared.embeddings, compared.labels, class_names, used)
+    kept = list(every_nth(len(compared.labels), max(1, _MOST_SHARES // len(class_names))))
+    if len(kept) < len(compared.labels):
+        text += f" {share(len(kept), len(compared.labels))} images."
+    pictures = draw_shares(folder, compared.embeddings[kept], compared.labels[kept], class_names, used)
     return Section("Orthogonal shares", text, pictures)
 
 

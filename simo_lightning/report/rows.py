@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from simo_lightning.functional.geometry import GEOMETRY
+from simo_lightning.functional.geometry import computable_metrics
 from simo_lightning.functional.moments import ClassMoments
 
 _RETRIEVAL = {
@@ -87,7 +87,9 @@ class MetricGroup(NamedTuple):
 def metric_rows(
     moments: ClassMoments, knn: float = math.nan, k: int | None = None, retrieval: Mapping[str, float] | None = None
 ) -> list[MetricRow]:
-    """All metrics: kNN, retrieval, and every one of :data:`~simo_lightning.functional.geometry.GEOMETRY`.
+    """All metrics: kNN, retrieval, and those of :data:`~simo_lightning.functional.geometry.GEOMETRY`.
+
+    Those that the moments do not allow, being without ``second``, have no row.
 
     Args:
         moments: Class moments of all embeddings.
@@ -109,7 +111,7 @@ def metric_rows(
     meaning = f"Accuracy of a vote of the {'up to 20' if k is None else k} nearest training images"
     rows = [MetricRow("knn", knn, "higher", meaning)]
     rows += [MetricRow(name, value, "higher", _retrieval_meaning(name)) for name, value in (retrieval or {}).items()]
-    for name, metric in sorted(GEOMETRY.items()):
+    for name, metric in computable_metrics(moments).items():
         meaning = f"{metric.meaning} ({metric.best})" if metric.best else metric.meaning
         rows.append(MetricRow(name, float(metric(moments)), metric.better, meaning))
     return rows

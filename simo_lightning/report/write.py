@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from simo_lightning.callbacks import EmbeddingPlots, OnlineKNN, RetrievalMonitor
@@ -18,8 +19,8 @@ from simo_lightning.callbacks.checkpoints import mismatch_in_one_line
 from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.checkpoints import TrainingClasses, read_checkpoint
 from simo_lightning.extras import missing_extra
-from simo_lightning.functional.moments import ClassMoments
-from simo_lightning.metrics import ClassMomentsMetric
+from simo_lightning.functional.geometry import not_computed
+from simo_lightning.functional.moments import SECOND_BUDGET_MB, class_moments
 from simo_lightning.plotting import Projection, load_snapshots
 from simo_lightning.report.collector import EmbeddingCollector
 from simo_lightning.report.contents import make_contents
@@ -47,6 +48,7 @@ def write_report(
     queries: int | list[int] = 8,
     max_points: int = 2000,
     config_name: str | None = None,
+    second_budget_mb: float = SECOND_BUDGET_MB,
 ) -> Path:
     """Draw the embeddings of a split into one page, with the metrics.
 
@@ -69,6 +71,8 @@ def write_report(
             spread over the classes; 0 for none.
         max_points: Points of a map, stratified by class.
         config_name: Name of the run on the page.
+        second_budget_mb: Largest size in MB of the second moments of each class. Where C classes in D dimensions take
+            more, 8 C D^2 bytes, the metrics that require them are not computed, and the page says so.
 
     Returns:
         Path of the page.
@@ -79,7 +83,7 @@ def write_report(
             steps return no embeddings.
         PermissionError: If the folder cannot be written.
     """
-    _check(stage, projections, max_points)
+    _check(stage, projections, max_points, second_budget_mb)
     run = Path(trainer.default_root_dir)
     if ckpt_path in ("best", "last"):
         ckpt_path = str(run / "checkpoints" / f"{ckpt_path}.ckpt")
@@ -94,7 +98,10 @@ def write_report(
         details["Images"] = f"{len(data.labels):,} of {len(data.labels.unique())} classes"
         details["Embeddings"] = f"{data.embeddings.shape[1]} dimensions"
         details["Made by"] = f"simo_lightning {__version__}"
-        moments = _moments(data, len(names))
+        moments = class_moments(data.embeddings, data.labels, len(names), second_budget_mb=second_budget_mb)
+        left_out = not_computed(moments, second_budget_mb)
+        if left_out:
+            rank_zero_info(left_out)
         rows = metric_rows(moments, values.pop("knn", math.nan), k, values)
         contents = make_contents(
             folder,
@@ -109,6 +116,7 @@ def write_report(
             read_curves(run),
             _file_names(trainer, stage, len(data.labels)),
             _training_means(model, names),
+            left_out,
         )
         title = f"{details['Config']}: embeddings of the {_SPLITS[stage]} split"
         write_page(folder, title, details, contents)
@@ -122,7 +130,7 @@ def write_report(
     return folder / "index.html"
 
 
-def _check(stage: str, projections: list[Projection], max_points: int) -> None:
+def _check(stage: str, projections: list[Projection], max_points: int, second_budget_mb: float) -> None:
     if stage not in _SPLITS:
         raise ValueError(f"stage must be 'val' or 'test', got {stage!r}")
     for projection in projections:
@@ -130,6 +138,8 @@ def _check(stage: str, projections: list[Projection], max_points: int) -> None:
             raise ValueError(f"projections must be among {', '.join(get_args(Projection))}, got {projection!r}")
     if max_points < 1:
         raise ValueError(f"max_points must be at least 1, got {max_points}")
+    if not second_budget_mb >= 0:
+        raise ValueError(f"second_budget_mb must be at least 0, got {second_budget_mb}")
     if "umap" in projections and find_spec("umap") is None:  # refused before the data are embedded
         raise ValueError(missing_extra("No module named 'umap'"))
 
@@ -218,10 +228,3 @@ def _file_names(trainer: Any, stage: str, count: int) -> list[str] | None:
     loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
     source = getattr(loaders, "dataset", None)
     return None if source is None or len(source) != count else file_names(source, count)
-
-
-def _moments(data: EmbeddedImages, num_classes: int) -> ClassMoments:
-    metric = ClassMomentsMetric(num_classes, data.embeddings.shape[1])
-    for embeddings, labels in zip(data.embeddings.split(4096), data.labels.split(4096), strict=True):
-        metric.update(embeddings, labels)
-    return metric.moments

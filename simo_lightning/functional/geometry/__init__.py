@@ -10,7 +10,13 @@ A metric is one function with its declaration :func:`geometry_metric` beside it.
 # ruff: noqa: F403  # each file lists its public names, so that a new metric is named in one file only
 from simo_lightning.functional.geometry import collapse, heads, means, norms, spectrum, sphere, spread
 from simo_lightning.functional.geometry.collapse import *
-from simo_lightning.functional.geometry.declaration import GEOMETRY, GeometryMetric, geometry_metric
+from simo_lightning.functional.geometry.declaration import (
+    GEOMETRY,
+    GeometryMetric,
+    computable_metrics,
+    geometry_metric,
+    not_computed,
+)
 from simo_lightning.functional.geometry.heads import *
 from simo_lightning.functional.geometry.means import *
 from simo_lightning.functional.geometry.norms import *
@@ -18,7 +24,7 @@ from simo_lightning.functional.geometry.spectrum import *
 from simo_lightning.functional.geometry.sphere import *
 from simo_lightning.functional.geometry.spread import *
 
-__all__ = ["GEOMETRY", "GeometryMetric", "geometry_metric"]
+__all__ = ["GEOMETRY", "GeometryMetric", "computable_metrics", "geometry_metric", "not_computed"]
 __all__ += collapse.__all__
 __all__ += heads.__all__
 __all__ += means.__all__

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from simo_lightning.functional.moments import ClassMoments
+from simo_lightning.functional.moments import ClassMoments, described_second
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 _SECTION = re.compile(r"^(?:Raises|Example|Source):$", re.MULTILINE)
@@ -29,6 +29,7 @@ class GeometryMetric:
         better: "lower", "higher" or "neither".
         best: The best value, or the meaning of a value; may be empty.
         undefined: When it is ``nan``.
+        needs_second: Whether it requires ``second`` of the moments, which is None above a budget.
     """
 
     function: Callable[..., Tensor]
@@ -40,6 +41,7 @@ class GeometryMetric:
     better: Literal["lower", "higher", "neither"]
     best: str
     undefined: str
+    needs_second: bool = False
 
     def __call__(self, moments: ClassMoments, **options: Any) -> Tensor:
         """The value, in the dtype and on the device of the moments."""
@@ -62,6 +64,7 @@ def geometry_metric(
     best: str = "",
     undefined: str,
     class_name: str | None = None,
+    needs_second: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Declare a function of the class moments as a metric.
 
@@ -74,6 +77,8 @@ def geometry_metric(
         better: Which direction is better.
         best: The best value, or the meaning of a value, such as "0: all class means are orthogonal".
         undefined: When the value is ``nan``.
+        needs_second: Whether the function calls :meth:`.ClassMoments.required_second`. It is then left out where the
+            second moments of each class exceed their budget.
         class_name: Of the torchmetrics class. Default: the name in capitals, ``class_cosine``: ``ClassCosine``.
 
     Returns:
@@ -104,11 +109,54 @@ def geometry_metric(
             better=better,
             best=best,
             undefined=undefined,
+            needs_second=needs_second,
         )
         function.__doc__ = _with_sections(docstring, GEOMETRY[name])
         return function
 
     return declare
+
+
+def computable_metrics(moments: ClassMoments) -> dict[str, GeometryMetric]:
+    """The metrics of :data:`GEOMETRY` that these moments allow: all, or those that do not require ``second``.
+
+    Args:
+        moments: With or without ``second``.
+
+    Returns:
+        Metrics by name, sorted.
+
+    Example:
+        >>> from simo_lightning.functional import geometry
+        >>> moments = ClassMoments.zeros(10_000, 512)
+        >>> sorted(geometry.GEOMETRY.keys() - computable_metrics(moments))
+        ['participation_ratio', 'subspace_overlap', 'variance_across', 'variance_along']
+    """
+    return {
+        name: metric
+        for name, metric in sorted(GEOMETRY.items())
+        if moments.second is not None or not metric.needs_second
+    }
+
+
+def not_computed(moments: ClassMoments, second_budget_mb: float) -> str:
+    """Which metrics these moments do not allow, and why.
+
+    Args:
+        moments: With or without ``second``.
+        second_budget_mb: Their budget.
+
+    Returns:
+        One line; empty if there is no such metric.
+
+    Example:
+        >>> not_computed(ClassMoments.zeros(10, 16), second_budget_mb=256)
+        ''
+    """
+    names = sorted(GEOMETRY.keys() - computable_metrics(moments))
+    if not names:
+        return ""
+    return f"not computed: {', '.join(names)}: {described_second(moments)}, above second_budget_mb={second_budget_mb:g}"
 
 
 def _with_sections(docstring: str, metric: GeometryMetric) -> str:

@@ -3,7 +3,11 @@
 Centred means are the class means minus their own mean, with equal weight for every class. At most P - 1 of P centred
 means are linearly independent, so they cannot all be orthogonal; in the best case they form a simplex, with all cosines
 ``-1 / (P - 1)``.
+
+The cosines of all pairs are computed once, in blocks, for all metrics of the same moments: memory grows with P D.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +25,9 @@ __all__ = [
     "equinorm",
     "simplex_deviation",
 ]
+
+# Cosines that are computed at a time: 32 MiB in float64.
+_BLOCK = 2**22
 
 
 @geometry_metric(
@@ -41,7 +48,7 @@ def class_cosine(moments: ClassMoments) -> Tensor:
     Source:
         SimO loss optimizes the orthogonality of class means (Bouhsine et al., arXiv 2410.05233); the metric is ours.
     """
-    return _pair_cosines(present_means(moments)).abs().mean()
+    return moments.cached(_cosines).size
 
 
 @geometry_metric(
@@ -62,8 +69,7 @@ def class_cosine_max(moments: ClassMoments) -> Tensor:
     Source:
         The mutual coherence of the class means (Donoho & Huo, IEEE Trans. Inf. Theory 47(7), 2001).
     """
-    cosines = _pair_cosines(present_means(moments)).abs()
-    return cosines.max() if len(cosines) else undefined(moments)
+    return moments.cached(_cosines).largest
 
 
 @geometry_metric(
@@ -85,7 +91,7 @@ def centered_cosine(moments: ClassMoments) -> Tensor:
     Source:
         The cosines of NC2 (Papyan, Han & Donoho, PNAS 2020, arXiv 2008.08186); their mean absolute value is ours.
     """
-    return _centered_cosines(moments).abs().mean()
+    return moments.cached(_centered_cosines).size
 
 
 @geometry_metric(
@@ -108,8 +114,7 @@ def centered_cosine_max(moments: ClassMoments) -> Tensor:
         The mutual coherence (Donoho & Huo, IEEE Trans. Inf. Theory 47(7), 2001) of the centred class means. At least
         ``sqrt((P - D) / (D (P - 1)))`` where P > D (Welch, IEEE Trans. Inf. Theory 20(3), 1974).
     """
-    cosines = _centered_cosines(moments).abs()
-    return cosines.max() if len(cosines) else undefined(moments)
+    return moments.cached(_centered_cosines).largest
 
 
 @geometry_metric(
@@ -132,8 +137,7 @@ def simplex_deviation(moments: ClassMoments) -> Tensor:
         Papyan, Han & Donoho, PNAS 2020 (arXiv 2008.08186), NC2, maximal equiangularity; ``m`` is the mean of the class
         means.
     """
-    present = int((moments.counts > 0).sum())
-    return (_centered_cosines(moments) + 1 / max(present - 1, 1)).abs().mean()
+    return moments.cached(_centered_cosines).simplex
 
 
 @geometry_metric(
@@ -157,8 +161,7 @@ def equiangularity(moments: ClassMoments) -> Tensor:
         Orthogonal class means of equal norm form a simplex when centred, so the minimum of SimO
         has 0 here and in `equinorm`.
     """
-    cosines = _centered_cosines(moments)
-    return cosines.std(correction=0) if len(cosines) else undefined(moments)
+    return moments.cached(_centered_cosines).spread
 
 
 @geometry_metric(
@@ -187,16 +190,52 @@ def equinorm(moments: ClassMoments) -> Tensor:
     return norms.std(correction=0) / norms.mean()
 
 
-def _pair_cosines(vectors: Tensor) -> Tensor:
-    """Cosines of the P (P - 1) / 2 pairs of vectors; nan where a vector is zero."""
+class _PairCosines(NamedTuple):
+    """Statistics of the cosines of the P (P - 1) / 2 pairs of P vectors; ``nan`` with fewer than two vectors.
+
+    Attributes:
+        size: Mean absolute cosine.
+        largest: Largest absolute cosine.
+        simplex: Mean deviation from ``-1 / (P - 1)``.
+        spread: Standard deviation.
+    """
+
+    size: Tensor
+    largest: Tensor
+    simplex: Tensor
+    spread: Tensor
+
+
+def _pair_cosines(vectors: Tensor) -> _PairCosines:
+    """Statistics of the cosines of all pairs, in blocks of rows; ``nan`` where a vector is zero."""
+    count = len(vectors)
+    if count < 2:
+        return _PairCosines(*vectors.new_full((4,), float("nan")))
     unit = vectors / vectors.norm(dim=1, keepdim=True)
-    first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
-    return (unit @ unit.mT)[first, second].clamp(-1, 1)
+    size, largest, simplex, mean, squares = vectors.new_zeros(5)
+    pairs, step = 0, max(1, _BLOCK // count)
+    for start in range(0, count, step):
+        cosines = (unit[start : start + step] @ unit[start:].mT).clamp(-1, 1)  # (n, P - start)
+        upper = tuple(torch.triu_indices(len(cosines), len(cosines), offset=1, device=cosines.device))
+        for part in (cosines[upper], cosines[:, len(cosines) :].flatten()):  # each pair once
+            if not len(part):
+                continue
+            size = size + part.abs().sum()
+            largest = torch.maximum(largest, part.abs().max())
+            simplex = simplex + (part + 1 / (count - 1)).abs().sum()
+            # mean and squared deviations of two sets together (Chan, Golub & LeVeque, 1983): nothing cancels
+            own_squares, own_mean = torch.var_mean(part, correction=0)
+            pairs += len(part)
+            share, difference = len(part) / pairs, own_mean - mean
+            squares = squares + len(part) * (own_squares + difference.square() * (1 - share))
+            mean = mean + difference * share
+    return _PairCosines(size / pairs, largest, simplex / pairs, (squares / pairs).sqrt())
 
 
-def _centered_cosines(moments: ClassMoments) -> Tensor:
-    """Cosines of the pairs of centred class means; empty with fewer than two classes."""
+def _cosines(moments: ClassMoments) -> _PairCosines:
+    return _pair_cosines(present_means(moments))
+
+
+def _centered_cosines(moments: ClassMoments) -> _PairCosines:
     means = present_means(moments)
-    if len(means) < 2:
-        return means.new_empty(0)
-    return _pair_cosines(centered_means(means, means.mean(dim=0)))
+    return _pair_cosines(centered_means(means, means.mean(dim=0)) if len(means) > 1 else means)

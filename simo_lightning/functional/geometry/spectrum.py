@@ -21,6 +21,9 @@ __all__ = [
     "subspace_overlap",
 ]
 
+# Products of two directions that are computed at a time: 32 MiB in float64 with two directions a class.
+_BLOCK = 2**21
+
 
 def singular_values(moments: ClassMoments) -> Tensor:
     """Singular values of the uncentred ``(N, D)`` matrix of embeddings, largest first.
@@ -70,7 +73,7 @@ def effective_rank(moments: ClassMoments) -> Tensor:
         Roy & Vetterli, EUSIPCO 2007; for embeddings RankMe (Garrido et al., arXiv 2210.02885), which adds 1e-7 to each
         ``p_k``; nothing is added here, eigenvalues within rounding of zero count as zero.
     """
-    singular = singular_values(moments)
+    singular = moments.cached(singular_values)
     p = singular / singular.sum()
     return torch.special.entr(p).sum().exp()
 
@@ -95,7 +98,7 @@ def stable_rank(moments: ClassMoments) -> Tensor:
     Source:
         Rudelson & Vershynin, J. ACM 54(4), 2007 (arXiv math/0503442), there called numerical rank.
     """
-    squares = singular_values(moments).square()
+    squares = moments.cached(singular_values).square()
     return squares.sum() / squares[0]
 
 
@@ -111,6 +114,9 @@ def class_participation_ratio(moments: ClassMoments) -> Tensor:
         ``(C,)`` in [1, min(n_c - 1, D)]: over how many directions the class spreads about its mean; ``nan`` for a class
         without spread, so also with fewer than two embeddings.
 
+    Raises:
+        ValueError: If the moments are without ``second``.
+
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [5.0, 5.0]])
@@ -121,9 +127,10 @@ def class_participation_ratio(moments: ClassMoments) -> Tensor:
     Source:
         Gao et al., bioRxiv 214262, 2017 (dimensionality of neural activity), here per class.
     """
+    second = moments.required_second("class_participation_ratio")
     variances = class_variances(moments)  # (C,) tr(Cov)
     means, counts = moments.means, moments.counts.view(-1, 1, 1)
-    covariances = moments.second / counts - means.unsqueeze(2) * means.unsqueeze(1)  # (C, D, D)
+    covariances = second / counts - means.unsqueeze(2) * means.unsqueeze(1)  # (C, D, D)
     ratio = variances.square() / covariances.square().sum(dim=(1, 2))
     return torch.where(variances == 0, float("nan"), ratio)
 
@@ -133,6 +140,7 @@ def class_participation_ratio(moments: ClassMoments) -> Tensor:
     better="neither",
     best="the shape of the spread, not its size",
     undefined="classes without spread",
+    needs_second=True,
 )
 def participation_ratio(moments: ClassMoments) -> Tensor:
     """Number of directions in which a class spreads about its mean: ``mean_c tr(Cov_c)^2 / tr(Cov_c^2)``.
@@ -157,6 +165,7 @@ def participation_ratio(moments: ClassMoments) -> Tensor:
     better="lower",
     best="0: the subspaces are orthogonal; about k / D for unrelated ones",
     undefined="fewer than two classes, or a class of zeros, or an embedding that is not finite",
+    needs_second=True,
 )
 def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
     """Mean alignment of the leading directions of two classes: ``mean_{a<b} |U_a^T U_b|_F^2 / min(k_a, k_b)``.
@@ -172,7 +181,7 @@ def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
         directions: k. 2: the class mean and one direction of spread; further directions are mostly noise.
 
     Raises:
-        ValueError: If ``directions`` is below 1.
+        ValueError: If ``directions`` is below 1, or the moments are without ``second``.
 
     Example:
         >>> from simo_lightning.functional.moments import class_moments
@@ -188,14 +197,19 @@ def subspace_overlap(moments: ClassMoments, directions: int = 2) -> Tensor:
     if directions < 1:
         raise ValueError(f"directions must be at least 1, got {directions}")
     present = moments.counts > 0
-    second = (moments.second / moments.squared_norms.view(-1, 1, 1))[present]  # (P, D, D)
+    second = moments.required_second("subspace_overlap")
+    second = second[present] / moments.squared_norms[present].view(-1, 1, 1)  # (P, D, D)
     if len(second) < 2 or not second.isfinite().all():
         return undefined(moments)
     eigenvalues, vectors = torch.linalg.eigh(second)
     eigenvalues, vectors = eigenvalues[:, -directions:], vectors[..., -directions:]  # (P, k), (P, D, k)
     used = eigenvalues > ROUNDING_UNITS * torch.finfo(eigenvalues.dtype).eps * eigenvalues[:, -1:]
-    flat = (vectors * used.unsqueeze(1)).mT.flatten(0, 1)  # (P k, D), zeros where a class has fewer directions
-    shared = (flat @ flat.mT).square().view(len(second), -1, len(second), used.shape[1]).sum(dim=(1, 3))  # (P, P)
-    ranks = used.sum(dim=1)
-    first, other = torch.triu_indices(len(second), len(second), offset=1, device=second.device)
-    return (shared[first, other] / torch.minimum(ranks[first], ranks[other])).clamp(max=1).mean()
+    vectors, ranks = vectors * used.unsqueeze(1), used.sum(dim=1)  # zeros where a class has fewer directions
+    flat = vectors.permute(1, 2, 0).flatten(1)  # (D, k P)
+    total, step = flat.new_zeros(()), max(1, _BLOCK // flat.shape[1])
+    for start in range(0, len(vectors) - 1, step):
+        block = slice(start, start + step)
+        shared = (vectors[block].mT @ flat).square().sum(dim=1).unflatten(1, (-1, len(vectors))).sum(dim=1)  # (n, P)
+        shared = (shared / torch.minimum(ranks[block].unsqueeze(1), ranks)).clamp(max=1)
+        total = total + shared.triu(diagonal=start + 1).sum()
+    return total / (len(vectors) * (len(vectors) - 1) / 2)

@@ -84,8 +84,12 @@ def nc1(moments: ClassMoments) -> Tensor:
     centered = centered_means(means, means.mean(dim=0))
     if not centered.any():
         return undefined(moments)
-    # S_B = centered^T centered / P: its pseudo-inverse from the singular values of `centered`, without squaring them
-    _, singular, directions = torch.linalg.svd(centered, full_matrices=False)  # (R,), (R, D)
+    # S_B = centered^T centered / P: its pseudo-inverse from the singular values of `centered`, without squaring them;
+    # those of a tall matrix are the ones of its R in QR, which costs less
+    tall = len(means) > means.shape[1]
+    _, singular, directions = torch.linalg.svd(
+        torch.linalg.qr(centered, mode="r").R if tall else centered, full_matrices=False
+    )  # (R,), (R, D)
     kept = singular > ROUNDING_UNITS * torch.finfo(singular.dtype).eps * singular.max()
     kept &= torch.arange(len(kept), device=kept.device) < len(means) - 1  # centred means have rank P - 1 at most
     between = singular[kept].square() / len(means)
@@ -134,6 +138,9 @@ def class_variance_along(moments: ClassMoments) -> Tensor:
         ``(C,)``, >= 0 in squared units of the embeddings; ``nan`` for a class with fewer than two embeddings or a
         mean of zero.
 
+    Raises:
+        ValueError: If the moments are without ``second``.
+
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
@@ -157,6 +164,9 @@ def class_variance_across(moments: ClassMoments) -> Tensor:
         ``(C,)``, >= 0 in squared units of the embeddings; ``nan`` as for :func:`class_variance_along` and everywhere in
         one dimension.
 
+    Raises:
+        ValueError: If the moments are without ``second``.
+
     Example:
         >>> from simo_lightning.functional.moments import class_moments
         >>> embeddings = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, -2.0]])
@@ -177,6 +187,7 @@ def class_variance_across(moments: ClassMoments) -> Tensor:
     better="neither",
     best="spread along its own mean does not make a class less orthogonal to others",
     undefined="classes without two embeddings, or a class of several whose mean is zero",
+    needs_second=True,
 )
 def variance_along(moments: ClassMoments) -> Tensor:
     """Variance of a class along its own mean: ``mean_c u_c^T Cov_c u_c, u_c = m_c / |m_c|``.
@@ -200,6 +211,7 @@ def variance_along(moments: ClassMoments) -> Tensor:
     better="lower",
     best="at equal rms_norm; 0: every class lies on a line through the origin",
     undefined="one dimension, classes without two embeddings, or a class of several whose mean is zero",
+    needs_second=True,
 )
 def variance_across(moments: ClassMoments) -> Tensor:
     """Variance of a class per direction orthogonal to its own mean: ``mean_c (tr Cov_c - u_c^T Cov_c u_c) / (D - 1)``.
@@ -223,4 +235,5 @@ def _variance_along(moments: ClassMoments) -> Tensor:
     means = torch.where(moments.counts.unsqueeze(1) > 1, moments.means, float("nan"))
     norms = means.norm(dim=1)
     unit = means / norms.unsqueeze(1)  # (C, D); nan where there is no direction
-    return torch.einsum("cd,cde,ce->c", unit, moments.second, unit) / moments.counts - norms.square()
+    projected = (moments.required_second("variance along a class mean") @ unit.unsqueeze(2)).squeeze(2)  # (C, D)
+    return (projected * unit).sum(dim=1) / moments.counts - norms.square()
