@@ -61,6 +61,7 @@ class ClassBalancedSampler(DistributedSampler):
         epoch: Set by ``set_epoch``.
         start_batch: Batches of this rank that the next iteration skips (a resumed epoch); does not change the length.
         batches: Batches of an epoch on each rank.
+        identity: Further numbers on which the order depends; a run resumed within an epoch must have the same.
 
     Raises:
         ValueError: If ``labels`` are not integers ``(N,)``, P exceeds the number of classes that are not left out, K is
@@ -111,6 +112,7 @@ class ClassBalancedSampler(DistributedSampler):
         self.class_sampling = class_sampling
         self.batch_size = classes_per_batch * samples_per_class
         self.start_batch = 0
+        self.identity: dict[str, int] = {}
         self._chunks = chunks  # (C,) in one pass over each class
         if class_sampling == "natural":
             self._blocks = _count_blocks(chunks, classes_per_batch)
