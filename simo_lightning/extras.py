@@ -9,7 +9,9 @@ EXTRAS = {
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
     "faiss": "search",
+    "filelock": "stream",
     "boto3": "stream",
+    "botocore": "stream",
     "captum": "explain",
     "datasets": "hub",
     "huggingface_hub": "hub",

@@ -24,6 +24,7 @@ STREAM_FILE = "stream.json"
 TRIES = 5  # attempts to read an object
 PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
 AT_ONCE = 8  # chunks that one process fetches at the same time
+ABANDONED = 3600  # seconds without a change after which a part of a copy belongs to no process any more
 MOST_OPEN = 64  # chunks that one process holds open
 PIECE = 2**20  # bytes read at once
 UNITS = {"": 1, "B": 1, **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}}
@@ -100,12 +101,13 @@ class Location:
 
         def save(pieces: Iterable[bytes]) -> str:
             digest = hashlib.sha256()
-            with open(part, "wb", buffering=0) as copied:
+            with open(part, "r+b", buffering=0) as copied:  # not truncated: its size reserves space in the cache
                 for piece in pieces:
                     digest.update(piece)
                     _write(copied, piece, f"{self.where(file.name)!r} of {file.size / 2**20:,.1f} MiB")
             return digest.hexdigest()
 
+        part.touch()
         try:
             self._check(file, self._get(file.name, file.size, save))
             os.replace(part, path)
@@ -139,7 +141,6 @@ class Location:
     def _pieces(self, name: str, size: int | None) -> Iterator[bytes]:
         """The content of an object as it arrives."""
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-        from urllib3.exceptions import HTTPError
 
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
         try:
@@ -159,7 +160,7 @@ class Location:
             if status < 500 and status != 429:
                 raise OSError(f"{self.where(name)!r} cannot be read: {error}; see storage_options") from error
             raise _BrokenConnection(error) from error
-        except (BotoCoreError, HTTPError, OSError) as error:
+        except (BotoCoreError, OSError) as error:
             raise _BrokenConnection(error) from error
         if received < length:
             raise _BrokenConnection(f"the connection ended after {received:,} of {length:,} bytes")
@@ -273,14 +274,14 @@ class Chunks:
 
     def _open_one(self, chunk: int) -> _OpenChunk:
         for _ in range(TRIES):
+            path = self._path(chunk)
             try:
-                return _OpenChunk(self._path(chunk), self.counts[chunk])
+                return _OpenChunk(path, self.counts[chunk])
             except FileNotFoundError:  # a copy that another process has just removed
-                if not self.location.is_remote:
-                    raise
+                continue
         raise OSError(
-            f"cache_dir {str(self.cache_dir)!r} loses chunks before they are read: max_cache_size is too small for the "
-            "processes that share it"
+            f"{str(path)!r} was removed {TRIES} times before it was read: max_cache_size is too small for the "
+            "processes that share cache_dir"
         )
 
     def _path(self, chunk: int) -> Path:
@@ -297,13 +298,15 @@ class Chunks:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 if not _touch(path, file.size):
-                    self._make_room(file.size)
+                    self._make_room(path.with_name(f"{path.name}.part"), file.size)
                     self.location.copy(file, path)
         return path
 
-    def _make_room(self, size: int) -> None:
-        """Remove the copies that were used least recently until ``size`` further bytes fit."""
+    def _make_room(self, part: Path, size: int) -> None:
+        """Reserve space for a further copy: remove those that were used least recently until it fits."""
         with FileLock(self.cache_dir / "room.lock"):
+            with open(part, "wb") as reserved:
+                reserved.truncate(size)
             copies = []
             for entry in os.scandir(self.cache_dir):
                 if entry.name.endswith((".bin", ".part")):
@@ -311,14 +314,14 @@ class Chunks:
                         status = entry.stat()
                     except FileNotFoundError:  # finished by another process
                         continue
-                    copies.append((status.st_mtime_ns, entry.path, status.st_size))
-            total = size + sum(bytes_ for _, _, bytes_ in copies)
-            for _, path, bytes_ in sorted(copies):
+                    copies.append((status.st_mtime, Path(entry.path), status.st_size))
+            total = sum(each for _, _, each in copies)
+            for modified, path, each in sorted(copies):
                 if total <= self.max_bytes:
                     return
-                if path.endswith(".bin"):
-                    Path(path).unlink(missing_ok=True)
-                    total -= bytes_
+                if path.suffix == ".bin" or time.time() - modified > ABANDONED:
+                    path.unlink(missing_ok=True)
+                    total -= each
 
 
 class _OpenChunk:
