@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import timing_decode, timing_embed, timing_fit
+from benchmarks import timing_decode, timing_embed, timing_fit, timing_stream
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -128,6 +128,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "micro_batches": micro_batches,
     "decode": timing_decode.decode,
     "embed": timing_embed.embed,
+    "stream": timing_stream.stream,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -147,7 +148,7 @@ def main() -> None:
     if not (
         given.quick
         or given.data_dir
-        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed"}
+        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed", "stream"}
     ):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:

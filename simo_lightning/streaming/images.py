@@ -147,9 +147,10 @@ class StreamImages:
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = np.empty((len(indices), self.decoder.channels, *self.decoder.size), dtype=np.uint8)
-        self.fetch(indices)
-        for position, index in enumerate(indices):
-            images[position] = self.decoder.read(self._file(index))[0]
+        chunks, items = self._locate(indices)
+        self.store.fetch(dict.fromkeys(chunks))
+        for position, place in enumerate(zip(chunks, items, strict=True)):
+            images[position] = self.decoder.read(_ImageFile(self.store, *place))[0]
         return torch.from_numpy(images), self.labels[torch.as_tensor(list(indices), dtype=torch.int64)]
 
     @property
@@ -159,33 +160,45 @@ class StreamImages:
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Bring the chunks of these images near, several at once."""
-        places = self.places[np.asarray(indices, dtype=np.int64)]
-        self.store.fetch(np.unique(np.searchsorted(self.ends, places, side="right")).tolist())
+        self.store.fetch(dict.fromkeys(self._locate(indices)[0]))
 
     def picture(self, index: int, size: PictureSize = None) -> Image.Image:
         """One whole picture, upright and in mode RGB, before it is resized; see ``FolderImages.picture``."""
-        return Decoder(self.decoder.background, self.decoder.max_value)(self._file(index), size)[0]
+        return Decoder(self.decoder.background, self.decoder.max_value)(
+            _ImageFile(self.store, *self._place(index)), size
+        )[0]
 
     def path(self, index: int) -> str:
         """Where an image lies, for messages."""
-        chunk, item = self._locate(index)
-        return f"{self.store.where(chunk)}, item {item}"
+        return self.store.where(*self._place(index))
 
     def subset(self, indices: Tensor) -> StreamImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""
         return replace(self, places=self.places[indices.numpy()], labels=self.labels[indices])
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        place = int(self.places[index])
-        chunk = int(np.searchsorted(self.ends, place, side="right"))
-        return chunk, place - (int(self.ends[chunk - 1]) if chunk else 0)
+    def _locate(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Chunk of each image, and its number there."""
+        places = self.places[np.asarray(indices, dtype=np.int64)]
+        chunks = np.searchsorted(self.ends, places, side="right")
+        items = places - np.concatenate([[0], self.ends])[chunks]
+        return chunks.tolist(), items.tolist()
 
-    def _file(self, index: int) -> io.BytesIO:
-        """The image file in memory, with a name for messages."""
-        chunk, item = self._locate(index)
-        file = io.BytesIO(self.store.image(chunk, item))
-        file.name = f"{self.store.where(chunk)}, item {item}"
-        return file
+    def _place(self, index: int) -> tuple[int, int]:
+        (chunk,), (item,) = self._locate([index])
+        return chunk, item
+
+
+class _ImageFile(io.BytesIO):
+    """An image file in memory, with a name for messages."""
+
+    def __init__(self, store: Chunks, chunk: int, item: int) -> None:
+        super().__init__(store.image(chunk, item))
+        self._where = store, chunk, item
+
+    @property
+    def name(self) -> str:
+        store, chunk, item = self._where
+        return store.where(chunk, item)
 
 
 def stream_of(source: ImageSource) -> tuple[StreamImages, np.ndarray]:

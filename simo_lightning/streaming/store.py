@@ -230,9 +230,9 @@ class Chunks:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_verified": set()}
 
-    def where(self, chunk: int) -> str:
-        """URL or path of a chunk."""
-        return self.location.where(self.files[chunk].name)
+    def where(self, chunk: int, item: int) -> str:
+        """Where an image lies, for messages."""
+        return f"{self.location.where(self.files[chunk].name)}, item {item}"
 
     def fetch(self, chunks: Iterable[int]) -> None:
         """Bring all of these chunks near, several at once; those that were open and are no longer needed are closed."""
