@@ -106,7 +106,7 @@ class ClassBalancedSampler(DistributedSampler):
         if seed < 0:
             raise ValueError(f"seed must be non-negative, got {seed}")
         super().__init__(range(len(labels)), world_size, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.labels = labels.numpy().astype(np.int64)
+        self.labels = labels.numpy().astype(np.int64, copy=False)
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
         self.class_sampling = class_sampling

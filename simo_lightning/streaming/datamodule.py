@@ -128,7 +128,7 @@ class StreamPairDataModule(PairDataModule):
                 )
             self.coarse = stream.coarse
         size = sum(file.size for file in images.store.files)
-        classes = len(images.labels.unique())
+        classes = np.count_nonzero(np.bincount(images.labels.numpy()))
         rank_zero_info(
             f"{split} split in {stream.location.url!r}: {len(images):,} images of {classes:,} classes in "
             f"{len(images.ends):,} chunks, {size / 2**30:,.2f} GiB"

@@ -156,7 +156,8 @@ class StreamImages:
     @property
     def chunks(self) -> np.ndarray:
         """Chunk that holds each image, int32 ``(N,)``."""
-        return np.searchsorted(self.ends, self.places, side="right").astype(np.int32)
+        sizes = np.diff(self.ends, prepend=0)
+        return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[self.places]
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Bring the chunks of these images near, several at once."""
@@ -204,7 +205,7 @@ class _ImageFile(io.BytesIO):
 def stream_of(source: ImageSource) -> tuple[StreamImages, np.ndarray]:
     """The stream below a source that relabels it or chooses from it, and the index there of each image."""
     if isinstance(source, StreamImages):
-        return source, np.arange(len(source))
+        return source, np.arange(len(source), dtype=np.int32)
     if isinstance(source, Relabelled):
         return stream_of(source.source)
     if isinstance(source, JoinedImages) and len(source.sources) == 1:

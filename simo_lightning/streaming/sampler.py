@@ -88,34 +88,37 @@ class StreamSampler(ClassBalancedSampler):
         return self._drawn[1]
 
     def _draw_blocks(self, random: np.random.Generator) -> np.ndarray:
-        """The batches of an epoch, ``(batches, P * K)``."""
-        used, positions = np.unique(self.chunks, return_inverse=True)
-        keys = random.permutation(len(used)).astype(np.float32)[positions]
-        keys += self.window * random.random(len(keys), dtype=np.float32)
-        order = np.argsort(keys, kind="stable").astype(np.int32)
-        order = order[np.argsort(self.labels[order], kind="stable")]  # by class, by key within each
-        order = order[self._whole_groups_first(self.labels[order], keys[order])]
-        keys = keys[order]
-        counts = np.bincount(self.labels)
+        """The batches of an epoch, ``(batches, P * K)`` int32."""
+        counts, k = np.bincount(self.labels), self.samples_per_class
+        first = np.cumsum(counts) - counts  # (C,) place of each class's first image in order
+        position = random.permutation(int(self.chunks.max()) + 1).astype(np.float32)
+        keys = self.window * random.random(len(self.labels), dtype=np.float32)
+        keys += position[self.chunks]
+        order = np.argsort(self.labels, kind="stable").astype(np.int32)  # by class
+        for start, count in zip(first.tolist(), counts.tolist(), strict=True):
+            images = order[start : start + count]
+            images[:] = images[_whole_groups_first(keys[images], k, self.window / 2)]
         classes = np.repeat(np.arange(len(counts)), self._chunks)  # (G,) class of each group of K
         number = np.arange(len(classes)) - np.repeat(np.cumsum(self._chunks) - self._chunks, self._chunks)
-        starts = (np.cumsum(counts) - counts)[classes]
-        last = starts + np.minimum((number + 1) * self.samples_per_class, counts[classes]) - 1
-        by_time = np.argsort(keys[last], kind="stable")
+        last = first[classes] + np.minimum((number + 1) * k, counts[classes]) - 1
+        by_time = np.argsort(keys[order[last]], kind="stable")
         groups = by_time[_batches(classes[by_time], self.classes_per_batch, self._blocks, random)]  # (B, P)
-        within = number[groups][..., None] * self.samples_per_class + np.arange(self.samples_per_class)  # (B, P, K)
-        within %= counts[classes[groups]][..., None]  # a small class begins anew
-        return order[starts[groups][..., None] + within].reshape(len(groups), -1)
+        blocks = np.empty((*groups.shape, k), dtype=np.int32)
+        for block, group in zip(blocks, groups, strict=True):
+            label = classes[group][:, None]
+            within = (number[group][:, None] * k + np.arange(k)) % counts[label]  # a small class begins anew
+            block[:] = order[first[label] + within]
+        return blocks.reshape(len(groups), -1)
 
-    def _whole_groups_first(self, labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Positions by class, in each first the images of whole groups of K without a pause, then the others."""
-        begins = np.ones(len(keys), dtype=bool)
-        begins[1:] = (np.diff(labels) > 0) | (np.diff(keys) > self.window / 2)
-        first = np.flatnonzero(begins)
-        sizes = np.diff(first, append=len(keys))
-        within = np.arange(len(keys)) - np.repeat(first, sizes)
-        others = within >= np.repeat(sizes - sizes % self.samples_per_class, sizes)
-        return np.lexsort((others, labels))
+
+def _whole_groups_first(keys: np.ndarray, size: int, pause: float) -> np.ndarray:
+    """Order of the images of a class: by their keys, but those of incomplete groups before a pause come at the end."""
+    order = np.argsort(keys, kind="stable")
+    begins = np.flatnonzero(np.diff(keys[order], prepend=-np.inf) > pause)
+    lengths = np.diff(begins, append=len(keys))
+    within = np.arange(len(keys)) - np.repeat(begins, lengths)
+    incomplete = within >= np.repeat(lengths - lengths % size, lengths)
+    return np.concatenate([order[~incomplete], order[incomplete]])
 
 
 def _batches(classes: np.ndarray, per_batch: int, batches: int, random: np.random.Generator) -> np.ndarray:
