@@ -436,6 +436,7 @@ def fit_three_times(folder: Path, url: str, port: int) -> None:
         fit(folder, url, port, name, **words)
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_within_an_epoch_bit_for_bit(stream: Path, tmp_path: Path, server: int) -> None:
     url = upload(stream, "ranks", server)
     assert start_ranks(2, fit_three_times, tmp_path, url, server) == [0, 0]

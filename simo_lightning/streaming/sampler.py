@@ -52,7 +52,7 @@ class StreamSampler(ClassBalancedSampler):
         >>> labels, chunks = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]), np.repeat([0, 1], 4)
         >>> sampler = StreamSampler(labels, chunks, window=1, classes_per_batch=2, samples_per_class=2)
         >>> [sorted(batch) for batch in sampler.epoch_blocks(0).tolist()]
-        [[4, 5, 6, 7], [0, 1, 2, 3]]
+        [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
 
     def __init__(
