@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from simo_lightning import SimOModule
-from simo_lightning.data import ClassBalancedSampler
+from simo_lightning.data import ClassBalancedSampler, PhotoAugment
 from simo_lightning.streaming import Record, StreamPairDataModule, StreamSampler, open_stream, store, write_stream
 from tests.rank_processes import saved, start_ranks
 from tests.s3_server import BUCKET, BreakingProxy, options, s3_server, upload
@@ -275,6 +275,18 @@ def test_a_bucket_gives_the_batches_of_the_folder(stream: Path, tmp_path: Path, 
         copies = [path.stat().st_size for path in (tmp_path / "cache").glob("*.bin")]
         assert sum(copies) <= size
         assert len(copies) < len(list((stream / "train").glob("*.bin")))
+
+
+def test_pictures_are_augmented_from_a_bucket_as_from_the_folder(stream: Path, tmp_path: Path, server: int) -> None:
+    url, words = upload(stream, "photos", server), {"augment": PhotoAugment(), "views": 2, "coarse": "stream"}
+    words |= {"classes_per_batch": 2, "unseen_classes": ["cow"], "mean": None, "std": None}
+    bucket = module(url, tmp_path, storage_options=options(server), num_workers=1, **words)
+    local = module(stream, tmp_path, **words)
+    for ours, other in zip(batches(bucket), batches(local), strict=True):
+        assert ours.shape == (8, 2, 3, 16, 16)
+        assert torch.equal(ours, other)
+    assert bucket.mean == local.mean
+    assert bucket.unseen_class_names == ["cow"]
 
 
 @pytest.mark.parametrize("change", ["longer", "same size", "removed"])
