@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,10 +28,11 @@ LAYOUT = 1  # increase when the files change in a way that older versions cannot
 MOST_BYTES = 2**32 - 1  # a chunk holds the offsets of its items as uint32
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Record:
     """An image file of a stream.
 
-    Attributes:
+    Args:
         path: The file, relative to the argument ``root`` or absolute.
         label: Index of its class in ``class_names``.
         split: One of the package's splits, such as "train".
