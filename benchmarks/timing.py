@@ -22,6 +22,7 @@ from benchmarks import (
     timing_fit,
     timing_moments,
     timing_pack,
+    timing_stream,
     timing_training,
 )
 from benchmarks.experiments import append, timings
@@ -162,6 +163,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "training": timing_training.training,
     "pack": timing_pack.pack,
     "moments": timing_moments.moments,
+    "stream": timing_stream.stream,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 

@@ -9,6 +9,9 @@ EXTRAS = {
     "pl_bolts": "bolts",
     "pkg_resources": "bolts",  # of the setuptools release that the extra pins for lightning-bolts
     "faiss": "search",
+    "filelock": "stream",
+    "boto3": "stream",
+    "botocore": "stream",
     "captum": "explain",
     "datasets": "hub",
     "huggingface_hub": "hub",
@@ -17,6 +20,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "pyarrow": "parquet",
+    "litdata": "stream",
     "peft": "lora",
     "safetensors": "hub",
     "shtab": "completion",

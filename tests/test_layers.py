@@ -31,7 +31,7 @@ LAYERS = {
         "run_folder",
         "schedules",
     },
-    3: {"callbacks", "export", "probe", "semi_supervised", "sharing"},
+    3: {"callbacks", "export", "probe", "semi_supervised", "sharing", "streaming"},
     4: {"embedder", "help", "module", "report"},
     5: {"completion", "embed_files", "search", "testing"},
     6: {"explain", "parser"},

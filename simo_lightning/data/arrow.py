@@ -15,21 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from simo_lightning.data.folder import named_as_broken
 from simo_lightning.data.lock import only_one_process
 from simo_lightning.data.packed import FORMAT, INFO, SPLITS, read_info
 from simo_lightning.data.reading import OnBroken
-from simo_lightning.data.records import PackedFiles, Record
+from simo_lightning.data.records import PackedFiles, Record, checked_bytes
 from simo_lightning.data.sources import name_list
 from simo_lightning.extras import import_extra
-from simo_lightning.preprocessing import Decoder
 
 BATCH_BYTES, BATCH_ROWS = 2**24, 1000  # at which a record batch is complete: what a process holds in memory
 LOCK = ".lock"
@@ -300,7 +297,7 @@ def _batches(
         if _stop.is_set():
             raise RuntimeError("stopped, since another process has failed")
         try:
-            content = _checked(record.file)
+            content = checked_bytes(record.file)
         except ValueError as error:
             if not skip:
                 raise
@@ -317,17 +314,6 @@ def _batches(
             rows, held = [], 0
     if rows:
         yield rows
-
-
-def _checked(path: str) -> bytes:
-    """The bytes of an image file that decodes."""
-    content = Path(path).read_bytes()
-    file = BytesIO(content)
-    file.name = path
-    with named_as_broken(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about files that it reads all the same
-        Decoder()(file, (1, 1))  # as a JPEG at an eighth of its size, whose data are read whole
-    return content
 
 
 def _complete(dest: Path, info: dict[str, Any], files: dict[str, dict[str, Any]], features: Any) -> None:

@@ -486,16 +486,19 @@ class PairDataModule(LightningDataModule):
         """Batches of P x K raw images of this rank; a checkpoint holds the position in the epoch."""
         self._need("train")
         processed = None if self.trainer is None else self._batches_processed
-        images: ImageSource | AugmentedPictures = self._training
-        augment = self._augmentation()
-        if augment is not None and not isinstance(augment, BatchAugment):
-            images = AugmentedPictures(self._training, augment, self.preprocessing, self.views)
         arguments = self._loader_arguments(self._workers(self._training, training=True))
-        self._train_loader = ResumableLoader(images, self._train_sampler(), processed, **arguments)
+        self._train_loader = ResumableLoader(self._training_dataset(), self._train_sampler(), processed, **arguments)
         if self._resume is not None and self.trainer is not None and self.trainer.ckpt_path:
             self._train_loader.load_state_dict(self._resume)
         self._resume = None
         return self._train_loader
+
+    def _training_dataset(self) -> Any:
+        """What the training loader reads, with ``__getitems__``."""
+        augment = self._augmentation()
+        if augment is None or isinstance(augment, BatchAugment):
+            return self._training
+        return AugmentedPictures(self._training, augment, self.preprocessing, self.views)
 
     def _augmentation(self) -> Augment | None:
         """``augment``, chosen by the size of the images where it is "auto"."""

@@ -183,7 +183,7 @@ class ResumableLoader(DataLoader):
             sampler.start_batch = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, batches returned in it, batches per epoch and number of ranks."""
+        """Epoch, batches returned in it, batches per epoch, number of ranks, and what else identifies the order."""
         epoch, batches = self._position()
         return {"epoch": epoch, "batches_yielded": batches, **self._scale()}
 
@@ -191,11 +191,11 @@ class ResumableLoader(DataLoader):
         """Continue after the batches of ``state_dict``, or with the next epoch if it was complete.
 
         Raises:
-            ValueError: If the state is from within an epoch and the number of batches per epoch or of ranks has changed
-                since it was saved.
+            ValueError: If the state is from within an epoch and the number of batches per epoch or of ranks, or another
+                number that identifies the order, has changed since it was saved.
         """
         epoch, batches = state_dict["epoch"], state_dict["batches_yielded"]
-        saved = {name: state_dict[name] for name in self._scale()}
+        saved = {name: state_dict.get(name, -1) for name in self._scale()}
         if 0 < batches < saved["batches_per_epoch"] and saved != self._scale():
             raise ValueError(
                 "a checkpoint from within an epoch requires the same number of batches and ranks: saved after batch "
@@ -215,7 +215,8 @@ class ResumableLoader(DataLoader):
         return self.epoch, batches if self.processed is None else min(batches, self.processed())
 
     def _scale(self) -> dict[str, int]:
-        return {"batches_per_epoch": self.sampler.batches, "world_size": self.sampler.num_replicas}
+        scale = {"batches_per_epoch": self.sampler.batches, "world_size": self.sampler.num_replicas}
+        return {**scale, **self.sampler.identity}
 
 
 def mixed_seed(*numbers: int) -> int:

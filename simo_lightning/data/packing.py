@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -91,7 +92,26 @@ def verify_packed(folder: str | Path, workers: int | None = None, progress: bool
         ValueError: If packing has not ended, or files are missing or have changed; the message names them.
     """
     root = Path(folder).expanduser().absolute()
-    files = complete_info(root)["files"]
+    return verify_files(root, complete_info(root)["files"], workers, progress)
+
+
+def verify_files(
+    root: Path, files: dict[str, dict[str, Any]], workers: int | None = None, progress: bool = False
+) -> tuple[int, int]:
+    """Compare files with their sizes and SHA-256 digests.
+
+    Args:
+        root: Folder.
+        files: "bytes" and "sha256" of each file, by its name relative to ``root``.
+        workers: As for :func:`verify_packed`.
+        progress: As for :func:`verify_packed`.
+
+    Returns:
+        Number of files and their bytes.
+
+    Raises:
+        ValueError: If files are missing or have changed; the message names them.
+    """
     changed = []
     size = sum(file["bytes"] for file in files.values())
     with tqdm(total=size, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:

@@ -1,14 +1,16 @@
 """The images of a folder or a manifest as records to pack."""
 
 import os
+import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits
+from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits, named_as_broken
 from simo_lightning.data.manifest import Manifest, list_split, read_manifest
 from simo_lightning.data.reading import what_was_left_out
 from simo_lightning.data.sources import Split
-from simo_lightning.preprocessing import Preprocessing
+from simo_lightning.preprocessing import Decoder, Preprocessing
 
 
 class Record(NamedTuple):
@@ -27,6 +29,22 @@ class Record(NamedTuple):
     label: int
     split: Split
     coarse: str | None
+
+
+def checked_bytes(path: str | Path) -> bytes:
+    """The bytes of an image file that decodes.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it does not decode; the message names it.
+    """
+    content = Path(path).read_bytes()
+    file = BytesIO(content)
+    file.name = str(path)
+    with named_as_broken(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about files that it reads all the same
+        Decoder()(file, (1, 1))  # as a JPEG at an eighth of its size, whose data are read whole
+    return content
 
 
 class PackedFiles(NamedTuple):

@@ -61,6 +61,7 @@ class ClassBalancedSampler(DistributedSampler):
         epoch: Set by ``set_epoch``.
         start_batch: Batches of this rank that the next iteration skips (a resumed epoch); does not change the length.
         batches: Batches of an epoch on each rank.
+        identity: Further numbers on which the order depends; a run resumed within an epoch must have the same.
 
     Raises:
         ValueError: If ``labels`` are not integers ``(N,)``, P exceeds the number of classes that are not left out, K is
@@ -105,12 +106,13 @@ class ClassBalancedSampler(DistributedSampler):
         if seed < 0:
             raise ValueError(f"seed must be non-negative, got {seed}")
         super().__init__(range(len(labels)), world_size, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.labels = labels.numpy().astype(np.int64)
+        self.labels = labels.numpy().astype(np.int64, copy=False)
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
         self.class_sampling = class_sampling
         self.batch_size = classes_per_batch * samples_per_class
         self.start_batch = 0
+        self.identity: dict[str, int] = {}
         self._chunks = chunks  # (C,) in one pass over each class
         if class_sampling == "natural":
             self._blocks = _count_blocks(chunks, classes_per_batch)
