@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from simo_lightning.data.cache import CACHE
 from simo_lightning.data.sources import Split, name_list
 from simo_lightning.preprocessing import FORMATS, Decoder, PictureSize, Preprocessing
+from simo_lightning.retry import retry_while_lost
 
 IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
@@ -71,7 +72,8 @@ class FolderImages:
         images = np.empty((len(indices), self.decoder.channels, *self.decoder.size), dtype=np.uint8)
         for position, index in enumerate(indices):
             with named_as_broken():
-                images[position] = self.decoder.read(self.path(index))[0]
+                path = self.path(index)
+                images[position] = retry_while_lost(partial(self.decoder.read, path), path)[0]
         return torch.from_numpy(images), self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
     def path(self, index: int) -> Path:
@@ -95,8 +97,9 @@ class FolderImages:
             ValueError: If it is not an image or is damaged; the message names it.
         """
         decoder = Decoder(self.decoder.background, self.decoder.max_value)
+        path = self.path(index)
         with named_as_broken():
-            return decoder(self.path(index), size)[0]
+            return retry_while_lost(partial(decoder, path, size), path)[0]
 
     def subset(self, indices: Tensor) -> FolderImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""

@@ -24,6 +24,7 @@ from simo_lightning.data.cache import Cached, fingerprint, read_cache, write_cac
 from simo_lightning.data.folder import FolderImages, Listing, list_files, list_image_folder, named_as_broken
 from simo_lightning.data.sources import DecodedFiles, LabelledImages, Split, name_list
 from simo_lightning.preprocessing import FORMATS, Preprocessing
+from simo_lightning.retry import retry_while_lost
 
 OnBroken = Literal["error", "skip"]
 CHUNK = 1000  # images decoded by one task of a process
@@ -172,7 +173,8 @@ def _decode_part(part: FolderImages, keep: bool, skip: bool) -> _Part:
     for index, name in enumerate(part.names.tolist()):
         try:
             with named_as_broken():
-                image, changed = part.decoder.read(part.path(index))
+                path = part.path(index)
+                image, changed = retry_while_lost(partial(part.decoder.read, path), path)
         except ValueError as error:
             if not skip:
                 raise
