@@ -53,7 +53,11 @@ with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
 PYTHON
 )
 
-torchrun --local-addr "$address" --nnodes "${NNODES:-1}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
+# Else processes that torchrun restarts find the addresses of those before them in its store, and cannot connect.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+torchrun --local-addr "$address" --nnodes "${NNODES:-1}" --nproc-per-node "$processes" \
+  --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$RUN_ID" ${head[@]+"${head[@]}"} \
   --no-python simo fit "$@" --ckpt_path last --trainer.strategy ddp \
   --trainer.devices "$processes" --trainer.num_nodes "${NNODES:-1}"
