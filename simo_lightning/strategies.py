@@ -44,9 +44,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     _folders: frozenset[Path] = frozenset()  # that have been there
 
-    def __init__(
-        self, data_parallel_size: int | str = "auto", tensor_parallel_size: int = 1, **arguments: Any
-    ) -> None:
+    def __init__(self, data_parallel_size: int | str = "auto", tensor_parallel_size: int = 1, **arguments: Any) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, **arguments)  # type: ignore[arg-type]
 
     def setup_environment(self) -> None:

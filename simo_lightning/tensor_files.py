@@ -159,7 +159,6 @@ def read_sharded(folder: str | Path, tensors: bool = True) -> dict[str, Any]:
 def _read_shards(folder: Path, tensors: bool) -> dict[str, Any]:
     """Weights and optimizer states by name, nested as they were saved."""
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     class PlainPlanner(DefaultLoadPlanner):
         def load_bytes(self, read_item: Any, value: Any) -> None:
@@ -174,19 +173,7 @@ def _read_shards(folder: Path, tensors: bool) -> dict[str, Any]:
             return metadata
 
     metadata = _read_metadata(folder / ".metadata")
-    for stored in metadata.storage_data.values():
-        if Path(stored.relative_path).name != str(stored.relative_path):
-            raise ValueError(f"its shard {str(stored.relative_path)[:100]!r} lies outside of the folder")
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    entries: dict[str, Any] = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            entries[name] = None
-        elif tensors:
-            size -= entry.size.numel() * entry.properties.dtype.itemsize
-            if size < 0:
-                raise ValueError(f"its tensors claim more than the files have, among them {name[:100]!r}")
-            entries[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = _places(folder, metadata, tensors)
     planner = PlainPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with shard_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -201,6 +188,26 @@ def _read_shards(folder: Path, tensors: bool) -> dict[str, Any]:
     return nested
 
 
+def _places(folder: Path, metadata: Any, tensors: bool) -> dict[str, Any]:
+    """What the entries of a list of shards are read into, by name: empty tensors, and None for all others."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for stored in metadata.storage_data.values():
+        if Path(stored.relative_path).name != str(stored.relative_path):
+            raise ValueError(f"its shard {str(stored.relative_path)[:100]!r} lies outside of the folder")
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    places: dict[str, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            places[name] = None
+        elif tensors:
+            size -= entry.size.numel() * entry.properties.dtype.itemsize
+            if size < 0:
+                raise ValueError(f"its tensors claim more than the files have, among them {name[:100]!r}")
+            places[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    return places
+
+
 @contextmanager
 def shard_errors() -> Iterator[None]:
     """Raise the error of the first process that failed, in place of torch's CheckpointException, a BaseException."""
@@ -213,7 +220,7 @@ def shard_errors() -> Iterator[None]:
 
 
 def _read_metadata(path: Path) -> Any:
-    """torch's list of the shards, by an unpickler that knows its classes alone."""
+    """The list of the shards that torch has written, by an unpickler that knows its classes alone."""
     from torch.distributed.checkpoint import metadata
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simo_lightning.data.folder import FolderImages
 from simo_lightning.preprocessing import Preprocessing
 from simo_lightning.retry import retry_while_lost
 from tests.digits_run import assert_equal_weights
+from tests.local_nodes import Bridge, SlurmOfTwoNodes
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -31,7 +33,7 @@ WORDS = f"""
 """.split()
 # Stops the first start of a run at a step: each process by the signals of ``ENDS``, "rank:signal" separated by commas.
 ENDING = """
-import os, signal, subprocess
+import os, signal, time
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
@@ -43,6 +45,13 @@ class Ending(Callback):
             if trainer.global_step == 14 and trainer.global_rank == rank and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), number)
+
+class Slow(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_JOB_ID" in os.environ:
+            time.sleep(0.3)
+            if trainer.global_step == 14 and trainer.is_global_zero:
+                Path("at_step_14").touch()
 
 class Pauses(Callback):
     def on_train_batch_end(self, trainer, *_):
@@ -74,51 +83,13 @@ def whole_run(environment: dict[str, str], processes: int = 2) -> Path:
     return Path("whole")
 
 
-class Nodes:
-    """Two network namespaces with addresses of their own on one bridge; each names itself as Debian does.
-
-    ``in_node(number, command)`` is the command with that node's network, host name and ``/etc/hosts``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.names = [f"simo{os.getpid()}n{number}" for number in (1, 2)]
-        self.bridge = f"simobr{os.getpid() % 10**6}"
-        self.addresses = ["10.99.83.1", "10.99.83.2"]
-
-    def start(self) -> None:
-        self._ip("link", "add", self.bridge, "type", "bridge")
-        self._ip("link", "set", self.bridge, "up")
-        for number, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
-            outside = f"sv{os.getpid() % 10**6}n{number}"
-            self._ip("netns", "add", name)
-            self._ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
-            self._ip("link", "set", outside, "master", self.bridge, "up")
-            self._ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-            self._ip("-n", name, "link", "set", "eth0", "up")
-            self._ip("-n", name, "link", "set", "lo", "up")
-            (self.folder / f"hosts{number}").write_text(f"127.0.0.1 localhost\n127.0.1.1 node{number}\n")
-
-    def in_node(self, number: int, *command: str | Path) -> list[str]:
-        inside = f"mount --bind {self.folder / f'hosts{number}'} /etc/hosts; hostname node{number}; exec \"$@\""
-        start = ["ip", "netns", "exec", self.names[number], "unshare", "--uts", "--mount", "sh", "-c", inside, "node"]
-        return [*start, *map(str, command)]
-
-    def stop(self) -> None:
-        for name in self.names:
-            self._ip("netns", "del", name, check=False)
-        self._ip("link", "del", self.bridge, check=False)
-
-    @staticmethod
-    def _ip(*words: str, check: bool = True) -> None:
-        subprocess.run(["ip", *words], check=check, capture_output=True)
-
-
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("network namespaces need root, ip (iproute2) and unshare")
-    made = Nodes(tmp_path)
+def nodes(tmp_path: Path) -> Iterator[Bridge]:
+    """Two, each of which resolves its own name to 127.0.1.1, as Debian has it, and not the other's."""
+    if os.geteuid() != 0 or any(shutil.which(name) is None for name in ("ip", "nsenter", "unshare")):
+        pytest.skip("network namespaces need root, ip (iproute2), nsenter and unshare")
+    names = ("simo1", "simo2")
+    made = Bridge(tmp_path, names, tuple(f"127.0.0.1 localhost\n127.0.1.1 {name}\n" for name in names), "10.99.83")
     try:
         made.start()
     except subprocess.CalledProcessError as error:
@@ -130,30 +101,25 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 @pytest.mark.slow  # a minute: ten processes import torch
 def test_two_nodes_with_own_addresses_are_stopped_and_resume_to_the_weights_of_one_machine(
-    nodes: Nodes, environment: dict[str, str]
+    nodes: Bridge, environment: dict[str, str]
 ) -> None:
     environment |= {"NNODES": "2", "NPROC_PER_NODE": "1", "HEAD": f"{nodes.addresses[0]}:29571", "RUN_ID": "nodes"}
     environment |= {"GLOO_SOCKET_IFNAME": "eth0", "MAX_RESTARTS": "0"}
     words = [*WORDS, "--trainer.callbacks+=ending.Ending"]
 
     def start(**more: str) -> tuple[list[int], str]:
-        logs = [Path(f"node{number}.log").open("w+") for number in range(2)]
-        agents = [
-            subprocess.Popen(
-                nodes.in_node(number, "bash", TORCHRUN, *words), env=environment | more, stdout=log, stderr=log
-            )
-            for number, log in enumerate(logs)
-        ]
+        logs = [Path(f"node{number}.log") for number in range(2)]
+        agents = []
+        for number, log in enumerate(logs):
+            command = nodes.in_node(number, "bash", TORCHRUN, *words)
+            with log.open("w") as target:
+                agents.append(subprocess.Popen(command, env=environment | more, stdout=target, stderr=target))
         codes = [agent.wait(timeout=300) for agent in agents]
-        text = ""
-        for log in logs:
-            log.seek(0)
-            text += log.read()
-            log.close()
+        text = "".join(log.read_text() for log in logs)
         return codes, text
 
     codes, text = start(ENDS=f"1:{signal.SIGTERM.value}")  # as a scheduler ends the process of the second node
-    assert 0 not in codes, text[-3000:]
+    assert sorted(codes) == [0, 1], text[-3000:]  # the first process of a run alone ends with a status
     run = Path("runs/digits/job_nodes")
     step = torch.load(last(run), weights_only=True)["global_step"]
     assert step in (15, 16)  # one batch later where its metrics are logged
@@ -162,6 +128,44 @@ def test_two_nodes_with_own_addresses_are_stopped_and_resume_to_the_weights_of_o
     assert f"resuming from {last(run)}: epoch 2, step {step}" in text
     assert sorted(path.name for path in (run / "starts").iterdir()) == ["0.json", "1.json"]
     assert_equal_weights(last(run), last(whole_run(environment)))
+
+
+@pytest.mark.slow  # two minutes
+def test_a_slurm_job_on_two_nodes_is_requeued_by_a_signal_and_resumes(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    with SlurmOfTwoNodes(folder) as slurm:
+        environment = {**slurm.environment, **environment}
+
+        def ask(*words: str) -> str:
+            return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+        sizes = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
+        script = str(ROOT / "configs" / "slurm" / "many_nodes.sbatch")
+        job = ask("sbatch", "--parsable", *sizes, script, *WORDS, "--trainer.callbacks+=ending.Slow")
+        log = Path(f"simo-{job}.log")
+        wait_for(Path("at_step_14").exists, log)
+        ask("scancel", "--signal=USR1", job)  # as SLURM sends it before the time limit
+        wait_for(lambda: "Restarts=1" in ask("scontrol", "show", "job", job), log)
+        wait_for(lambda: "JobState=PENDING" in ask("scontrol", "show", "job", job), log)
+        ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
+        wait_for(lambda: "JobState=COMPLETED" in ask("scontrol", "show", "job", job), log)
+        shown, text = ask("scontrol", "show", "job", job), log.read_text()
+    assert "NodeList=simonode[1-2]" in shown
+    stops = re.findall(rf"job {job} stopped at step (\d+), .* is requeued", text)
+    assert len(stops) == 1, text[-3000:]
+    assert stops == re.findall(rf"job {job} resumes after step (\d+) ", text)
+    assert int(stops[0]) % 6
+    assert_equal_weights(last(f"runs/digits/job_{job}"), last(whole_run(environment)))
+
+
+def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, log.read_text()[-3000:] if log.exists() else "the job did not start"
+        time.sleep(0.5)
 
 
 @pytest.mark.slow  # half a minute
@@ -213,13 +217,11 @@ def test_a_run_whose_folder_is_lost_for_ten_seconds_goes_on(environment: dict[st
 
 
 def test_reading_images_waits_for_a_folder_that_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from PIL import Image
-
     folder, away = tmp_path / "images" / "a", tmp_path / "away"
     folder.mkdir(parents=True)
     Image.new("L", (4, 4), 7).save(folder / "0.png")
     files = FolderImages(
-        folder.parent, _names("a/0.png"), torch.zeros(1, dtype=torch.int64), ["a"], Preprocessing(4, channels=1)
+        folder.parent, np.array(["a/0.png"]), torch.zeros(1, dtype=torch.int64), ["a"], Preprocessing(4, channels=1)
     )
     folder.parent.rename(away)
     threading.Timer(0.5, away.rename, [folder.parent]).start()
@@ -230,14 +232,8 @@ def test_reading_images_waits_for_a_folder_that_is_away(tmp_path: Path, caplog: 
     (folder / "0.png").unlink()  # a file that is missing alone is an error at once
     start = time.monotonic()
     with pytest.raises(FileNotFoundError):
-        files[0]
+        _ = files[0]
     assert time.monotonic() - start < 0.5
-
-
-def _names(*names: str) -> Any:
-    import numpy as np
-
-    return np.array(names)
 
 
 def test_a_folder_that_does_not_come_back_is_an_error_in_time(tmp_path: Path) -> None:
