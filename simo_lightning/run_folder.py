@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from simo_lightning.tensor_files import restore_former
-
 # The first process passes the folder to processes that Lightning starts later.
 _CHOSEN = "SIMO_RUN_DIR"
 
@@ -252,10 +250,9 @@ def _has_trained_since(folder: Path, start: Path) -> bool:
 
 
 def _has_checkpoint(folder: Path, name: str) -> bool:
-    """Whether a run has a checkpoint, a file or a folder, which a crash may have left at its former place."""
-    path = folder / "checkpoints" / f"{name}.ckpt"
-    restore_former(path)
-    return path.exists()
+    """Whether a run has a checkpoint, a file or a folder, which a crash may have left at ``tensor_files.former_of``."""
+    checkpoints = folder / "checkpoints"
+    return (checkpoints / f"{name}.ckpt").exists() or (checkpoints / f".{name}.ckpt.former").exists()
 
 
 def _candidates(root: Path, job: str | None) -> Iterator[Path]:
