@@ -121,6 +121,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # four processes
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_last_bit(whole: Path, tmp_path: Path) -> None:
     assert run(2, tmp_path / "stopped", signals=TERM)[0] == 143
     checkpoint = last(tmp_path / "stopped")
@@ -286,6 +287,7 @@ class _Alone:
         return path
 
 
+@pytest.mark.slow
 def test_tensor_parallel_processes_need_a_division_of_layers(tmp_path: Path) -> None:
     assert start_ranks(2, _tensor_parallel, tmp_path / "error") == [0, 0]
     assert "tensor_parallel_size must be 1" in (tmp_path / "error").read_text()
