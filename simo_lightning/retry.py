@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 RETRY_SECONDS = 60.0
 # A file system that does not answer, is gone, or is mounted read-only after an error. A full disk is not among them: it
@@ -15,7 +15,6 @@ _LOST = frozenset(
     | {errno.ENOTCONN, errno.ESTALE, getattr(errno, "EREMOTEIO", errno.EIO)}
 )
 _logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 def is_lost(error: BaseException, path: Path) -> bool:
@@ -34,11 +33,11 @@ def is_lost(error: BaseException, path: Path) -> bool:
 
 
 def retry_while_lost(
-    action: Callable[[], Result],
+    action: Callable[[], Any],
     path: str | Path,
     seconds: float | None = None,
     largest: Callable[[int], int] = int,
-) -> Result:
+) -> Any:
     """Do something with a file, and again while its file system is away.
 
     The pauses are 1, 2, 4 and then 8 seconds. One line is printed at the first failure, and one when it is over.
