@@ -16,6 +16,7 @@ from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing
 from simo_lightning.probe import ProbeModule
 from simo_lightning.schedules import OneCycle
+from simo_lightning.strategies import ShardedStrategy
 from simo_lightning.version import __version__
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ParameterGroups",
     "Preprocessing",
     "ProbeModule",
+    "ShardedStrategy",
     "SimOLoss",
     "SimOModule",
     "__version__",

@@ -41,10 +41,19 @@ from simo_lightning.class_paths import (
 from simo_lightning.extras import import_extra
 from simo_lightning.lightning_private import given_arguments
 from simo_lightning.preprocessing import Preprocessing, takes_preprocessing
-from simo_lightning.tensor_files import File, check_archive, check_sizes, first_line, read_tensors, reason_of
+from simo_lightning.tensor_files import (
+    SHARDED_REST,
+    File,
+    check_archive,
+    check_sizes,
+    first_line,
+    is_sharded,
+    read_sharded,
+    read_tensors,
+    reason_of,
+)
 
 _KEY = "simo_module"
-_SHARDED = "meta.pt"  # in the folder of a sharded checkpoint: all but weights and optimizer states
 # The files of a folder that ``SimOModule.save_pretrained`` writes, and the name of the class means among the weights,
 # which no parameter can have, since ``classes`` is an attribute of the module.
 CONFIG_FILE, WEIGHTS_FILE, CLASS_MEANS = "config.json", "model.safetensors", "classes.means"
@@ -96,8 +105,10 @@ class CheckpointMixin(InitArgumentsMixin):
         if trainer is None:  # load_from_checkpoint, which knows the path
             return
         path = trainer.ckpt_path
-        check_weights(self, checkpoint["state_dict"], path, strict=False)  # type: ignore[arg-type]
-        if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+        weights = checkpoint.get("state_dict")  # None: a strategy that shards weights has loaded them already
+        if weights is not None:
+            check_weights(self, weights, path, strict=False)  # type: ignore[arg-type]
+        if trainer.state.fn == "fit" and weights is not None and "optimizer_states" not in checkpoint:
             raise ValueError(
                 f"checkpoint {path} holds weights alone (save_weights_only), so a fit cannot be resumed from it: "
                 f"start a new one from its weights, {type(self).__name__}.load_from_checkpoint(path)"
@@ -175,7 +186,7 @@ class TrainingClasses(NamedTuple):
 def read_checkpoint(
     path: File, map_location: Any = None, weights_only: bool | None = None, mmap: bool | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint file, or a folder of :meth:`SimOModule.save_pretrained`.
+    """Read a checkpoint file, the folder of a sharded checkpoint, or one of :meth:`SimOModule.save_pretrained`.
 
     Args:
         path: File or folder.
@@ -195,6 +206,8 @@ def read_checkpoint(
     """
     if isinstance(path, str | Path) and Path(path, CONFIG_FILE).is_file():
         return _read_folder(Path(path), map_location)
+    if is_sharded(path):
+        return _read_sharded(path, map_location, weights_only)
     if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if map_location is None and not torch.accelerator.is_available():
@@ -209,6 +222,18 @@ def read_checkpoint(
         raise ValueError(f"checkpoint {path} cannot be read: {reason_of(path, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"checkpoint {path} must hold a state_dict, as Lightning writes it, got none")
+    return checkpoint
+
+
+def _read_sharded(folder: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+    """A folder of shards in the form of a checkpoint."""
+    if weights_only is False:
+        raise ValueError(f"weights_only must not be False for the folder {folder}, which is never opened unchecked")
+    checkpoint = read_sharded(folder)
+    if map_location is not None:
+        if not isinstance(map_location, str | torch.device):
+            raise ValueError(f"map_location must be a device for the folder {folder}, got {map_location!r}")
+        checkpoint["state_dict"] = {name: value.to(map_location) for name, value in checkpoint["state_dict"].items()}
     return checkpoint
 
 
@@ -371,7 +396,7 @@ def load_preprocessing(path: str | Path) -> Preprocessing | None:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, or its preprocessing is not valid.
     """
-    sharded = Path(path, _SHARDED)
+    sharded = Path(path, SHARDED_REST)
     try:
         if sharded.is_file():
             checkpoint = torch.load(sharded, map_location="cpu", weights_only=True)

@@ -59,6 +59,7 @@ from simo_lightning.run_folder import (
     run_folder_of,
     use_run_folder,
 )
+from simo_lightning.tensor_files import is_sharded, read_sharded, restore_former
 
 # Callbacks that a config can set, or switch off with null.
 CALLBACKS: dict[str, type[pl.Callback]] = {
@@ -137,7 +138,7 @@ class SimoCLI(FunctionCLI):
         _check_settings(command, config)
         own_run = self._run_of_config()
         if command in ("validate", "test", "predict") and own_run is not None and config.ckpt_path is None:
-            config.ckpt_path = "best" if (own_run / "checkpoints" / "best.ckpt").is_file() else "last"
+            config.ckpt_path = "best" if (own_run / "checkpoints" / "best.ckpt").exists() else "last"
         source, self.run_dir = self._find_run_folder(config, own_run)
         config.ckpt_path = self._find_checkpoint(config.ckpt_path, source)
         config.run_dir = str(self.run_dir)
@@ -336,14 +337,18 @@ class SimoCLI(FunctionCLI):
         path = Path(asked)
         if asked in ("best", "last"):
             path = folder / "checkpoints" / f"{asked}.ckpt"
-            if not path.is_file() and fitting:
+            restore_former(path)
+            if not path.exists() and fitting:
                 _print(f"no checkpoint at {path} yet: starting from the beginning")
                 return None
         if path.is_dir() and (path / CONFIG_FILE).is_file():
             raise ValueError(f"--ckpt_path must be a checkpoint file, got the folder {path} of a shared model")
         # a damaged file is reported now, not after the data are read; `plot` has no weights_only
         weights_only = self.config[self.config.subcommand].get("weights_only")
-        checkpoint = read_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        if is_sharded(path):
+            checkpoint = read_sharded(path, tensors=False)
+        else:
+            checkpoint = read_checkpoint(path, map_location="cpu", weights_only=weights_only)
         if fitting:
             missing = [name for name in ("loops", "optimizer_states", "lr_schedulers") if name not in checkpoint]
             if missing:

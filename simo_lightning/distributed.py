@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def world_size() -> int:
@@ -84,6 +85,38 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give the buffers of a module, such as BatchNorm's running statistics, the values of the first process.
+
+    Args:
+        module: Changed in place; the same on every process.
+    """
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def shard_weights(module: nn.Module, mesh: Any) -> None:
+    """Spread the weights of a module over processes (FSDP2), block by block.
+
+    A block is a module with submodules of its own in an ``nn.Sequential`` or ``nn.ModuleList``, such as a residual
+    block or a transformer layer. Its weights are gathered for its forward and backward pass alone. Weights outside of
+    blocks are gathered together.
+
+    Args:
+        module: Changed in place; does nothing if it is sharded already or has no parameters.
+        mesh: One-dimensional DeviceMesh of the processes.
+    """
+    if isinstance(module, FSDPModule) or next(module.parameters(), None) is None:
+        return
+    for parent in reversed(list(module.modules())):  # inner blocks before those that contain them
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            for block in parent.children():
+                if next(block.children(), None) is not None and next(block.parameters(), None) is not None:
+                    fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 def _gather(rows: Tensor) -> tuple[Tensor, list[int]]:

@@ -19,6 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from simo_lightning.retry import retry_while_lost
+
 
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
     """The module's trainer, or None. The public property raises if there is none (by design, since 2.0; 2.6.6)."""
@@ -126,8 +128,14 @@ class _AppendingWriter(ExperimentWriter):
             path.unlink()  # a header is written only to a new file
 
     def save(self) -> None:
+        keys, write = list(self.metrics_keys), super().save
+
+        def attempt() -> None:
+            self.metrics_keys = list(keys)  # a new one is written into the header once
+            write()
+
         try:
-            super().save()
+            retry_while_lost(attempt, self.metrics_file_path)
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(error.errno, f"{self.metrics_file_path} cannot be written: {reason}") from error

@@ -22,7 +22,7 @@ from simo_lightning.checkpoints import (
     known_preprocessing,
     training_classes,
 )
-from simo_lightning.distributed import gather_rows, world_size
+from simo_lightning.distributed import gather_rows, shard_weights, world_size
 from simo_lightning.lightning_private import attached_trainer
 from simo_lightning.losses import SimOLoss, configure_loss
 from simo_lightning.losses.simo import Reduce
@@ -163,11 +163,27 @@ class SimOModule(SharingMixin, CheckpointMixin, pl.LightningModule):
         self.classes, self._step_of_class_means = TrainingClasses(names, filled), self.global_step
 
     def configure_model(self) -> None:
-        """Give the loss the number of classes of training and the dimension of the embeddings."""
+        """Give the loss the number of classes of training and the dimension of the embeddings; shard the weights.
+
+        Under a strategy with a device mesh (ShardedStrategy, Lightning's ModelParallelStrategy) the encoder is sharded
+        block by block (FSDP2), and the parameters of the loss together. Override it to shard otherwise.
+
+        Raises:
+            ValueError: If the mesh has several tensor-parallel processes, which need a division of layers of your own.
+        """
         trainer = attached_trainer(self)
         if trainer is not None and trainer.state.fn == "fit":
             data, dimension = getattr(trainer, "datamodule", None), getattr(self.encoder, "embedding_dim", None)
             self._configure_loss(_number_of_classes(data), dimension)
+        if self.device_mesh is not None:
+            processes = self.device_mesh["tensor_parallel"].size()
+            if processes > 1:
+                raise ValueError(
+                    "tensor_parallel_size must be 1, since the default configure_model shards weights over "
+                    f"data-parallel processes only, got {processes}: use --trainer.strategy ShardedStrategy"
+                )
+            shard_weights(self.encoder, self.device_mesh["data_parallel"])
+            shard_weights(self.loss, self.device_mesh["data_parallel"])
 
     def _configure_loss(self, num_classes: int | None, embedding_dim: int | None) -> None:
         configure_loss(self.loss, num_classes, embedding_dim)
@@ -193,7 +209,7 @@ class SimOModule(SharingMixin, CheckpointMixin, pl.LightningModule):
         sizes = stored.get("loss_sizes") if isinstance(stored, dict) else None
         if sizes is not None and self.loss_sizes is None:
             sizes = _checked_sizes(sizes)
-            with MemoryLimit(checkpoint["state_dict"]):
+            with MemoryLimit(checkpoint.get("state_dict", {})):
                 self._configure_loss(**sizes)
         super().on_load_checkpoint(checkpoint)
 

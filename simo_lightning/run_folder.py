@@ -96,7 +96,7 @@ def claim_run_folder(root: Path, start: Start, resume: bool) -> tuple[Path, bool
             "--run_dir must be given where several processes start at once without a job id to name the folder after"
         )
     if start.job is None and resume:
-        resumable = [folder for folder in _versions(root) if (folder / "checkpoints" / "last.ckpt").is_file()]
+        resumable = [folder for folder in _versions(root) if _has_checkpoint(folder, "last")]
         if resumable:
             return use_run_folder(resumable[-1]), False
     for folder in _candidates(root, start.job):
@@ -119,7 +119,7 @@ def newest_run(root: Path, checkpoint: str) -> Path:
     job, versions = _job(), _versions(root)
     of_job = list(itertools.takewhile(Path.is_dir, _candidates(root, job))) if job else []
     of_job.sort(key=lambda folder: max(path.stat().st_mtime_ns for path in (folder, *folder.glob("starts/*.json"))))
-    found = [folder for folder in versions + of_job if (folder / "checkpoints" / f"{checkpoint}.ckpt").is_file()]
+    found = [folder for folder in versions + of_job if _has_checkpoint(folder, checkpoint)]
     if found:
         return found[-1]
     return of_job[-1] if of_job else versions[-1] if versions else root / (f"job_{job}" if job else "version_0")
@@ -247,6 +247,12 @@ def _has_trained_since(folder: Path, start: Path) -> bool:
     """Whether results are newer than a start: then it is over, since no process trains before all have a folder."""
     results = (folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt", folder / "metrics.csv")
     return any(path.exists() and path.stat().st_mtime_ns > start.stat().st_mtime_ns for path in results)
+
+
+def _has_checkpoint(folder: Path, name: str) -> bool:
+    """Whether a run has a checkpoint, a file or a folder, which a crash may have left at ``tensor_files.former_of``."""
+    checkpoints = folder / "checkpoints"
+    return (checkpoints / f"{name}.ckpt").exists() or (checkpoints / f".{name}.ckpt.former").exists()
 
 
 def _candidates(root: Path, job: str | None) -> Iterator[Path]:

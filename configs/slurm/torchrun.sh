@@ -40,7 +40,24 @@ then
   echo "torchrun.sh: this machine is the head, $HEAD" >&2
 fi
 
-torchrun --nnodes "${NNODES:-1}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
+# The others reach this machine's processes at the address by which it reaches HEAD, not at its name, which need not
+# resolve there. Gloo, by which processes without a GPU communicate, takes the name's unless it is given the interface.
+address=$("$python" - "$HEAD" <<'PYTHON'
+import socket, sys
+
+host, _, port = sys.argv[1].rpartition(":")
+found = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+with socket.socket(found[0], socket.SOCK_DGRAM) as probe:
+    probe.connect(found[4])  # sends nothing
+    print(probe.getsockname()[0])
+PYTHON
+)
+
+# Else processes that torchrun restarts find the addresses of those before them in its store, and cannot connect.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+torchrun --local-addr "$address" --nnodes "${NNODES:-1}" --nproc-per-node "$processes" \
+  --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$RUN_ID" ${head[@]+"${head[@]}"} \
   --no-python simo fit "$@" --ckpt_path last --trainer.strategy ddp \
   --trainer.devices "$processes" --trainer.num_nodes "${NNODES:-1}"

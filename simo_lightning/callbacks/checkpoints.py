@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simo_lightning import lightning_private
@@ -18,6 +20,9 @@ from simo_lightning.callbacks.evaluation import EvaluationCallback
 from simo_lightning.callbacks.knn import OnlineKNN
 from simo_lightning.callbacks.plots import EmbeddingPlots
 from simo_lightning.callbacks.retrieval import RetrievalMonitor
+from simo_lightning.retry import retry_while_lost
+from simo_lightning.strategies import ShardedStrategy
+from simo_lightning.tensor_files import is_sharded, named_in_error, read_sharded, replace_folder, unfinished_of
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -26,6 +31,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning's own writes to the temporary folder and moves the file. If that folder is on another file system, the
     move copies over the target, and a crash leaves neither checkpoint. The package's callbacks install this class.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()  # that have been there: one that is missing now is not made again, but lost
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a file.
@@ -36,36 +45,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             storage_options: None.
 
         Raises:
-            OSError: If the file cannot be written, as on a full disk. The former file is kept.
+            OSError: If the file cannot be written, at once on a full disk, after a minute if the folder is lost. The
+                former file is kept.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.unfinished")  # overwritten by the next save if a crash leaves it
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except Exception as error:
-            with suppress(OSError):
-                unfinished.unlink()
-            failure = _system_error(error)
-            if failure is None:
+        if path.parent not in self._folders:
+            with named_in_error(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(path.parent)
+        retry_while_lost(partial(self._write, checkpoint, path), path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file, or the folder of a sharded checkpoint, for a strategy that does not shard weights."""
+        if is_sharded(path):
+            return read_sharded(path)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    @staticmethod
+    def _write(checkpoint: dict[str, Any], path: Path) -> None:
+        unfinished = unfinished_of(path)  # overwritten by the next save if a crash leaves it
+        with named_in_error(path):
+            try:
+                with unfinished.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.is_dir():
+                    replace_folder(unfinished, path)
+                else:
+                    unfinished.replace(path)
+            except Exception:
+                with suppress(OSError):
+                    unfinished.unlink()
                 raise
-            kept = "; the one before it is intact" if path.exists() else ""
-            reason = failure.strerror or str(failure)
-            raise OSError(failure.errno, f"checkpoint {path} cannot be written: {reason}{kept}") from error
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error in a chain of exceptions, to which torch adds its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 class _InRunFolder(ModelCheckpoint):
@@ -77,7 +94,7 @@ class _InRunFolder(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the best value also if the run was moved, or the working directory is another one."""
-        if self.dirpath is not None and Path(self.dirpath, f"{self.filename}.ckpt").is_file():
+        if self.dirpath is not None and Path(self.dirpath, f"{self.filename}.ckpt").exists():
             state_dict = dict(state_dict)
             for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
                 state_dict[name] = self._here(state_dict.get(name, ""))
@@ -229,9 +246,13 @@ def checkpoint_folder(trainer: pl.Trainer) -> str:
 def write_atomically(trainer: pl.Trainer) -> None:
     """Replace Lightning's own checkpoint plugin by AtomicCheckpointIO; a plugin that the user chose is kept.
 
+    Lightning's ModelParallelStrategy becomes a :class:`~simo_lightning.strategies.ShardedStrategy`.
+
     Args:
         trainer: Its strategy writes checkpoints.
     """
+    if type(trainer.strategy) is ModelParallelStrategy:
+        trainer.strategy.__class__ = ShardedStrategy  # it has no plugin for the folder of a sharded checkpoint
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 

@@ -521,8 +521,16 @@ class PairDataModule(LightningDataModule):
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the training loader, which is created later."""
+        """Keep the position for the training loader, which is created later.
+
+        A strategy for sharded weights restores after the optimizer is made, whose schedule may have read the length of
+        the training loader; it then exists and takes the position at once.
+        """
         self._resume = state_dict.get("train_loader")
+        exists = self._train_loader is not None and self.trainer is not None
+        if exists and self._resume is not None and self.trainer.train_dataloader is self._train_loader:  # type: ignore[union-attr]
+            self._train_loader.load_state_dict(self._resume)  # type: ignore[union-attr]
+            self._resume = None
 
     def _batches_processed(self) -> int:
         assert self.trainer is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from simo_lightning.data.cache import CACHE
 from simo_lightning.data.sources import Split, name_list
 from simo_lightning.preprocessing import FORMATS, Decoder, PictureSize, Preprocessing
+from simo_lightning.retry import retry_while_lost
 
 IGNORED = frozenset(  # written by operating systems and archivers; names that begin with a dot are ignored too
     {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
@@ -76,8 +77,7 @@ class FolderImages:
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = np.empty((len(indices), self.decoder.channels, *self.decoder.size), dtype=np.uint8)
         for position, index in enumerate(indices):
-            with named_as_broken(self.advice):
-                images[position] = self.decoder.read(self.file(index))[0]
+            images[position] = self.read(index, self.decoder.read)[0]
         return torch.from_numpy(images), self.labels[torch.as_tensor(indices, dtype=torch.int64)]
 
     def path(self, index: int) -> Path:
@@ -87,6 +87,15 @@ class FolderImages:
     def file(self, index: int) -> Path | BinaryIO:
         """What the decoder reads for one image."""
         return self.path(index)
+
+    def read(self, index: int, read: Callable[[Path | BinaryIO], Any]) -> Any:
+        """What ``read`` makes of the file of one image; tried again while its file system is away.
+
+        Raises:
+            ValueError: If it does not decode; the message names it.
+        """
+        with named_as_broken(self.advice):
+            return retry_while_lost(lambda: read(self.file(index)), self.path(index))
 
     @property
     def stored(self) -> Sequence[str]:
@@ -116,8 +125,8 @@ class FolderImages:
             ValueError: If it is not an image or is damaged; the message names it.
         """
         decoder = Decoder(self.decoder.background, self.decoder.max_value)
-        with named_as_broken(self.advice):
-            return decoder(self.file(index), size)[0]
+        found: Image.Image = self.read(index, lambda file: decoder(file, size))[0]
+        return found
 
     def subset(self, indices: Tensor) -> FolderImages:
         """The images at ``indices`` (int64 ``(M,)``), in that order."""

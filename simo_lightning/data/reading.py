@@ -171,8 +171,7 @@ def _decode_part(part: FolderImages, keep: bool, skip: bool) -> _Part:
     position = 0
     for index, name in enumerate(part.names.tolist()):
         try:
-            with named_as_broken(part.advice):
-                image, changed = part.decoder.read(part.file(index))
+            image, changed = part.read(index, part.decoder.read)
         except ValueError as error:
             if not skip:
                 raise
