@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import timing_decode, timing_embed, timing_fit
+from benchmarks import timing_decode, timing_embed, timing_fit, timing_knn
 from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds
 from benchmarks.tables import timing as table
@@ -128,6 +128,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "micro_batches": micro_batches,
     "decode": timing_decode.decode,
     "embed": timing_embed.embed,
+    "knn": timing_knn.knn,
+    "validation": timing_knn.validation,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -143,11 +145,15 @@ def main() -> None:
     )
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of NAME.csv, which is replaced")
     own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
+    own.add_argument("--queries", type=int, default=5000, help="of knn")
+    own.add_argument("--bank", type=int, default=1_280_000, help="embeddings that knn compares with")
+    own.add_argument("--dim", type=int, default=128, help="of the embeddings of knn")
+    own.add_argument("--full", action="store_true", help="knn with 50,000 queries, one round")
     given = own.parse_args()
     if not (
         given.quick
         or given.data_dir
-        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed"}
+        or {*given.names} <= {"loss", "levels", "profile", "micro_batches", "decode", "embed", "knn"}
     ):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:

@@ -34,6 +34,9 @@ def step_embeddings(outputs: Any) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+# Key of a checkpoint: the last values, where a validation may pass without new ones.
+_VALUES = "last_evaluation"
+
 _WANTED = "a dictionary with embeddings (N, D) and labels (N,)"
 
 
@@ -216,13 +219,14 @@ class EvaluationCallback(Callback):
             self._values = {f"{stage}/{name}": float(value) for name, value in values.items()}
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """The last values, if a validation may pass without new ones."""
-        return {"values": self._values} if self.planned is not None and self.planned.every > 1 else {}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # not as state_dict, with which Lightning allows one callback of a class
+        if self.planned is not None and self.planned.every > 1:
+            checkpoint.setdefault(_VALUES, {}).update(self._values)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._values = {str(name): float(value) for name, value in state_dict.get("values", {}).items()}
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._values = {str(name): float(value) for name, value in checkpoint.get(_VALUES, {}).items()}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
