@@ -14,9 +14,9 @@ from tests.callback_parts import History, trainer
 
 
 class Many(pl.LightningDataModule):
-    """Many tiny images of 100 classes, so that the least bank takes far more than a tenth of an epoch."""
+    """Many tiny images of 200 classes, so that the least bank takes far more than a tenth of an epoch."""
 
-    num_classes = 100
+    num_classes = 200
 
     def __init__(self, train: int = 8000, val: int = 300) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Many(pl.LightningDataModule):
 
 def draw(count: int, seed: int) -> TensorDataset:
     images = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
-    return TensorDataset(images, torch.arange(count) % 100)
+    return TensorDataset(images, torch.arange(count) % 200)
 
 
 class Linear(pl.LightningModule):
@@ -66,14 +66,15 @@ def test_a_fit_evaluates_first_and_last_and_in_between_as_the_budget_allows(tmp_
     data, history, knn = Many(), History(), OnlineKNN()
     options = {"max_epochs": 7, "enable_checkpointing": True}
     trainer(tmp_path, *monitors(tmp_path), knn, history, **options).fit(Linear(), data)
-    # 3 passes of 8,000 images train; 2,400 less 300 of validation buy a bank of 60 * 100 images every third time
-    assert knn.planned == (6000, 3)
-    line = "OnlineKNN compares with 6,000 of 8,000 images of the bank every 3 epochs"
+    # 3 passes of 8,000 images train; 2,400 less 300 of validation buy a bank of 20 * 200 images every second time
+    assert knn.planned == (4000, 2)
+    line = "OnlineKNN compares with 4,000 of 8,000 images of the bank every 2 epochs"
     assert sum(line in record.message for record in caplog.records) == 1
-    assert [limit for limit in data.limits if limit] == [6000] * 4  # epochs 1, 3, 6 and the last, 7
+    assert [limit for limit in data.limits if limit] == [4000] * 5  # epochs 1, 2, 4, 6 and the last, 7
     values = [float(seen["val/knn"]) for seen in history.seen[1:]]
     assert len(values) == 7
-    assert values[0] == values[1]
+    assert values[1] == values[2]
+    assert values[3] == values[4]
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
     assert list((tmp_path / "theirs").iterdir())
 
@@ -114,7 +115,7 @@ def test_retrieval_has_fewer_queries_where_images_are_many(tmp_path):
     trainer(tmp_path, monitor, max_epochs=1).fit(Linear(), Many(1000, 5000))
     images, every = monitor.planned
     # D = 128 is assumed: 5,000 * 1,012 multiplications a query, of 3 * 1,000 * 0.05 images' worth of a million
-    assert (images, every) == (2000, 68)
+    assert (images, every) == (4000, 135)
     assert monitor.class_values  # the first epoch is evaluated
 
 

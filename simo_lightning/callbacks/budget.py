@@ -2,9 +2,9 @@
 
 The choice follows from numbers of images, classes and weights alone, never from measured time, so it is the same on all
 processes and in a resumed run. Costs are counted in passes: one image through the encoder, without gradient, which is
-taken to need one multiplication per weight, and at least a million with reading the image. Training costs one pass an
-image and two more for the gradient of the weights that are trained; augmentation, several views and convolutions, which
-use a weight many times, are left out, so the real share is smaller.
+taken to need one multiplication per weight, 16 per weight of a convolution, and at least a million with reading the
+image. Training costs one pass an image and two more for the gradient of the weights that are trained. Augmentation,
+several views, the optimizer and larger feature maps are left out, which make the real share smaller.
 """
 
 import math
@@ -20,6 +20,7 @@ from simo_lightning.distributed import sum_over_ranks
 SHARE = 0.1  # of an epoch of training that validation may take
 _LEAST_SHARE = 0.05  # that an evaluation gets even if the validation images alone take more than the rest
 _LEAST_MULTIPLICATIONS = 1e6  # for an image
+_POSITIONS = 16  # of an image at which a weight of a convolution is used
 
 
 class Plan(NamedTuple):
@@ -106,11 +107,12 @@ def fit_sizes(trainer: Trainer, pl_module: LightningModule, trained: int | None)
     within = trainer.num_training_batches // trainer.val_check_batch if trainer.val_check_batch else 1
     weights = [each for each in pl_module.parameters() if not nn.parameter.is_lazy(each)]
     count = sum(each.numel() for each in weights)
+    filters = sum(each.numel() for each in weights if each.ndim >= 4)
     learned = sum(each.numel() for each in weights if each.requires_grad) / max(count, 1)
     return Sizes(
         trained=round(trained * min(1.0, trainer.num_training_batches / batches)),
         validated=validated,
-        multiplications=max(float(count), _LEAST_MULTIPLICATIONS),
+        multiplications=max(float(count + (_POSITIONS - 1) * filters), _LEAST_MULTIPLICATIONS),
         passes=1 + 2 * learned,
         epochs=(trainer.check_val_every_n_epoch or 1) / max(1, int(within)),
     )

@@ -20,8 +20,8 @@ from simo_lightning.functional.knn import check_finite
 from simo_lightning.functional.retrieval import average_scores
 from simo_lightning.metrics.sharded import class_counts_over_ranks, class_means_over_ranks, knn_predict_over_ranks
 
-_LEAST_PER_CLASS = 60  # images of the bank of each class, of which 20 vote
-_LEAST = 500  # images of the bank
+_LEAST_PER_CLASS = 20  # images of the bank of each class, of which 7 vote
+_LEAST = 200  # images of the bank
 
 
 class OnlineKNN(EvaluationCallback):
@@ -45,7 +45,7 @@ class OnlineKNN(EvaluationCallback):
         k: Neighbours that vote, by cosine similarity. None: 20, and fewer for a class with fewer than 58 images in the
             bank, as :func:`~simo_lightning.functional.knn_predict` does, so that small classes can win the vote.
         bank_size: Number of training images to compare with; None: all. auto: in a fit as many as keep validation at
-            about 10 % of an epoch, at least 500 and 60 of each class; in ``trainer.validate`` and ``trainer.test`` all.
+            about 10 % of an epoch, at least 200 and 20 of each class; in ``trainer.validate`` and ``trainer.test`` all.
         every_n_epochs: Epochs of training from one evaluation to the next; in between, checkpoints see the last
             values. auto: 1, or more where the least bank would take more than about 10 % of the time; the first and
             the last epoch are evaluated in any case. A line at the start of a fit says what was chosen.
