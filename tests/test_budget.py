@@ -66,15 +66,15 @@ def test_a_fit_evaluates_first_and_last_and_in_between_as_the_budget_allows(tmp_
     data, history, knn = Many(), History(), OnlineKNN()
     options = {"max_epochs": 7, "enable_checkpointing": True}
     trainer(tmp_path, *monitors(tmp_path), knn, history, **options).fit(Linear(), data)
-    # 3 passes of 8,000 images train; 2,400 less 300 of validation buy a bank of 20 * 200 images every second time
-    assert knn.planned == (4000, 2)
-    line = "OnlineKNN compares with 4,000 of 8,000 images of the bank every 2 epochs"
+    # 3 passes of 8,000 images train; 1,920 less 300 of validation buy a bank of 20 * 200 images every third time
+    assert knn.planned == (4000, 3)
+    line = "OnlineKNN compares with 4,000 of 8,000 images of the bank every 3 epochs"
     assert sum(line in record.message for record in caplog.records) == 1
-    assert [limit for limit in data.limits if limit] == [4000] * 5  # epochs 1, 2, 4, 6 and the last, 7
+    assert [limit for limit in data.limits if limit] == [4000] * 4  # epochs 1, 3, 6 and the last, 7
     values = [float(seen["val/knn"]) for seen in history.seen[1:]]
     assert len(values) == 7
-    assert values[1] == values[2]
-    assert values[3] == values[4]
+    assert values[0] == values[1]
+    assert values[2] == values[3] == values[4]
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
     assert list((tmp_path / "theirs").iterdir())
 
@@ -104,7 +104,7 @@ def test_explicit_numbers_and_evaluations_outside_of_a_fit_are_as_given(tmp_path
     assert data.limits == [None, 700]
     only_interval = OnlineKNN(bank_size=4000)
     trainer(tmp_path, only_interval, max_epochs=1).fit(Linear(), data)
-    assert only_interval.planned == (None, 2)
+    assert only_interval.planned == (None, 3)
     only_size = OnlineKNN(every_n_epochs=10)
     trainer(tmp_path, only_size, max_epochs=1).fit(Linear(), Many(30_000))
     assert only_size.planned == (None, 1)  # ten validations buy all images
@@ -114,8 +114,8 @@ def test_retrieval_has_fewer_queries_where_images_are_many(tmp_path):
     monitor = RetrievalMonitor()
     trainer(tmp_path, monitor, max_epochs=1).fit(Linear(), Many(1000, 5000))
     images, every = monitor.planned
-    # D = 128 is assumed: 5,000 * 1,012 multiplications a query, of 3 * 1,000 * 0.05 images' worth of a million
-    assert (images, every) == (4000, 135)
+    # D = 128 is assumed: 5,000 * 1,012 multiplications a query, of 3 * 1,000 * 0.04 images' worth of a million
+    assert (images, every) == (4000, 169)
     assert monitor.class_values  # the first epoch is evaluated
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from simo_lightning.distributed import sum_over_ranks
 
-SHARE = 0.1  # of an epoch of training that validation may take
-_LEAST_SHARE = 0.05  # that an evaluation gets even if the validation images alone take more than the rest
+SHARE = 0.08  # of an epoch of training that validation may take, so that with further callbacks it is a tenth
+_LEAST_SHARE = 0.04  # that an evaluation gets even if the validation images alone take more than the rest
 _LEAST_MULTIPLICATIONS = 1e6  # for an image
 _POSITIONS = 16  # of an image at which a weight of a convolution is used
 
