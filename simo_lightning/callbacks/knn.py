@@ -31,7 +31,7 @@ class OnlineKNN(EvaluationCallback):
     ``outputs["labels"]``. The bank is training images without augmentation: of the data module's
     ``bank_dataloader(limit=bank_size)``, or of any data loader. They are embedded in the trainer's precision, as
     :func:`~simo_lightning.callbacks.embed.embed_share` does. Every process embeds its share of the bank and keeps it;
-    the queries and their nearest neighbours are sent (:mod:`simo_lightning.metrics.sharded`).
+    the queries and their nearest neighbours are sent (``simo_lightning.metrics.sharded``).
 
     From the same embeddings it logs ``val/nearest_class_mean`` and ``test/nearest_class_mean``, the accuracy of the
     class whose mean has the largest cosine, the mean of the bank's embeddings at length 1

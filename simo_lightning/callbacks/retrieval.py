@@ -37,7 +37,7 @@ class RetrievalMonitor(EvaluationCallback):
 
     Every value is a mean over queries; ``val/recall_at_1_macro`` and so on are means over classes of the mean over
     their queries. One line states how many images and classes the values are over. Every process keeps its own images;
-    the queries and what is nearest to them are sent (:mod:`simo_lightning.metrics.sharded`). Definitions, ties and
+    the queries and what is nearest to them are sent (``simo_lightning.metrics.sharded``). Definitions, ties and
     sources: :func:`~simo_lightning.functional.retrieval_scores`.
 
     Args:

@@ -20,7 +20,7 @@ class RetrievalMetric(Metric):
 
     Without a gallery every image is a query, and all others are its gallery (leave-one-out). Batches passed with
     ``gallery=True`` are searched and are no queries themselves. The state grows with the number of images. On several
-    processes ``compute`` searches the embeddings where they are (:mod:`simo_lightning.metrics.sharded`), and every
+    processes ``compute`` searches the embeddings where they are (``simo_lightning.metrics.sharded``), and every
     process must call it; ``sync`` gathers them all.
 
     Args:
