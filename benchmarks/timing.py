@@ -20,6 +20,7 @@ from benchmarks import (
     timing_decode,
     timing_embed,
     timing_fit,
+    timing_knn,
     timing_moments,
     timing_pack,
     timing_stream,
@@ -164,6 +165,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "pack": timing_pack.pack,
     "moments": timing_moments.moments,
     "stream": timing_stream.stream,
+    "knn": timing_knn.knn,
+    "validation": timing_knn.validation,
     **{f.__name__: f for f in timing_fit.BENCHMARKS},
 }
 
@@ -180,8 +183,12 @@ def main() -> None:
     own.add_argument("--photos.data_dir", dest="photos_dir", help="photographs in class folders, for training")
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of NAME.csv, which is replaced")
     own.add_argument("--quick", action="store_true", help="small cases, on digits instead of CIFAR-10")
+    own.add_argument("--queries", type=int, default=5000, help="of knn")
+    own.add_argument("--bank", type=int, default=1_280_000, help="embeddings that knn compares with")
+    own.add_argument("--dim", type=int, default=128, help="of the embeddings of knn")
+    own.add_argument("--full", action="store_true", help="knn with 50,000 queries, one round")
     given = own.parse_args()
-    need_data = {"training", *(f.__name__ for f in timing_fit.BENCHMARKS)}
+    need_data = {"training", "validation", *(f.__name__ for f in timing_fit.BENCHMARKS)}
     if need_data & {*given.names} and not (given.quick or given.data_dir):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:

@@ -119,6 +119,24 @@ def shard_weights(module: nn.Module, mesh: Any) -> None:
     fully_shard(module, mesh=mesh)
 
 
+def exchange_rows(rows: Tensor, counts: Tensor) -> Tensor:
+    """Send each process its part of the rows, without gradient.
+
+    Args:
+        rows: ``(sum of counts, ...)``, the rows for process 0 first.
+        counts: Rows for each process, int64 ``(W,)``, the same on every process.
+
+    Returns:
+        This process's part of the rows of every process, ``(W, counts[rank], ...)``, in the order of the ranks.
+    """
+    own = int(counts[rank()])
+    if world_size() == 1:
+        return rows.unsqueeze(0)
+    received = rows.new_empty(world_size() * own, *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), [own] * world_size(), counts.tolist())
+    return received.view(world_size(), own, *rows.shape[1:])
+
+
 def _gather(rows: Tensor) -> tuple[Tensor, list[int]]:
     """The tensors of all ranks and their lengths. Each is padded to the longest: collectives require one shape."""
     size = torch.tensor([len(rows)], device=rows.device)

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from simo_lightning.checkpoints import TrainingClasses, known_preprocessing, load_encoder
 from simo_lightning.class_paths import Trusted
 from simo_lightning.functional.decomposition import OrthogonalShares, orthogonal_shares
-from simo_lightning.functional.knn import unit_vectors
+from simo_lightning.functional.neighbors import unit_vectors
 from simo_lightning.preprocessing import Preprocessing
 from simo_lightning.tensor_files import first_line
 

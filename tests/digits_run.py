@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 SIMO = str(Path(sys.executable).parent / "simo")
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 SMALL = ["--config", DIGITS, "--model.encoder.width", "0.125", "--trainer.accelerator", "cpu"]
+SMALL += ["--knn.bank_size", "null", "--knn.every_n_epochs", "1"]  # as in validate and test, which compare with all
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 FEW_PLOTS = ["--plots.every_n_epochs", "4"]
 

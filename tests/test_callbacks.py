@@ -110,7 +110,7 @@ def test_knn_evaluates_every_n_epochs_and_keeps_its_value_between(tmp_path):
             counted.append(self.trainer.current_epoch)
             return super().bank_dataloader(limit)
 
-    trainer(tmp_path, OnlineKNN(every_n_epochs=2), history, max_epochs=5).fit(Encoder(), Counted())
+    trainer(tmp_path, OnlineKNN(bank_size=None, every_n_epochs=2), history, max_epochs=5).fit(Encoder(), Counted())
     assert counted == [1, 3]
     values = [seen.get("val/knn") for seen in history.seen]
     assert values[:2] == [None, None]  # sanity check and first epoch

@@ -22,6 +22,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SimOModule, 
     trainer = pl.Trainer(
         max_epochs=1,
         limit_train_batches=2,
+        callbacks=[OnlineKNN(bank_size=None)],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,

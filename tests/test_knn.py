@@ -95,11 +95,11 @@ def test_accuracy_equals_scikit_learns_score_with_one_neighbour():
     assert knn_accuracy(queries, classes(300, seed=3), bank, labels, k=1).item() == pytest.approx(score)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 300, 1000])
-def test_chunks_do_not_change_the_result(chunk_size):
+@pytest.mark.parametrize("chunk_bytes", [1, 300, 20_000, 1_000_000])
+def test_chunks_do_not_change_the_result(chunk_bytes):
     queries, bank, labels = rows(300), rows(400, seed=2), classes(400)
     whole = knn_predict(queries, bank, labels, k=9)
-    assert torch.equal(knn_predict(queries, bank, labels, k=9, chunk_size=chunk_size), whole)
+    assert torch.equal(knn_predict(queries, bank, labels, k=9, chunk_bytes=chunk_bytes), whole)
 
 
 def test_a_tied_vote_goes_to_the_more_similar_class():
@@ -162,7 +162,7 @@ def test_no_query_gives_no_prediction_and_no_accuracy():
         ({"queries": rows(4).tolist()}, "queries must be a tensor, got list"),
         ({"queries": None}, "queries must be a tensor, got NoneType"),
         ({"bank": rows(0), "bank_labels": classes(0)}, "bank must have at least 1 embedding, got none"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_bytes": 0}, "chunk_bytes must be at least 1, got 0"),
         ({"queries": rows(4) / 0}, "queries must be finite, got nan or inf in 4 of 4 embeddings"),
         ({"bank": torch.full((5, 6), float("nan"))}, "bank must be finite, got nan or inf in 5 of 5 embeddings"),
     ],

@@ -99,7 +99,7 @@ def test_ties_put_irrelevant_images_first_in_any_order():
     expected = np.array(loop(embeddings, labels, embeddings, labels, alone=True, k=4))
     for seed in range(3):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
-        scores = retrieval_scores(embeddings[order], labels[order], ks=(4,), chunk_size=7 + seed)
+        scores = retrieval_scores(embeddings[order], labels[order], ks=(4,), chunk_bytes=4000 + seed)
         found = torch.stack((scores.recall[:, 0], scores.r_precision, scores.average_precision), dim=1)
         np.testing.assert_allclose(found.numpy(), expected[order], atol=1e-6)
 
@@ -125,12 +125,12 @@ def test_perfect_embeddings_score_one():
     assert ours(torch.eye(3)[labels], labels) == [1, 1, 1]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 50, 1000])
+@pytest.mark.parametrize("chunk_bytes", [1, 300, 3000, 1_000_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_do_not_change_the_result(chunk_size, dtype):
+def test_chunks_do_not_change_the_result(chunk_bytes, dtype):
     embeddings, labels = ragged()
     whole = retrieval_scores(embeddings.to(dtype), labels)
-    found = retrieval_scores(embeddings.to(dtype), labels, chunk_size=chunk_size)
+    found = retrieval_scores(embeddings.to(dtype), labels, chunk_bytes=chunk_bytes)
     for mine, expected in zip(found, whole, strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -152,13 +152,13 @@ def test_memory_is_bounded_by_chunks():
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             if isinstance(result, Tensor):
-                largest = max(largest, result.numel())
+                largest = max(largest, result.nbytes)
             return result
 
     embeddings, labels = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 50
     with Largest():
-        retrieval_scores(embeddings, labels, chunk_size=100)
-    assert largest == 100 * (39 + 100)  # chunk_size * (R + chunk_size)
+        retrieval_scores(embeddings, labels, chunk_bytes=2**16)
+    assert 2**16 <= largest <= 3 * 2**16  # 16 MB would be all similarities in float32
 
 
 def test_without_a_pair_nothing_is_defined():
@@ -175,7 +175,7 @@ def test_without_a_pair_nothing_is_defined():
     ("change", "message"),
     [
         ({"ks": (0, 1)}, r"k must be at least 1, got \[0, 1\]"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk_bytes": 0}, "chunk_bytes must be at least 1, got 0"),
         ({"gallery": torch.ones(3, 2)}, "gallery and gallery_labels must be given both or neither, got one"),
         ({"gallery": torch.ones(3, 3), "gallery_labels": torch.ones(3).long()}, r"got \(4, 2\) and \(3, 3\)"),
         ({"gallery": torch.ones(3, 2), "gallery_labels": torch.ones(3)}, "gallery_labels must be integers"),
@@ -209,7 +209,7 @@ def test_averages_are_checked():
         recall_at_k(torch.ones(4, 2), torch.arange(4), average="weighted")
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.2, got 0\.\.3"):
         average_scores(torch.ones(4), torch.arange(4), "none", num_classes=3)
-    for options in ({"average": "weighted"}, {"k": 0}, {"num_classes": 0}, {"chunk_size": 0}):
+    for options in ({"average": "weighted"}, {"k": 0}, {"num_classes": 0}, {"chunk_bytes": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             RecallAtK(**options)
 

@@ -159,8 +159,9 @@ class BestCheckpoint(_InRunFolder):
         """Whether the metric may be missing because it has not been evaluated since this start."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         evaluations = [each for each in callbacks if isinstance(each, EvaluationCallback)]
-        every = {each.every_n_epochs for each in evaluations if not isinstance(each, EmbeddingPlots)} - {1}
-        periods = [math.lcm(number, trainer.check_val_every_n_epoch or 1) for number in every]  # with a validation
+        # with "auto" the first validation is evaluated
+        every = {each.every_n_epochs for each in evaluations if not isinstance(each, EmbeddingPlots)} - {1, "auto"}
+        periods = [math.lcm(int(number), trainer.check_val_every_n_epoch or 1) for number in every]  # with a validation
         pending = not self._validated or any(
             (trainer.current_epoch + 1) // period == self._first_epoch // period for period in periods
         )

@@ -44,11 +44,33 @@ def embed_images(pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor
     return (embed if callable(embed) else pl_module)(batch[0]), batch[1]
 
 
-@torch.no_grad()
 def embed_loader(
     trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any], embed: EmbedBatch | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings and labels of a data loader, over all processes, in eval mode and the trainer's precision.
+    """Embeddings and labels of a data loader, over all processes: what :func:`embed_share` returns, gathered.
+
+    Args:
+        trainer: In validation or test.
+        pl_module: Embeds.
+        loader: This process's share of the batches. :func:`own_batches` takes it from a loader of the whole data set.
+        embed: Maps the module and a batch to embeddings ``(N, D)`` and labels ``(N,)``; None: :func:`embed_images`.
+
+    Returns:
+        ``(N, D)`` in float32 or float64 and ``(N,)``, on the trainer's device, ordered by process, then as loaded.
+
+    Raises:
+        TypeError: If a batch is not ``(images, labels)`` and ``embed`` is None.
+        ValueError: If no process has a batch.
+    """
+    embeddings, labels = embed_share(trainer, pl_module, loader, embed)
+    return gather_rows(embeddings), gather_rows(labels)
+
+
+@torch.no_grad()
+def embed_share(
+    trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any], embed: EmbedBatch | None = None
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels of this process's share of a data loader, in eval mode and the trainer's precision.
 
     A batch reaches the module as a batch of validation does: through the trainer's batch-transfer hooks. With a data
     module that has ``prepare(batch, augment)``, such as a PairDataModule, it goes through that, without augmentation.
@@ -61,7 +83,7 @@ def embed_loader(
         embed: Maps the module and a batch to embeddings ``(N, D)`` and labels ``(N,)``; None: :func:`embed_images`.
 
     Returns:
-        ``(N, D)`` in float32 or float64 and ``(N,)``, on the trainer's device, ordered by process, then as loaded.
+        ``(N, D)`` in float32 or float64 and ``(N,)``, on the trainer's device, as loaded; N may be 0.
 
     Raises:
         TypeError: If a batch is not ``(images, labels)`` and ``embed`` is None.
@@ -85,7 +107,7 @@ def embed_loader(
     if not embeddings:
         embeddings.append(torch.zeros(0, dim, device=device, dtype=torch.float64 if is_double else torch.float32))
         labels.append(torch.zeros(0, dtype=torch.long, device=device))
-    return gather_rows(torch.cat(embeddings)), gather_rows(torch.cat(labels).long())
+    return torch.cat(embeddings), torch.cat(labels).long()
 
 
 # Embeddings of the data modules' banks in the evaluation that runs, so that several callbacks embed each once.
@@ -99,24 +121,24 @@ def embed_bank(
     limit: int | None = None,
     embed: EmbedBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings and labels of the bank, as :func:`embed_loader`; callbacks of one evaluation share them.
+    """This process's share of the bank, as :func:`embed_share`; callbacks of one evaluation use the same.
 
     Args:
         trainer: In validation or test.
         pl_module: Embeds.
         bank: A loader of the whole bank, which is not shared; None: the data module's ``bank_dataloader``.
         limit: Of that method.
-        embed: As for :func:`embed_loader`.
+        embed: As for :func:`embed_share`.
 
     Returns:
-        ``(N, D)`` and ``(N,)``. They must not be changed.
+        ``(N, D)`` and ``(N,)``, N may be 0. They must not be changed.
     """
     if bank is not None:
-        return embed_loader(trainer, pl_module, bank_batches(trainer, bank), embed)
+        return embed_share(trainer, pl_module, bank_batches(trainer, bank), embed)
     banks = _BANKS.setdefault(trainer, {})
     key = (limit, id(embed))
     if key not in banks:
-        banks[key] = embed_loader(trainer, pl_module, bank_batches(trainer, None, limit), embed)
+        banks[key] = embed_share(trainer, pl_module, bank_batches(trainer, None, limit), embed)
     return banks[key]
 
 

@@ -1,7 +1,7 @@
 """The base class of callbacks that evaluate embeddings."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from simo_lightning.callbacks.budget import Plan
 from simo_lightning.callbacks.embed import forget_banks
 from simo_lightning.distributed import gather_rows, world_size
 from simo_lightning.functional.retrieval import average_scores
@@ -33,6 +34,9 @@ def step_embeddings(outputs: Any) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+# Key of a checkpoint: the last values, where a validation may pass without new ones.
+_VALUES = "last_evaluation"
+
 _WANTED = "a dictionary with embeddings (N, D) and labels (N,)"
 
 
@@ -45,8 +49,12 @@ def described(outputs: Any) -> str:
 
 def described_images(labels: Tensor) -> str:
     """Number of images and of their classes, in words, from the labels ``(N,)``."""
-    classes = len(labels.unique())
-    return f"{len(labels):,} image{'s' * (len(labels) != 1)} of {classes:,} class{'es' * (classes != 1)}"
+    return described_numbers(len(labels), len(labels.unique()))
+
+
+def described_numbers(images: int, classes: int) -> str:
+    """Numbers of images and of their classes, in words."""
+    return f"{images:,} image{'s' * (images != 1)} of {classes:,} class{'es' * (classes != 1)}"
 
 
 def class_values(scores: Tensor, labels: Tensor, names: Sequence[str]) -> dict[int, dict[str, float]]:
@@ -111,7 +119,8 @@ class EvaluationCallback(Callback):
     ``trainer.validate`` and ``trainer.test`` always evaluate.
 
     Args:
-        every_n_epochs: Epochs of training from one evaluation to the next.
+        every_n_epochs: Epochs of training from one evaluation to the next. auto, for a subclass that implements
+            :meth:`plan`: as many as keep validation at about 10 % of the time, and also the first and the last epoch.
 
     Attributes:
         progress_bar: Names of the values that the progress bar shows.
@@ -128,10 +137,12 @@ class EvaluationCallback(Callback):
     num_classes: int | None = None
     required: bool = True
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
-        if every_n_epochs < 1:
+    def __init__(self, every_n_epochs: int | Literal["auto"] = 1) -> None:
+        if every_n_epochs != "auto" and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
         self.every_n_epochs = every_n_epochs
+        self.planned: Plan | None = None  # for the fit that runs
+        self._values: dict[str, float] = {}  # that were logged last
         self._found_embeddings = False  # in this epoch
         self._told: set[str] = set()  # lines that are written once
 
@@ -145,6 +156,18 @@ class EvaluationCallback(Callback):
             What to pass, one text for each thing; the same on every process.
         """
         return []
+
+    def plan(self, trainer: Trainer, pl_module: LightningModule) -> Plan | None:
+        """What the arguments that are auto stand for in the fit that begins. Every process calls it.
+
+        Args:
+            trainer: With its loaders.
+            pl_module: The module.
+
+        Returns:
+            The plan, the same on every process; None if nothing is auto.
+        """
+        return None
 
     def reset(self, trainer: Trainer) -> None:
         """Clear the state before an epoch.
@@ -192,16 +215,43 @@ class EvaluationCallback(Callback):
             # every process has the same value; without sync_dist Lightning warns that it might not
             prog_bar = name in self.progress_bar
             pl_module.log(f"{stage}/{name}", value.to(pl_module.device), prog_bar=prog_bar, sync_dist=True)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._values = {f"{stage}/{name}": float(value) for name, value in values.items()}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # not as state_dict, with which Lightning allows one callback of a class
+        if self.planned is not None and self.planned.every > 1:
+            checkpoint.setdefault(_VALUES, {}).update(self._values)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._values = {str(name): float(value) for name, value in checkpoint.get(_VALUES, {}).items()}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.planned = None
         if self.required and trainer.enable_validation:
             self._has_all(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._make_plan(trainer, pl_module)
+        if self.planned is not None and self.planned.every > 1:  # checkpoints see the last values in a resumed run, too
+            device = trainer.strategy.root_device
+            values = {name: torch.tensor(value, device=device) for name, value in self._values.items()}
+            trainer.callback_metrics.update(values)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.required:
             self._has_all(trainer)
+        self._make_plan(trainer, pl_module)
+
+    def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fits and self.planned is None and trainer.val_dataloaders is not None and not self.missing(trainer):
+            self.planned = self.plan(trainer, pl_module)
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,7 +296,13 @@ class EvaluationCallback(Callback):
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking:
             return False
-        return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs != "auto":
+            return epoch % self.every_n_epochs == 0
+        number = epoch // (trainer.check_val_every_n_epoch or 1)  # of this validation
+        return self.planned is None or number % self.planned.every == 0 or number == 1 or epoch == trainer.max_epochs
 
     def _has_all(self, trainer: Trainer) -> bool:
         """Whether nothing is missing; otherwise an error, or one line if the callback is not required."""

@@ -15,7 +15,7 @@ from typing_extensions import override
 from simo_lightning.callbacks.evaluation import gather_in_order, step_embeddings
 from simo_lightning.checkpoints import TrainingClasses
 from simo_lightning.functional.decomposition import orthogonal_shares
-from simo_lightning.functional.knn import unit_vectors
+from simo_lightning.functional.neighbors import unit_vectors
 
 _ROWS = 2**14  # embeddings whose shares are computed at a time, in float64
 

@@ -14,10 +14,10 @@ from typing_extensions import override
 
 from simo_lightning.callbacks.embed import EmbedBatch, embed_bank, embed_loader, own_batches
 from simo_lightning.callbacks.evaluation import EvaluationCallback, described_images
-from simo_lightning.callbacks.knn import class_means
 from simo_lightning.distributed import gather_rows, rank, world_size
 from simo_lightning.functional.decomposition import orthogonal_basis, span_energy
-from simo_lightning.functional.unknown import class_mean_similarity, fpr_at_recall, neighbor_similarity, unknown_auroc
+from simo_lightning.functional.unknown import class_mean_similarity, fpr_at_recall, unknown_auroc
+from simo_lightning.metrics.sharded import class_counts_over_ranks, class_means_over_ranks, kth_similarity_over_ranks
 
 
 class UnknownMonitor(EvaluationCallback):
@@ -98,7 +98,10 @@ class UnknownMonitor(EvaluationCallback):
             return {}
         unknown, _ = embed_loader(trainer, pl_module, _batches_of_split(trainer, unknown_loader), self.embed)
         bank, bank_labels = embed_bank(trainer, pl_module, self.bank, self.bank_size, self.embed)
-        known, known_labels = self._known(trainer, pl_module, bank_labels)
+        counts = class_counts_over_ranks(bank_labels)
+        if self.k is not None and self.k > int(counts.sum()):
+            raise ValueError(f"k must be in 1..{int(counts.sum())}, the size of the bank, got k={self.k}")
+        known, known_labels = self._known(trainer, pl_module, counts.nonzero().squeeze(1))
         line = f"UnknownMonitor: {stage}/unknown_auroc and {stage}/unknown_fpr95"
         if not len(known):
             self._tell_once(f"{line} are not logged: no image of this split has a class of the bank")
@@ -107,28 +110,30 @@ class UnknownMonitor(EvaluationCallback):
             f"{line} are over {described_images(known_labels)} of the bank and {len(unknown):,} of no class of it"
         )
         values = {}
-        for name, score in self._scores(stage, bank, bank_labels).items():
+        for name, score in self._scores(stage, bank, bank_labels, counts).items():
             inside, outside = (gather_rows(score(rows[rank() :: world_size()])) for rows in (known, unknown))
             values[f"unknown_auroc_{name}"] = unknown_auroc(inside, outside)
             values[f"unknown_fpr95_{name}"] = fpr_at_recall(inside, outside)
         return values
 
-    def _known(self, trainer: Trainer, pl_module: LightningModule, bank_labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _known(self, trainer: Trainer, pl_module: LightningModule, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and labels of held-out images of known classes, of all processes."""
         embeddings, labels = (gather_rows(torch.cat(parts)) for parts in zip(*self._batches, strict=True))
         self.reset(trainer)
         loader = _loader(trainer, None, "known_dataloader", self.max_images) if self.unknown is None else None
         if loader is not None:
             embeddings, labels = embed_loader(trainer, pl_module, _batches_of_split(trainer, loader), self.embed)
-        is_known = torch.isin(labels, bank_labels)
+        is_known = torch.isin(labels, classes)
         return embeddings[is_known], labels[is_known]
 
-    def _scores(self, stage: str, bank: Tensor, bank_labels: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-        means = class_means(bank, bank_labels)
-        k = min(5, len(bank)) if self.k is None else self.k
+    def _scores(
+        self, stage: str, bank: Tensor, bank_labels: Tensor, counts: Tensor
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        means = class_means_over_ranks(bank, bank_labels, counts)
+        k = min(5, int(counts.sum())) if self.k is None else self.k
         scores: dict[str, Callable[[Tensor], Tensor]] = {
             "cosine": lambda rows: class_mean_similarity(rows, means),
-            "knn": lambda rows: neighbor_similarity(rows, bank, k),
+            "knn": lambda rows: kth_similarity_over_ranks(rows, bank, k),
         }
         directions = orthogonal_basis(means).rank
         if directions < bank.shape[1]:

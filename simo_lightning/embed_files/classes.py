@@ -10,7 +10,8 @@ from simo_lightning.checkpoints import TrainingClasses
 from simo_lightning.data.folder import list_image_folder
 from simo_lightning.embedder import Embedder
 from simo_lightning.embeddings_file import open_embeddings
-from simo_lightning.functional.knn import check_finite, unit_vectors
+from simo_lightning.functional.knn import check_finite
+from simo_lightning.functional.neighbors import unit_vectors
 
 
 def known_means(classes: TrainingClasses | None) -> bool:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simo_lightning.functional.knn import check_finite, unit_vectors
+from simo_lightning.functional.knn import check_finite
 from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.functional.neighbors import unit_vectors
 
 __all__ = ["OrthogonalBasis", "OrthogonalShares", "orthogonal_basis", "orthogonal_shares"]
 

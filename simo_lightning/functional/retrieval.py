@@ -9,21 +9,22 @@ irrelevant ones come first, so embeddings that are all the same score 0, and the
 the gallery, nor on chunks, nor on the number of processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from simo_lightning.functional.knn import check_finite, check_pair, unit_vectors
+from simo_lightning.functional.knn import check_finite, check_pair, query_chunk
 from simo_lightning.functional.moments import check_embeddings, class_sums, compact_labels
+from simo_lightning.functional.neighbors import check_chunk_bytes, largest_keys, no_key, ties_of
 
 __all__ = ["RetrievalScores", "average_scores", "map_at_r", "r_precision", "recall_at_k", "retrieval_scores"]
 
 Average = Literal["micro", "macro", "none"]
 
-# Similarities are multiples of 1 / _GRID. A sort key 2 * _GRID * similarity + (0 or 1) is an exact integer in float32.
-_GRID = 2.0**22
+# Ties of an image: whether it is irrelevant.
+RELEVANCE_TIES = 2
 
 
 class RetrievalScores(NamedTuple):
@@ -50,14 +51,15 @@ def retrieval_scores(
     gallery_labels: Tensor | None = None,
     ks: Sequence[int] = (1, 2, 4, 8),
     self_index: Tensor | None = None,
-    chunk_size: int = 2048,
+    chunk_bytes: int | None = None,
 ) -> RetrievalScores:
     """Recall at several k, R-precision and average precision of each query, from one search.
 
     With ``rel_i`` 1 if the i-th nearest image is relevant, else 0, and ``P_i`` the share of relevant images among the
     i nearest: ``R-precision = P_R`` and ``AP@R = (1 / R) sum_{i <= R} P_i rel_i``.
 
-    Time is ``O(M N D)``. Memory is ``O(chunk_size * (R + chunk_size))`` in addition to the inputs in float64.
+    Time is ``O(M N D)``. Memory in addition to the inputs is at most about ``10 * chunk_bytes``, whatever M, N and R,
+    as long as that holds the R neighbours of one query.
 
     Args:
         embeddings: Queries, float tensor ``(M, D)``.
@@ -67,7 +69,8 @@ def retrieval_scores(
         ks: Values of k, each at least 1. A k above the gallery's size stands for the whole gallery.
         self_index: Position of each query itself in the gallery, where it is left out, ``(M,)``; -1: it is not in the
             gallery. None: no query is in the gallery.
-        chunk_size: Queries, and images of the gallery, compared at a time; does not change the result.
+        chunk_bytes: Bytes of similarities that are compared at a time; does not change the result. None: 8 MiB on a
+            CPU, whose cache holds them, and 256 MiB on a GPU.
 
     Returns:
         Scores of each query, float32.
@@ -95,41 +98,41 @@ def retrieval_scores(
         self_index = torch.arange(len(embeddings), device=embeddings.device)
     if gallery is None or gallery_labels is None:
         raise ValueError("gallery and gallery_labels must be given both or neither, got one")
-    _check(embeddings, labels, gallery, gallery_labels, ks, chunk_size)
+    _check(embeddings, labels, gallery, gallery_labels, ks, chunk_bytes)
     own = _check_self_index(self_index, labels, gallery_labels)
     relevant = _count_relevant(labels, gallery_labels, own)
-    dtype = torch.float32 if embeddings.device.type == "mps" else torch.float64  # MPS has no float64
-    columns = unit_vectors(gallery.to(dtype)).mT  # (D, N)
     scores = embeddings.new_full((len(embeddings), len(ks) + 2), float("nan"), dtype=torch.float32)
     # queries with a similar R together, so that a chunk keeps only as many neighbours as its own queries need
-    order = relevant.argsort(stable=True)
+    order = relevant.argsort(stable=True, descending=True)
     order = order[relevant[order] > 0]
-    for chunk in order.split(chunk_size) if len(order) else ():
-        count = relevant[chunk]
-        kept = min(max(int(count.max()), *ks), len(gallery))
-        queries = unit_vectors(embeddings[chunk].to(dtype)), labels[chunk], own[chunk]
-        hits = _hits(queries, columns, gallery_labels, kept, chunk_size)
-        scores[chunk] = _scores(hits, count, ks).float()
+    while len(order):
+        kept = min(max(int(relevant[order[0]]), *ks), len(gallery))
+        rows = query_chunk(chunk_bytes, embeddings, kept)
+        chunk, order = order[:rows], order[rows:]
+        tie = relevance_tie(labels[chunk], gallery_labels)
+        keys = largest_keys(embeddings[chunk], gallery, kept, tie, RELEVANCE_TIES, own[chunk], chunk_bytes)
+        scores[chunk] = scores_of_keys(keys, relevant[chunk], ks)
     return RetrievalScores(scores[:, :-2], scores[:, -2], scores[:, -1], relevant)
 
 
-def _hits(
-    queries: tuple[Tensor, Tensor, Tensor], columns: Tensor, gallery_labels: Tensor, kept: int, chunk_size: int
-) -> Tensor:
-    """Whether each of the nearest images, nearest first, is relevant, (m, kept) bool; False where there is none."""
-    embeddings, labels, own = queries
-    rows = torch.arange(len(labels), device=labels.device)
-    best = columns.new_empty(len(labels), 0, dtype=torch.float32)
-    step = max(chunk_size, kept)  # as wide as the neighbours that are kept, so that these are not sorted too often
-    for start in range(0, columns.shape[1], step):
-        similarity = embeddings @ columns[:, start : start + step]  # (m, g)
-        irrelevant = labels.unsqueeze(1) != gallery_labels[start : start + step]
-        keys = similarity.mul_(_GRID).round_().float().mul_(2).add_(irrelevant)
-        inside = (own >= start) & (own < start + keys.shape[1])
-        keys[rows[inside], own[inside] - start] = float("-inf")
-        best = torch.cat((best, keys), dim=1)
-        best = best.topk(min(kept, best.shape[1]), dim=1).values
-    return best.remainder(2) == 0  # -inf gives nan
+def relevance_tie(labels: Tensor, gallery_labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The tie of :func:`.neighbors.largest_keys` that puts irrelevant images first: 1 if irrelevant, else 0."""
+    return lambda query, row: labels[query] != gallery_labels[row]
+
+
+def scores_of_keys(keys: Tensor, relevant: Tensor, ks: Sequence[int]) -> Tensor:
+    """Recall at each k, R-precision and average precision, float32 ``(m, number of ks + 2)``.
+
+    Args:
+        keys: Of the nearest images with :func:`relevance_tie`, nearest first, ``(m, K)``.
+        relevant: R of each query, ``(m,)``, all at least 1.
+        ks: Values of k. K is at least each k and R, or all images are there.
+
+    Returns:
+        The scores.
+    """
+    hits = (ties_of(keys, RELEVANCE_TIES) == 0) & (keys != no_key(RELEVANCE_TIES))
+    return _scores(hits, relevant, ks).float()
 
 
 def _scores(hits: Tensor, relevant: Tensor, ks: Sequence[int]) -> Tensor:
@@ -156,15 +159,14 @@ def _check(
     gallery: Tensor,
     gallery_labels: Tensor,
     ks: Sequence[int],
-    chunk_size: int,
+    chunk_bytes: int | None,
 ) -> None:
     check_embeddings(embeddings, labels)
     check_embeddings(gallery, gallery_labels, "gallery", "gallery_labels")
     check_pair(embeddings, gallery, "embeddings", "gallery")
     if not ks or min(ks) < 1:
         raise ValueError(f"k must be at least 1, got {list(ks) if len(ks) != 1 else ks[0]}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_chunk_bytes(chunk_bytes)
     check_finite(embeddings, "embeddings")
     check_finite(gallery, "gallery")
 
@@ -245,7 +247,7 @@ def recall_at_k(
     k: int = 1,
     average: Average = "micro",
     num_classes: int | None = None,
-    chunk_size: int = 2048,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Share of the queries with a relevant image among their k nearest, by cosine similarity.
 
@@ -258,7 +260,7 @@ def recall_at_k(
         average: "micro": mean over queries; "macro": mean over classes of the mean over their queries; "none": the
             mean of each class.
         num_classes: C, for "none"; None: the largest label plus one.
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time.
 
     Returns:
         Scalar in [0, 1], float32, or ``(C,)`` for "none"; ``nan`` where no query has a relevant image.
@@ -274,7 +276,7 @@ def recall_at_k(
     Source:
         As :func:`retrieval_scores`.
     """
-    scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, (k,), chunk_size=chunk_size)
+    scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, (k,), chunk_bytes=chunk_bytes)
     return average_scores(scores.recall[:, 0], labels, average, num_classes)
 
 
@@ -285,7 +287,7 @@ def r_precision(
     gallery_labels: Tensor | None = None,
     average: Average = "micro",
     num_classes: int | None = None,
-    chunk_size: int = 2048,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Mean share of relevant images among the R nearest, where R is the number of relevant images of the query.
 
@@ -296,7 +298,7 @@ def r_precision(
         gallery_labels: Class of each image of the gallery, ``(N,)``.
         average: As in :func:`recall_at_k`.
         num_classes: C, for "none".
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time.
 
     Returns:
         Scalar in [0, 1], float32, or ``(C,)`` for "none"; ``nan`` where no query has a relevant image.
@@ -312,7 +314,7 @@ def r_precision(
     Source:
         As :func:`retrieval_scores`.
     """
-    scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, (1,), chunk_size=chunk_size)
+    scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, (1,), chunk_bytes=chunk_bytes)
     return average_scores(scores.r_precision, labels, average, num_classes)
 
 
@@ -323,7 +325,7 @@ def map_at_r(
     gallery_labels: Tensor | None = None,
     average: Average = "micro",
     num_classes: int | None = None,
-    chunk_size: int = 2048,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Mean average precision at R: as R-precision, but relevant images count more the nearer they are.
 
@@ -334,7 +336,7 @@ def map_at_r(
         gallery_labels: Class of each image of the gallery, ``(N,)``.
         average: As in :func:`recall_at_k`.
         num_classes: C, for "none".
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time.
 
     Returns:
         Scalar in [0, 1], float32, or ``(C,)`` for "none"; ``nan`` where no query has a relevant image.
@@ -350,5 +352,5 @@ def map_at_r(
     Source:
         As :func:`retrieval_scores`.
     """
-    scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, (1,), chunk_size=chunk_size)
+    scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, (1,), chunk_bytes=chunk_bytes)
     return average_scores(scores.average_precision, labels, average, num_classes)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from simo_lightning.functional.decomposition import check_means, span_energy
-from simo_lightning.functional.knn import check_finite, check_pair, unit_vectors
+from simo_lightning.functional.knn import check_finite, check_pair
 from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.functional.neighbors import unit_vectors
 
 __all__ = ["class_mean_similarity", "fpr_at_recall", "neighbor_similarity", "span_energy", "unknown_auroc"]
 

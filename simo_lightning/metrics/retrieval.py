@@ -1,27 +1,33 @@
-"""Retrieval scores as torchmetrics metrics: embeddings are gathered, then searched once."""
+"""Retrieval scores as torchmetrics metrics: one search, in which every process keeps its own embeddings."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from simo_lightning.distributed import world_size
+from simo_lightning.distributed import gather_rows, largest_over_ranks, world_size
+from simo_lightning.functional.knn import check_finite
 from simo_lightning.functional.moments import check_embeddings
 from simo_lightning.functional.retrieval import Average, RetrievalScores, average_scores, retrieval_scores
+from simo_lightning.metrics.sharded import retrieval_scores_over_ranks
 
 
 class RetrievalMetric(Metric):
-    """Base of the retrieval metrics: keeps embeddings and labels of all processes, in float32.
+    """Base of the retrieval metrics: keeps embeddings and labels of this process, in float32.
 
     Without a gallery every image is a query, and all others are its gallery (leave-one-out). Batches passed with
-    ``gallery=True`` are searched and are no queries themselves. The state grows with the number of images.
+    ``gallery=True`` are searched and are no queries themselves. The state grows with the number of images. On several
+    processes ``compute`` searches the embeddings where they are (``simo_lightning.metrics.sharded``), and every
+    process must call it; ``sync`` gathers them all.
 
     Args:
         average: "micro": mean over queries; "macro": mean over classes of the mean over their queries; "none": the
             mean of each class.
         num_classes: C, for "none"; None: the largest label plus one.
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time; None: 8 MiB on a CPU, 256 MiB on a GPU.
         options: Keyword arguments of torchmetrics.Metric.
 
     Raises:
@@ -38,22 +44,23 @@ class RetrievalMetric(Metric):
     gallery_labels: list[Tensor]
 
     _ks: tuple[int, ...] = (1,)
+    _is_spread = False  # whether compute searches all processes
 
     def __init__(
         self,
         average: Average = "micro",
         num_classes: int | None = None,
-        chunk_size: int = 2048,
+        chunk_bytes: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         average_scores(torch.zeros(0), torch.zeros(0, dtype=torch.long), average)  # raises for an unknown average
-        for name, value in (("num_classes", num_classes), ("chunk_size", chunk_size)):
+        for name, value in (("num_classes", num_classes), ("chunk_bytes", chunk_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.average: Average = average
         self.num_classes = num_classes
-        self.chunk_size = chunk_size
+        self.chunk_bytes = chunk_bytes
         for name in ("embeddings", "labels", "gallery", "gallery_labels"):
             self.add_state(name, [], dist_reduce_fx=None)
 
@@ -84,15 +91,45 @@ class RetrievalMetric(Metric):
                 labels[:] = [torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=self.device)]
         super().sync(*arguments, **options)
 
+    @contextmanager
+    def sync_context(self, *arguments: Any, should_sync: bool = True, **options: Any) -> Iterator[None]:
+        """Let compute search the embeddings of all processes, instead of gathering them."""
+        self._is_spread = should_sync and world_size() > 1 and not self._is_synced
+        try:
+            yield
+        finally:
+            self._is_spread = False
+
     def compute(self) -> Tensor:
         """The metric over all images seen, of all processes; ``nan`` where no query has a relevant image."""
-        embeddings, labels = _joined(self.embeddings), _joined(self.labels)
-        if embeddings is None or labels is None:
-            empty = torch.zeros(0, device=self.device)
-            return average_scores(empty, empty.long(), self.average, self.num_classes)
-        gallery, gallery_labels = _joined(self.gallery), _joined(self.gallery_labels)
-        scores = retrieval_scores(embeddings, labels, gallery, gallery_labels, ks=self._ks, chunk_size=self.chunk_size)
-        return average_scores(self._score(scores), labels, self.average, self.num_classes)
+        if self._is_spread:
+            scores, labels = self._spread_scores()
+        else:
+            embeddings, labels = self._joined(self.embeddings, self.labels)
+            gallery, gallery_labels = self._joined(self.gallery, self.gallery_labels)
+            options: Any = {"gallery": gallery, "gallery_labels": gallery_labels} if len(gallery) else {}
+            options |= {"ks": self._ks, "chunk_bytes": self.chunk_bytes}
+            scores = self._score(retrieval_scores(embeddings, labels, **options))
+        return average_scores(scores, labels, self.average, self.num_classes)
+
+    def _spread_scores(self) -> tuple[Tensor, Tensor]:
+        """Scores and labels of the queries of all processes."""
+        dim = largest_over_ranks(max((part.shape[1] for part in self.embeddings), default=1), self.device)
+        embeddings, labels = self._joined(self.embeddings, self.labels, dim)
+        gallery, gallery_labels = self._joined(self.gallery, self.gallery_labels, dim)
+        own = None
+        if not largest_over_ranks(len(gallery), self.device):
+            gallery, gallery_labels, own = embeddings, labels, torch.arange(len(labels), device=self.device)
+        check_finite(embeddings, "embeddings")
+        check_finite(gallery, "gallery")
+        where = (gallery, gallery_labels, self._ks, own, self.chunk_bytes)
+        scores = self._score(retrieval_scores_over_ranks(embeddings, labels, *where))
+        return gather_rows(scores), gather_rows(labels)
+
+    def _joined(self, rows: list[Tensor], labels: list[Tensor], dim: int = 1) -> tuple[Tensor, Tensor]:
+        """All rows ``(N, D)`` and labels; ``(0, dim)`` where there are none."""
+        filled = [part for part in rows if len(part)] or [torch.zeros(0, dim, device=self.device)]
+        return torch.cat(filled), torch.cat([torch.zeros(0, dtype=torch.long, device=self.device), *labels])
 
     def _score(self, scores: RetrievalScores) -> Tensor:
         raise NotImplementedError
@@ -105,7 +142,7 @@ class RecallAtK(RetrievalMetric):
         k: Neighbours, at least 1.
         average: "micro": over queries; "macro": over classes of the mean over their queries; "none": of each class.
         num_classes: C, for "none"; None: the largest label plus one.
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time; None: 8 MiB on a CPU, 256 MiB on a GPU.
         options: Keyword arguments of torchmetrics.Metric.
 
     Raises:
@@ -124,10 +161,10 @@ class RecallAtK(RetrievalMetric):
         k: int = 1,
         average: Average = "micro",
         num_classes: int | None = None,
-        chunk_size: int = 2048,
+        chunk_bytes: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(average, num_classes, chunk_size, **options)
+        super().__init__(average, num_classes, chunk_bytes, **options)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         self.k = k
@@ -143,7 +180,7 @@ class RPrecision(RetrievalMetric):
     Args:
         average: "micro": over queries; "macro": over classes of the mean over their queries; "none": of each class.
         num_classes: C, for "none"; None: the largest label plus one.
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time; None: 8 MiB on a CPU, 256 MiB on a GPU.
         options: Keyword arguments of torchmetrics.Metric.
 
     Raises:
@@ -167,7 +204,7 @@ class MAPAtR(RetrievalMetric):
     Args:
         average: "micro": over queries; "macro": over classes of the mean over their queries; "none": of each class.
         num_classes: C, for "none"; None: the largest label plus one.
-        chunk_size: Queries, and images of the gallery, compared at a time.
+        chunk_bytes: Bytes of similarities that are compared at a time; None: 8 MiB on a CPU, 256 MiB on a GPU.
         options: Keyword arguments of torchmetrics.Metric.
 
     Raises:
@@ -183,9 +220,3 @@ class MAPAtR(RetrievalMetric):
 
     def _score(self, scores: RetrievalScores) -> Tensor:
         return scores.average_precision
-
-
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    """All rows of all processes; None if there are none."""
-    filled = [part for part in parts if len(part)]
-    return torch.cat(filled) if filled else None

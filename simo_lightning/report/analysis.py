@@ -25,8 +25,9 @@ from torch.nn.functional import interpolate
 
 from simo_lightning.functional.confusion import most_confused
 from simo_lightning.functional.geometry import effective_rank
-from simo_lightning.functional.knn import check_finite, class_voters, unit_vectors, vote
+from simo_lightning.functional.knn import check_finite, class_voters, vote
 from simo_lightning.functional.moments import check_embeddings, class_moments, class_sums
+from simo_lightning.functional.neighbors import unit_vectors
 from simo_lightning.functional.retrieval import RetrievalScores, average_scores
 
 __all__ = [

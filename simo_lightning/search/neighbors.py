@@ -9,7 +9,8 @@ from torch import Tensor
 
 from simo_lightning.embeddings_file import EmbeddingsFile
 from simo_lightning.extras import import_extra
-from simo_lightning.functional.knn import check_finite, unit_vectors
+from simo_lightning.functional.knn import check_finite
+from simo_lightning.functional.neighbors import unit_vectors
 
 Backend = Literal["auto", "faiss", "torch"]
 Approximate = Literal["hnsw", "ivf"]

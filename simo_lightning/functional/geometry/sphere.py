@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from simo_lightning.functional.knn import unit_vectors
 from simo_lightning.functional.moments import check_embeddings
+from simo_lightning.functional.neighbors import unit_vectors
 
 __all__ = ["uniformity"]
 
