@@ -509,7 +509,7 @@ def test_a_command_that_fails_is_not_timed() -> None:
 def test_the_model_counts_each_byte_and_operation() -> None:
     # of 4 ranks each sends 3 of the 4 parts of the embeddings, of the labels, and of the gradient twice
     sent = sum(3 * (5 * 4 + 8) + 2 * 3 * 5 * 4 for _ in range(3))
-    products = 3 + 6  # of (N, 5) with (5, 2): forward and backward; a multiplication and an addition each
+    products = 1 + 2  # of (N, 5) with (5, 2): forward and backward; a multiplication and an addition each
     assert gather_cost(4, rows=3, dim=5, classes=2, own_classes=1) == (sent, products * 2 * 12 * 5 * 2)
     # a label and a count of each rank's class; the sums forward and backward, each reduced and sent on
     sent = 3 * 16 + 0.75 * 4 * 4 * 2 * 5

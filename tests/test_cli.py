@@ -175,7 +175,7 @@ def test_every_config_makes_its_parts(config: Path, digits_run: Path, parse: Cal
     words = ["fit", "--config", str(config)]
     if config.stem.endswith("probe"):
         words += ["--model.checkpoint", str(digits_run / "checkpoints" / "best.ckpt")]
-    if config.stem in ("imagenet", "photos", "photos_cpu", "unseen"):  # without a default folder
+    if config.stem in ("imagenet", "photos", "photos_cpu", "tiny_imagenet", "unseen"):  # without a default folder
         words += ["--data.data_dir", "photos"]
     if config.stem == "photos":  # without network
         settings = yaml.safe_load(config.read_text())["model"]

@@ -534,7 +534,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
 def test_a_file_that_would_start_a_program_is_no_image(tmp_path: Path) -> None:
     """Pillow hands EPS to Ghostscript, whatever the suffix."""
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    with pytest.raises(ValueError, match=r"x\.png' does not decode as an image: cannot identify"):
+    with pytest.raises(ValueError, match=r"x\.png' does not decode as an image: its format is unknown"):
         Preprocessing(SIZE).read(tmp_path / "x.png")
 
 

@@ -268,8 +268,8 @@ def pack_in_a_process(folder: Path, dest: Path, delay: float = 0.0) -> Any:
         os.setsid()
         from simo_lightning.data import arrow
 
-        checked = arrow._checked
-        arrow._checked = lambda path: (time.sleep(delay), checked(path))[1]  # type: ignore[assignment,func-returns-value]
+        checked = arrow.checked_bytes
+        arrow.checked_bytes = lambda path: (time.sleep(delay), checked(path))[1]  # type: ignore[assignment,func-returns-value]
         pack_images(folder, dest, shard_size=0.01, workers=2)
 
     process = mp.get_context("fork").Process(target=work)

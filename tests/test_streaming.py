@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from simo_lightning import SimOModule
+from simo_lightning.cli import main
 from simo_lightning.data import ClassBalancedSampler, PhotoAugment
 from simo_lightning.streaming import Record, StreamPairDataModule, StreamSampler, open_stream, store, write_stream
 from tests.rank_processes import saved, start_ranks
@@ -84,6 +85,30 @@ def test_litdata_reads_the_same_bytes(images: tuple[Path, list[Record]], stream:
         assert found == expected
         labels = [label for _, label, _ in litdata.StreamingDataset(str(stream / split))]
         assert labels == np.load(stream / split / "labels.npy").tolist()
+
+
+def test_simo_pack_writes_and_verifies_a_stream(images: tuple[Path, list[Record]], tmp_path: Path) -> None:
+    (root, records), dest = images, str(tmp_path / "stream")
+    main(["pack", str(root), dest, "--format", "litdata", "--workers", "1", "--no_progress"])
+    found = {}
+    for split in ("train", "val"):
+        for content, label, path in litdata.StreamingDataset(str(Path(dest, split))):
+            found[bytes(path).decode()] = (CLASSES[label], bytes(content))
+    assert found == {str(one.path): (CLASSES[one.label], (root / one.path).read_bytes()) for one in records}
+    main(["pack", dest, "--verify", "--no_progress"])
+    chunk = Path(dest, "train", "chunk-0-0.bin")
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    with pytest.raises(SystemExit, match="1"):
+        main(["pack", dest, "--verify", "--no_progress"])
+
+
+def test_an_image_that_does_not_decode_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "images", per_class=2)
+    (tmp_path / "images/train/ant/0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="1"):
+        main(["pack", str(tmp_path / "images"), str(tmp_path / "stream"), "--format", "litdata", "--no_progress"])
+    assert "ant/0.png' does not decode as an image: its format is unknown; remove it (" in capsys.readouterr().err
+    assert not (tmp_path / "stream" / "stream.json").exists()
 
 
 def test_files_depend_on_the_seed_alone(images: tuple[Path, list[Record]], stream: Path, tmp_path: Path) -> None:

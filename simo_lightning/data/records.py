@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from simo_lightning.data.folder import SPLIT_NAMES, Listing, coarse_folders, find_splits, named_as_broken
+from simo_lightning.data.folder import ADVICE, SPLIT_NAMES, Listing, coarse_folders, find_splits, named_as_broken
 from simo_lightning.data.manifest import Manifest, list_split, read_manifest
 from simo_lightning.data.reading import what_was_left_out
 from simo_lightning.data.sources import Split
@@ -31,8 +31,15 @@ class Record(NamedTuple):
     coarse: str | None
 
 
-def checked_bytes(path: str | Path) -> bytes:
+def checked_bytes(path: str | Path, advice: str = ADVICE) -> bytes:
     """The bytes of an image file that decodes.
+
+    Args:
+        path: The file.
+        advice: What to do about one that does not, for the error.
+
+    Returns:
+        Its content.
 
     Raises:
         OSError: If it cannot be read.
@@ -41,7 +48,7 @@ def checked_bytes(path: str | Path) -> bytes:
     content = Path(path).read_bytes()
     file = BytesIO(content)
     file.name = str(path)
-    with named_as_broken(), warnings.catch_warnings():
+    with named_as_broken(advice), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about files that it reads all the same
         Decoder()(file, (1, 1))  # as a JPEG at an eighth of its size, whose data are read whole
     return content

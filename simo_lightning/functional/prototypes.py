@@ -30,7 +30,7 @@ def class_prototypes(labels: Tensor, dim: int, dtype: torch.dtype = torch.float3
         >>> class_prototypes(torch.tensor([0, 2, 7]), dim=4)
         tensor([[ 1.0000,  0.0000,  0.0000,  0.0000],
                 [ 0.0000,  0.0000,  1.0000,  0.0000],
-                [ 0.5000, -0.5000, -0.5000,  0.5000]])
+                [ 0.5000,  0.5000, -0.5000, -0.5000]])
 
     Source:
         Gold, IEEE Trans. Inf. Theory 14(1), 1968, in the form ``(-1)^(a . x^3 + b . x)`` over GF(2^m), D = 2^m. No C

@@ -294,19 +294,19 @@ def centroid_terms(
         Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
     """
     origin = centers.mean(dim=0).detach()  # for the distances, which would lose digits far from 0
-    centered, along = centers - origin, centers @ origin  # (C, D), (C,)
+    centered = centers - origin  # (C, D)
+    squares = (centered.square() + 2 * centered * origin).sum(dim=1)  # (C,)
     counted = torch.ones_like(classes.counts) if singles else (classes.counts > 1).long()  # (C,)
 
     def sums(x: Tensor, index: Tensor) -> Tensor:  # (R, D), (R,)
         own = index.unsqueeze(1)
         # Exact where classes are tight. F.embedding is deterministic on CUDA, where indexing is not.
         own_d = (x - F.embedding(index, centers)).square().sum(dim=1, keepdim=True)
-        shifted = x - origin
-        products = shifted @ centered.T  # (R, C): the one large product, from which both d and o follow
-        squares = shifted.square().sum(dim=1, keepdim=True) + centered.square().sum(dim=1)
-        d = (squares - 2 * products).clamp(min=0).scatter(1, own, own_d)
-        # x . c = (x - origin) . (c - origin) + (x - origin) . origin + c . origin
-        o = similarity.o((products + (shifted @ origin).unsqueeze(1) + along).square())
+        # Both d and o follow from one large product, x . (c - origin)
+        products = x @ centered.T  # (R, C)
+        d = (x - origin).square().sum(dim=1, keepdim=True) + squares - 2 * products
+        d = d.clamp(min=0).scatter(1, own, own_d)
+        o = similarity.o((products + (x @ origin).unsqueeze(1)).square())
         if similarity.form == "softmax":
             losses = F.cross_entropy(similarity.logit(d, o), index, reduction="none", label_smoothing=label_smoothing)
             return (losses * counted[index]).sum().unsqueeze(0)

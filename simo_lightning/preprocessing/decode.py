@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageColor
+from PIL import ExifTags, Image, ImageCms, ImageColor, UnidentifiedImageError
 
 try:
     from PIL import AvifImagePlugin  # noqa: F401  # since Pillow 11.3
@@ -104,7 +104,8 @@ class Decoder:
             if isinstance(error, OSError) and error.errno is not None:  # from the file system, not the decoder
                 raise OSError(error.errno, error.strerror, str(path)) from error
             name = str(getattr(path, "name", path)) if not isinstance(path, Path) else str(path)
-            raise ValueError(f"{name!r} does not decode as an image: {error}") from error
+            reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{name!r} does not decode as an image: {reason}") from error
 
     def _rgb(self, image: Any, size: PictureSize, changes: list[str]) -> Image.Image:
         """The whole picture, upright, in RGB; a large JPEG at 1/2, 1/4 or 1/8 of its size."""

@@ -242,7 +242,7 @@ def _write_chunk(root: Path, folder: Path, check: bool, task: tuple[int, list[st
     with tempfile.TemporaryDirectory(dir=folder) as own:
         writer = BinaryWriter(own, chunk_size=len(paths))
         for place, (path, label) in enumerate(zip(paths, labels, strict=True)):
-            content = checked_bytes(root / path) if check else (root / path).read_bytes()
+            content = checked_bytes(root / path, "remove it") if check else (root / path).read_bytes()
             writer[place] = (content, label, os.fsencode(path))
         (written,) = writer.done()
         (described,) = Path(own).glob("*.json")
