@@ -284,3 +284,12 @@ def test_pair_indices_against_a_loop():
     assert [part.shape for part in pair_indices(labels[:1])] == [(0, 2), (0, 2)]
     with pytest.raises(ValueError, match="labels must have shape"):
         pair_indices(labels[None])
+
+
+def test_a_sampler_keeps_its_labels_when_the_tensor_moves_to_shared_memory() -> None:
+    """As a loader with spawned workers moves it, which frees the memory that the tensor had before."""
+    labels = torch.arange(3).repeat(100_000)
+    sampler = ClassBalancedSampler(labels, classes_per_batch=3, samples_per_class=4)
+    expected = [*sampler]
+    labels.share_memory_().zero_()
+    assert [*sampler] == expected
