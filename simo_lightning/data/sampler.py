@@ -106,7 +106,7 @@ class ClassBalancedSampler(DistributedSampler):
         if seed < 0:
             raise ValueError(f"seed must be non-negative, got {seed}")
         super().__init__(range(len(labels)), world_size, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        # A copy: a loader that pickles the tensor for its workers moves it to shared memory and frees what it held before
+        # A copy: a loader that pickles the tensor for its workers moves it to shared memory and frees its own
         self.labels = labels.numpy().astype(np.int64)
         self.classes_per_batch = classes_per_batch
         self.samples_per_class = samples_per_class
