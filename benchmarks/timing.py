@@ -190,7 +190,8 @@ def main() -> None:
     own.add_argument("--dim", type=int, default=128, help="of the embeddings of knn")
     own.add_argument("--full", action="store_true", help="knn with 50,000 queries, one round")
     given = own.parse_args()
-    need_data = {"training", "validation", *(f.__name__ for f in timing_fit.BENCHMARKS)}
+    need_data = {"validation", *(f.__name__ for f in timing_fit.BENCHMARKS)}
+    need_data |= set() if given.photos_dir else {"training"}
     if need_data & {*given.names} and not (given.quick or given.data_dir):
         own.error("--data.data_dir DIR is needed, or --quick")
     for name in given.names:

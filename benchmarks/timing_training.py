@@ -190,13 +190,16 @@ def loops_case(words: list[str], data_dir: str | None, seconds: float, workers: 
 
 
 def training(given: argparse.Namespace) -> list[Row]:
-    """Rounds of ``simo fit`` and all other loops in turn, on each data set; medians over the rounds."""
+    """Rounds of ``simo fit`` and all other loops in turn: on photographs, and on CIFAR-10 and digits; medians."""
     cases: dict[str, tuple[list[str], str | None]] = {}
     if given.photos_dir:
-        cases["photographs, 128 pixels"] = (["--config", PHOTOS, "--data.data_dir", given.photos_dir], given.photos_dir)
-    if not given.quick:
+        photos = ["--config", PHOTOS, "--data.data_dir", given.photos_dir, "--data.image_size", "128"]
+        cases["photographs, 128 pixels"] = (photos, given.photos_dir)
+    if given.data_dir:
         cases["CIFAR-10"] = (["--config", CIFAR10, "--data.data_dir", given.data_dir], None)
-    cases["digits"] = (["--config", DIGITS], None)
+        cases["digits"] = (["--config", DIGITS], None)
+    if given.quick:
+        cases["digits"] = (["--config", DIGITS], None)
     rows, rounds, seconds = [], 1 if given.quick else 3, 0.5 if given.quick else 5.0
     for name, (words, folder) in cases.items():
         times: dict[str, list[float]] = {}
