@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks import (
     timing_decode,
@@ -30,6 +29,7 @@ from benchmarks.experiments import append, timings
 from benchmarks.machine import Row, about, in_process, memory_mib, milliseconds, now
 from benchmarks.tables import timing as table
 from simo_lightning import ImageEncoder, SimOLoss, SimOModule
+from simo_lightning.functional.chunks import sum_of_chunks
 
 LARGEST = {"pair": 16384, "pml": 4096, "supcon": 65536}  # N, where memory or time is quadratic
 
@@ -54,23 +54,19 @@ def make_loss(name: str) -> Callable[[Tensor, Tensor], Any]:
 
 
 def compact_supcon(embeddings: Tensor, labels: Tensor, temperature: float = 0.1, entries: int = 2**21) -> Tensor:
-    """SupCon in its fastest plain form: one N x N product and a logsumexp, in chunks of ``entries`` that are recomputed
-    in the backward pass, and class sums for the positives. For labels 0..C-1 of two embeddings or more each.
+    """SupCon in its fastest plain form: one N x N product and a logsumexp, in chunks of ``entries`` as the package's
+    own losses, and class sums for the positives. For labels 0..C-1 of two embeddings or more each.
     """
     unit, counts = F.normalize(embeddings), torch.bincount(labels)
     sums = torch.zeros(len(counts), unit.shape[1]).index_add(0, labels, unit)
     positives = ((unit * sums[labels]).sum(dim=1) - 1) / (counts[labels] - 1) / temperature
 
-    def log_sums(rows: Tensor, first: int) -> Tensor:
-        itself = torch.arange(first, first + len(rows)).unsqueeze(1)
+    def log_sums(rows: Tensor, itself: Tensor, unit: Tensor) -> Tensor:
         return (rows @ unit.T / temperature).scatter(1, itself, -torch.inf).logsumexp(dim=1).sum()
 
-    size = max(1, entries // len(unit))
-    if size >= len(unit):
-        return (log_sums(unit, 0) - positives.sum()) / len(unit)
-    starts = range(0, len(unit), size)
-    parts = [checkpoint(log_sums, unit[i : i + size], i, use_reentrant=False, preserve_rng_state=False) for i in starts]
-    return (torch.stack(parts).sum() - positives.sum()) / len(unit)
+    itself = torch.arange(len(unit)).unsqueeze(1)
+    sums_over_others = sum_of_chunks(log_sums, max(1, entries // len(unit)), (unit, itself), (unit,))
+    return (sums_over_others - positives.sum()) / len(unit)
 
 
 def draw(rows: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:

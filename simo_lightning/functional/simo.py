@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from simo_lightning.functional.chunks import sum_of_chunks
 from simo_lightning.functional.moments import (
     class_blocks,
     class_scatter,
@@ -294,15 +294,15 @@ def centroid_terms(
         Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
     """
     origin = centers.mean(dim=0).detach()  # for the distances, which would lose digits far from 0
-    centered = centers - origin  # (C, D)
-    squares = (centered.square() + 2 * centered * origin).sum(dim=1)  # (C,)
     counted = torch.ones_like(classes.counts) if singles else (classes.counts > 1).long()  # (C,)
 
-    def sums(x: Tensor, index: Tensor) -> Tensor:  # (R, D), (R,)
+    def sums(x: Tensor, index: Tensor, centers: Tensor) -> Tensor:  # (R, D), (R,), (C, D)
         own = index.unsqueeze(1)
         # Exact where classes are tight. F.embedding is deterministic on CUDA, where indexing is not.
         own_d = (x - F.embedding(index, centers)).square().sum(dim=1, keepdim=True)
         # Both d and o follow from one large product, x . (c - origin)
+        centered = centers - origin  # (C, D)
+        squares = (centered.square() + 2 * centered * origin).sum(dim=1)  # (C,)
         products = x @ centered.T  # (R, C)
         d = (x - origin).square().sum(dim=1, keepdim=True) + squares - 2 * products
         d = d.clamp(min=0).scatter(1, own, own_d)
@@ -315,7 +315,7 @@ def centroid_terms(
         return torch.stack([similar.sum(), dissimilar.sum()])
 
     n, width = classes.counts.sum(), max(centers.shape)
-    summed = total(_sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // width), embeddings, classes.labels))
+    summed = total(sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // width), (embeddings, classes.labels), (centers,)))
     mean = summed[0] / (classes.counts * counted).sum().clamp(min=1)
     if similarity.form == "softmax":
         return {"softmax": mean}
@@ -349,7 +349,8 @@ def pair_terms(
     near, far = embeddings - F.embedding(classes.labels, means), embeddings - means.mean(dim=0)
     positives = classes.counts[classes.labels] - 1  # (N,)
 
-    def sums(x: Tensor, x_near: Tensor, x_far: Tensor, index: Tensor, number: Tensor) -> Tensor:  # R of each
+    def sums(*tensors: Tensor) -> Tensor:
+        x, x_near, x_far, index, number, embeddings, near, far = tensors  # R of the first five, N of the others
         itself = number.unsqueeze(1) == numbers  # (R, N)
         same = index.unsqueeze(1) == classes.labels
         d = torch.where(same, squared_distances(x_near, near), squared_distances(x_far, far))
@@ -369,7 +370,7 @@ def pair_terms(
         nothing = embeddings.sum() * 0.0
         return {"softmax": nothing} if similarity.form == "softmax" else {"similar": nothing, "dissimilar": nothing}
     parts = (embeddings, near, far, classes.labels, numbers)
-    total = _sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // n), *parts)
+    total = sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // n), parts, (embeddings, near, far))
     if similarity.form == "softmax":
         return {"softmax": total[0] / (positives > 0).sum().clamp(min=1)}
     within = positives.sum()  # ordered pairs of one class
@@ -430,17 +431,8 @@ def _class_pair_sums(embeddings: Tensor, classes: Classes, second: Tensor | None
         flat = second.flatten(1)
         return (flat @ flat.T).clamp(min=0)
 
-    def sums(x: Tensor, index: Tensor) -> Tensor:
+    def sums(x: Tensor, index: Tensor, embeddings: Tensor) -> Tensor:
         o = (embeddings @ x.T).square()  # (N, R)
         return class_sums(class_sums(o, classes.labels, number).T, index, number)
 
-    return _sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // n), embeddings, classes.labels)
-
-
-def _sum_of_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
-    """Sum of ``function`` over chunks of that many rows; several chunks are recomputed in the backward pass."""
-    if len(tensors[0]) <= rows:
-        return function(*tensors)
-    chunks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-    first, *others = (checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
-    return sum(others, first)
+    return sum_of_chunks(sums, max(1, _CHUNK_ENTRIES // n), (embeddings, classes.labels), (embeddings,))
