@@ -3,7 +3,10 @@
 import math
 
 import torch
+from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
+
+from simo_lightning.losses import ClassifierLoss
 
 
 class MinedLoss(nn.Module):
@@ -52,3 +55,21 @@ class SimO2Loss(nn.Module):
         ratio = math.sqrt(2) * cosines.square() / (self.eps + (2 - 2 * cosines).clamp(min=0))
         pairs = torch.where(labels[:, None] == labels, 1 / (1 + ratio), ratio)
         return pairs.triu(diagonal=1).sum() / len(units)
+
+
+class JointLoss(nn.Module):
+    """Cross-entropy of a linear classifier, plus ``weight`` times SupCon, both on the embedding."""
+
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.weight = weight
+        self.classifier = ClassifierLoss(label_smoothing=label_smoothing)
+        self.supcon = SupConLoss(temperature=temperature)
+
+    def configure(self, num_classes: int | None, embedding_dim: int | None) -> None:
+        """Create the classifier."""
+        self.classifier.configure(num_classes, embedding_dim)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        value: Tensor = self.classifier(embeddings, labels) + self.weight * self.supcon(embeddings, labels)
+        return value
