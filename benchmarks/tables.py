@@ -83,14 +83,18 @@ def markdown(study: str, out: Path = SHIPPED, table: Path = TABLE) -> str:
         lines.sort(key=lambda line: -np.nan_to_num(chosen(line[1])[sort].mean(), nan=-1.0))
     heads = [*(["epochs"] if several else []), "training", "lr", "seeds", *content["columns"]]
     hours = f", {used['all_seconds'].sum() / 3600:.2f} h in all" if "all_seconds" in used else ""
-    parts = [*_common(used, ["words", "train_images", "val_images", "test_images", "checksum", *MACHINE])]
-    parts += [f"- runs: {len(used)}{hours}", "", *_table(heads, [_cells(*line, content, several) for line in lines])]
+    parts = [*common(used, ["words", "train_images", "val_images", "test_images", "checksum", *MACHINE])]
+    parts += [
+        f"- runs: {len(used)}{hours}",
+        "",
+        *markdown_table(heads, [_cells(*line, content, several) for line in lines]),
+    ]
     if content.get("sweep"):
         first = pd.concat([runs[runs["seed"] == sweep_seed(runs)].assign(name=name) for name, runs in lines])
         tried = first.assign(text=first["val_knn20"].map("{:.4f}".format).where(first["error"].isna(), "diverged"))
         tried = tried.pivot(index="name", columns="rate", values="text").fillna("")
         heads = ["validation kNN 20 at lr", *(f"{rate:g}" for rate in tried.columns)]
-        parts += ["", *_table(heads, tried.reset_index().to_numpy())]
+        parts += ["", *markdown_table(heads, tried.reset_index().to_numpy())]
     return "\n".join([*parts, "", NOTES])
 
 
@@ -126,7 +130,7 @@ def summary(out: Path = SHIPPED) -> str:
         cells = ["" if runs is None else spread(runs[column], 3) for runs in found for column in columns]
         rows.append([read_table()["recipes"]["rows"][name]["title"], *cells])
     heads = [f"{epochs} epochs: {head}" for epochs in (5, 15) for head in ("kNN(20)", "linear probe", "class cosine")]
-    return "\n".join(_table(["loss", *heads], rows))
+    return "\n".join(markdown_table(["loss", *heads], rows))
 
 
 def timing(name: str, out: Path = SHIPPED) -> str:
@@ -146,10 +150,10 @@ def timing(name: str, out: Path = SHIPPED) -> str:
         wide = shown.assign(size=sizes).pivot(index="measured", columns="size", values="value")
         shown = wide.reindex(index=shown["measured"].unique(), columns=sizes.unique()).reset_index()
     rows = [[_plain(value, 3) for value in row] for row in shown.astype(object).itertuples(index=False)]
-    return "\n".join([*_common(frame, MACHINE), "", *_table(list(shown), rows)])
+    return "\n".join([*common(frame, MACHINE), "", *markdown_table(list(shown), rows)])
 
 
-def _common(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+def common(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """What the runs have in common; where they differ, all values."""
     known = {column: frame[column].dropna().drop_duplicates() for column in columns if column in frame}
     told = {name: f"{name} {', '.join(sorted(map(_plain, values)))}" for name, values in known.items() if any(values)}
@@ -157,7 +161,7 @@ def _common(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     return [*([f"- data: {data}"] if data else []), f"- machine: {', '.join(told.values())}"]
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]]
 
 

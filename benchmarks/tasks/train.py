@@ -1,13 +1,11 @@
-"""One run of a task: trains an encoder and keeps the embeddings of all its images, from which every score is computed."""
+"""One run of a task: trains an encoder and keeps the embeddings of all its images, from which all scores follow."""
 
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from benchmarks.machine import Row
-from benchmarks.tasks.data import TaskImages, make
+from benchmarks.tasks.data import TaskImages
 from simo_lightning import ImageEncoder, OneCycle, SimOModule
 from simo_lightning.class_paths import import_class
 from simo_lightning.data import BatchAugment, LabelledImages, TensorPairDataModule
@@ -78,7 +76,7 @@ def make_module(about: dict[str, Any], setting: dict[str, Any], rate: float) -> 
     encoder = ImageEncoder(
         image_size=about["image_size"],
         embedding_dim=setting.get("embedding_dim", about["embedding_dim"]),
-        **{"stem": "small_stride2", **about["encoder"]},
+        **about["encoder"],
     )
     module = SimOModule(
         encoder,
@@ -103,6 +101,8 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
         What the run measured, with ``error`` where it diverged; and the embeddings of each split by name, in float16,
         with a linear classifier's ``weight`` and ``bias`` where the loss is one.
     """
+    rank_zero_only.rank = 1  # no lines about the machine
+    warnings.filterwarnings("ignore")
     about, setting = job["about"], job["setting"]
     seed_everything(job["seed"], verbose=False)
     own = {key: setting.get(key, about[key]) for key in ("classes_per_batch", "samples_per_class")}
@@ -142,19 +142,3 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
         if isinstance(getattr(head, name, None), Tensor):
             kept[name] = getattr(head, name).detach().float().cpu().numpy()
     return row, kept
-
-
-def run(job: dict[str, Any]) -> Row:
-    """A run in this process; writes the embeddings to ``job["file"]``."""
-    torch.set_num_threads(job["threads"])
-    rank_zero_only.rank = 1  # no lines about the machine
-    warnings.filterwarnings("ignore")
-    images = make(job["task"], Path(job["folder"]), job["about"], job["given"])
-    row, kept = train(job, images)
-    if kept:
-        file = Path(job["file"])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.with_suffix(".part").open("wb") as whole:
-            np.savez(whole, **kept)
-        file.with_suffix(".part").replace(file)
-    return row

@@ -1,0 +1,122 @@
+"""The command: python -m benchmarks, one protocol for all losses over every task.
+
+Every loss is trained with the same encoder, epochs, batches and augmentation. Its learning rate and its main parameter
+are chosen on the closed set by MAP@R among validation images, on the first seed; all tasks then use this setting, on
+all seeds. benchmarks/tasks/tasks.yaml has the data sets, losses, sweeps and tasks, benchmarks/TASKS.md the results.
+
+Each run is a fresh process. A finished run is not repeated: the same command continues where it was stopped, and the
+CSV files of benchmarks/results count as finished once they are copied to FOLDER. A run of which only the CSV is there,
+and not its embeddings, is repeated only if a score of it is missing.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.experiments import append
+from benchmarks.machine import Row, about
+from benchmarks.tasks.plan import KEYS, TABLE, Plan
+from benchmarks.tasks.tables import page
+from benchmarks.tasks.work import work
+
+Result = tuple[Row | None, Row | None]
+
+
+def parser(plan: Plan) -> argparse.ArgumentParser:
+    """The command's arguments; each data set has one for its folder."""
+    own = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, entry in plan.data.items():
+        own.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"{entry['title']}: {entry['about']}")
+    own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the CSV files and the embeddings")
+    for name, known in (("tasks", plan.tasks), ("losses", plan.losses)):
+        own.add_argument(f"--{name}", nargs="+", choices=known, metavar="NAME", help=f"default: {', '.join(known)}")
+    own.add_argument("--workers", type=int, default=2, help="runs side by side (default: 2)")
+    own.add_argument("--threads", type=int, default=1, help="of each run, on a CPU (default: 1)")
+    own.add_argument("--minutes", type=float, metavar="M", help="start no run after this time")
+    own.add_argument("--gpu", action="store_true", help="train ResNet-18 at full width on a GPU, in bfloat16")
+    own.add_argument(
+        "--table", type=Path, default=TABLE, metavar="FILE", help="another table of data, losses and tasks"
+    )
+    return own
+
+
+def drive(plan: Plan, given: argparse.Namespace) -> bool:
+    """Make all runs that are missing; False if the time was up or a run failed."""
+    folders = {name: getattr(given, name) for name in plan.data if getattr(given, name) is not None}
+    tasks, losses = given.tasks or list(plan.tasks), given.losses or list(plan.losses)
+    end = float("inf") if given.minutes is None else time.monotonic() + 60 * given.minutes
+    whole = True
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.tasks.work"])
+    with ProcessPoolExecutor(given.workers, mp_context=context, max_tasks_per_child=1) as pool:
+        for index, stage in enumerate(plan.stages(list(folders), tasks, losses)):
+            scored, made = plan.scored(), plan.runs()
+            if index % 3 < 2:  # a sweep, of which only the setting that is chosen will be scored
+                jobs = [(run, False) for run in stage if not plan.made(run, made)]
+            else:
+                jobs = [(run, True) for run in stage if not plan.made(run, scored)]
+            whole &= make(plan, pool, [plan.job(run, folders[run.data], given.threads, how) for run, how in jobs], end)
+    return whole
+
+
+def make(plan: Plan, pool: ProcessPoolExecutor, jobs: Iterable[dict[str, Any]], end: float) -> bool:
+    """Make these runs; False if the time was up or one failed."""
+    waiting, going, whole = list(jobs), dict[Future[Result], dict[str, Any]](), True
+    while waiting or going:
+        while waiting and len(going) < pool._max_workers:  # type: ignore[attr-defined]
+            if time.monotonic() > end:
+                waiting, whole = [], False
+                break
+            job = waiting.pop(0)
+            going[pool.submit(work, job)] = job
+        if not going:
+            break
+        for future in wait(going, return_when=FIRST_COMPLETED).done:
+            job = going.pop(future)
+            what = f"{job['data']} {job['task']} {job['loss']} {job['variant']} lr {job['rate']:g} seed {job['seed']}"
+            try:
+                run, scores = future.result()
+            except Exception as error:  # of this run; the others go on
+                print(f"{what}: failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                whole = False
+                continue
+            keys = {key: job[key] for key in KEYS}
+            for name, found in (("tasks", run), ("tasks_scores", scores)):
+                if found is not None:
+                    append(plan.out / f"{name}.csv", [{**keys, **found, **(about() if name == "tasks" else {})}])
+            told = "scored" if run is None else run["error"] or f"{run['val_map_at_r']:.4f} in {run['seconds']:.0f} s"
+            print(f"{what}: {told}", flush=True)
+    return whole
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit status: 0, or 1 if something is missing."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--table", type=Path, default=TABLE)
+    table = first.parse_known_args(words)[0].table
+    given = parser(Plan(table=table)).parse_args(words)
+    if given.gpu and not torch.cuda.is_available():
+        parser(Plan(table=table)).error("--gpu needs a GPU, found none")
+    plan = Plan(given.out, table, given.gpu)
+    whole = drive(plan, given)
+    print(page(plan))
+    if not whole:
+        print("\nsome runs are missing; the same command continues", file=sys.stderr)
+    return 0 if whole else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(130)

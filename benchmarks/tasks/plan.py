@@ -1,0 +1,160 @@
+"""Which runs the protocol needs, which of them have been made, and what was chosen."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from benchmarks.experiments import SHIPPED, read
+
+TABLE = Path(__file__).with_name("tasks.yaml")
+OF_THE_RUN = ("loss_lr_factor", "embedding_dim", "classes_per_batch", "samples_per_class")  # not arguments of the loss
+KEYS = ["data", "task", "loss", "variant", "rate", "seed", "config"]
+PROTOCOL = 1  # raise it when training changes what a number means: all runs are then made again
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; ``variant`` is the JSON of what differs from the loss's default, "" for none."""
+
+    data: str
+    task: str
+    loss: str
+    variant: str
+    rate: float
+    seed: int
+
+
+class Plan:
+    """The protocol of a table, and the results in a folder.
+
+    Args:
+        out: Folder of ``tasks.csv`` (runs), ``tasks_scores.csv`` and the embeddings.
+        table: YAML file as ``tasks.yaml``.
+        gpu: Whether to train ResNet-18 at full width.
+    """
+
+    def __init__(self, out: Path = SHIPPED, table: Path = TABLE, gpu: bool = False) -> None:
+        content: dict[str, Any] = yaml.safe_load(table.read_text())
+        self.out, self.gpu = out, gpu
+        self.data, self.losses, self.tasks = content["data"], content["losses"], content["tasks"]
+        self.rates, self.seeds = [float(rate) for rate in content["rates"]], content["seeds"]
+        self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
+
+    def about(self, data: str) -> dict[str, Any]:
+        """The entry of a data set, with the encoder."""
+        entry = self.data[data]
+        return {**entry, "encoder": {**self.encoder, **entry.get("encoder", {})}}
+
+    def variants(self, loss: str) -> list[str]:
+        """The default, "", and the others of a loss, as JSON."""
+        return ["", *(json.dumps(each, sort_keys=True) for each in self.losses[loss].get("variants", []))]
+
+    def setting(self, run: Run) -> dict[str, Any]:
+        """Class path and arguments of the run's loss, and what else it sets."""
+        entry = self.losses[run.loss]
+        given = {**entry.get("run", {}), **(json.loads(run.variant) if run.variant else {})}
+        own = {key: given.pop(key) for key in OF_THE_RUN if key in given}
+        loss = entry["loss"]
+        return {**own, "class_path": loss["class_path"], "init_args": {**loss.get("init_args", {}), **given}}
+
+    def keys(self, run: Run) -> dict[str, Any]:
+        """The columns of a run that identify it; ``config`` is a digest of all that determines its result."""
+        content = [PROTOCOL, self.about(run.data), self.tasks[run.task], self.setting(run)]
+        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
+        return {**run.__dict__, "config": digest}
+
+    def file(self, run: Run) -> Path:
+        """Where the run keeps its embeddings."""
+        digest = hashlib.blake2b(json.dumps(self.keys(run), sort_keys=True).encode(), digest_size=8).hexdigest()
+        return self.out / "embeddings" / f"{run.data}-{run.task}-{run.loss}-{run.seed}-{digest}.npz"
+
+    def runs(self) -> pd.DataFrame:
+        """The finished runs of the present table."""
+        return self._current(results(self.out / "tasks.csv"))
+
+    def scored(self) -> pd.DataFrame:
+        """The scores of the present table."""
+        return self._current(results(self.out / "tasks_scores.csv"))
+
+    def _current(self, frame: pd.DataFrame) -> pd.DataFrame:
+        known = [self._is_current(row) for row in frame[KEYS].to_dict("records")]
+        return frame[pd.Series(known, index=frame.index, dtype=bool)]
+
+    def _is_current(self, row: dict[str, Any]) -> bool:
+        if row["data"] not in self.data or row["task"] not in self.tasks or row["loss"] not in self.losses:
+            return False
+        run = Run(**{name: row[name] for name in KEYS[:-1]})
+        return bool(self.keys(run)["config"] == row["config"])
+
+    def made(self, run: Run, frame: pd.DataFrame) -> bool:
+        """Whether a frame has the run."""
+        keys = self.keys(run)
+        return bool((frame[KEYS] == pd.Series(keys)[KEYS]).all(axis=1).any())
+
+    def sweep(self, data: str, loss: str) -> pd.DataFrame:
+        """The runs from which the setting of a loss on a data set is chosen."""
+        frame = self.runs()
+        at = (frame["data"] == data) & (frame["loss"] == loss) & (frame["task"] == "closed")
+        return frame[at & (frame["seed"] == self.seeds[0])]
+
+    def best(self, data: str, loss: str, default_only: bool = False) -> tuple[str, float] | None:
+        """Variant and rate with the best MAP@R among the validation images; None if none has converged."""
+        frame = self.sweep(data, loss)
+        frame = frame[frame["error"].isna() & (~default_only | (frame["variant"] == ""))]
+        if frame.empty:
+            return None
+        row = frame.loc[frame["val_map_at_r"].astype(float).idxmax()]
+        return str(row["variant"]), float(row["rate"])
+
+    def stages(self, data: Sequence[str], tasks: Sequence[str], losses: Sequence[str]) -> Iterator[list[Run]]:
+        """Runs in the order in which they can be made; each stage depends on the results of those before.
+
+        Every run but those of the sweep is of a chosen setting.
+        """
+        first = self.seeds[0]
+        for each in data:
+            rates = self.data[each].get("rates", self.rates)
+            yield [Run(each, "closed", loss, "", float(rate), first) for loss in losses for rate in rates]
+            at_best = {loss: self.best(each, loss, default_only=True) for loss in losses}
+            yield [
+                Run(each, "closed", loss, variant, found[1], first)
+                for loss, found in at_best.items()
+                if found is not None
+                for variant in self.variants(loss)[1:]
+            ]
+            yield self.chosen(each, tasks, losses)
+
+    def chosen(self, data: str, tasks: Sequence[str], losses: Sequence[str]) -> list[Run]:
+        """All runs by which the losses are judged: at the chosen setting, those of a task side by side."""
+        best = {loss: self.best(data, loss) for loss in losses}
+        return [
+            Run(data, task, loss, *found, seed)
+            for task in tasks
+            if data in self.tasks[task].get("data", self.data)
+            for seed in self.seeds
+            for loss, found in best.items()
+            if found is not None
+        ]
+
+    def job(self, run: Run, folder: Path, threads: int, score: bool) -> dict[str, Any]:
+        """Everything a process needs to make a run, or to score its embeddings."""
+        accelerator = "gpu" if self.gpu else "cpu"
+        common = {"about": self.about(run.data), "given": self.tasks[run.task], "setting": self.setting(run)}
+        place = {"folder": str(folder), "file": str(self.file(run)), "accelerator": accelerator, "threads": threads}
+        return {**self.keys(run), **common, **place, "score": score}
+
+
+def results(path: Path) -> pd.DataFrame:
+    """A CSV of runs or scores, with the columns that identify a run in any case."""
+    frame = read(path)
+    for name in (*KEYS, "error", "val_map_at_r"):
+        if name not in frame:
+            frame[name] = pd.Series(dtype=object)
+    frame["variant"] = frame["variant"].fillna("")
+    return frame

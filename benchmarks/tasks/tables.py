@@ -1,0 +1,268 @@
+"""Tables and the figure of ``python -m benchmarks``, from its CSV files alone."""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.experiments import SHIPPED
+from benchmarks.machine import MACHINE
+from benchmarks.tables import common, markdown_table, spread
+from benchmarks.tasks.plan import TABLE, Plan
+
+OURS = ("simo", "simo_softmax")  # rows that are ours
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a table answers: the scores of a task, of which the first decides who is first."""
+
+    title: str
+    task: str
+    columns: tuple[str, ...]
+    lower: bool = False  # whether a lower score is better
+
+
+QUESTIONS = {
+    "closed": Question(
+        "Closed set",
+        "closed",
+        ("map_at_r", "r_precision", "recall_at_1", "knn", "linear_probe", "nearest_class_mean"),
+    ),
+    "unseen": Question(
+        "Unseen classes",
+        "unseen",
+        (
+            "unseen_map_at_r",
+            "unseen_recall_at_1",
+            "few_shot_5_way_1_shot",
+            "few_shot_5_way_5_shot",
+            "few_shot_20_way_1_shot",
+            "few_shot_20_way_5_shot",
+        ),
+    ),
+    "coarse": Question("Coarse to fine", "coarse", ("map_at_r", "recall_at_1", "knn", "linear_probe")),
+    "unknown": Question(
+        "Unknown images",
+        "unseen",
+        ("auroc_best", "fpr95_best", "auroc_cosine", "auroc_energy", "auroc_neighbor"),
+    ),
+    "tail": Question(
+        "Long tail",
+        "tail",
+        ("accuracy_balanced", "accuracy_frequent", "accuracy_middle", "accuracy_rare", "map_at_r"),
+    ),
+    "wrong_20": Question("20 % wrong labels", "wrong_20", ("map_at_r", "recall_at_1", "knn", "nearest_class_mean")),
+    "wrong_40": Question("40 % wrong labels", "wrong_40", ("map_at_r", "recall_at_1", "knn", "nearest_class_mean")),
+    "calibration": Question(
+        "Calibration",
+        "closed",
+        ("ece_softmax", "ece_shares", "ece_shares_fitted", "ece_classifier", "accuracy_softmax", "accuracy_shares"),
+        lower=True,
+    ),
+    "compression": Question(
+        "Compression",
+        "closed",
+        ("map_at_r_8", "map_at_r_16", "map_at_r_32", "map_at_r_int8", "map_at_r_binary"),
+    ),
+    "speed": Question("Speed", "closed", ("seconds_to_mark", "train_seconds"), lower=True),
+}
+
+
+def scores(plan: Plan, data: str, question: str) -> pd.DataFrame:
+    """The scores of every chosen run: one row per loss and seed, a column per score of the question."""
+    asked = QUESTIONS[question]
+    frame, runs = plan.scored(), plan.runs()
+    parts = []
+    for loss in plan.losses:
+        best = plan.best(data, loss)
+        if best is None:
+            continue
+        own = [each[_at(each, data, asked.task, loss, *best)] for each in (frame, runs)]
+        part = own[0].drop_duplicates("seed", keep="last").set_index("seed")
+        if question == "speed":
+            part = own[1].drop_duplicates("seed", keep="last").set_index("seed")
+            part["train_seconds"] = part["course"].map(lambda text: _course(text)[-1][0])
+        parts.append(part.assign(loss=loss))
+    found = pd.concat(parts) if parts else pd.DataFrame(columns=["loss"])
+    if question == "speed" and len(found):
+        goal = mark(found)
+        found["seconds_to_mark"] = found["course"].map(lambda text: seconds_to(text, goal))
+    return found.reindex(columns=["loss", *asked.columns]).dropna(axis=1, how="all")
+
+
+def _at(frame: pd.DataFrame, data: str, task: str, loss: str, variant: str, rate: float) -> "pd.Series[bool]":
+    wanted = {"data": data, "task": task, "loss": loss, "variant": variant, "rate": rate}
+    at = frame["error"].isna()
+    for name, value in wanted.items():
+        at &= frame[name] == value
+    return at
+
+
+def _course(text: str) -> list[tuple[float, float]]:
+    return [tuple(map(float, point.split(":"))) for point in text.split()]  # type: ignore[misc]
+
+
+def mark(runs: pd.DataFrame) -> float:
+    """The MAP@R whose time is compared: nine tenths of what cross-entropy has among validation images at its end."""
+    return 0.9 * float(
+        runs.loc[runs["loss"] == "cross_entropy", "course"].map(lambda text: _course(text)[-1][1]).mean()
+    )
+
+
+def seconds_to(course: str, goal: float) -> float:
+    """Seconds of training until MAP@R reaches a mark, linear between the points of a course; nan if it does not."""
+    before = (0.0, 0.0)
+    for seconds, value in _course(course):
+        if value >= goal:
+            return before[0] + (seconds - before[0]) * (goal - before[1]) / (value - before[1])
+        before = (seconds, value)
+    return math.nan
+
+
+def ranked(plan: Plan, data: str, question: str) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of the first score of each loss, the best first."""
+    asked, found = QUESTIONS[question], scores(plan, data, question)
+    if found.empty or asked.columns[0] not in found:
+        return pd.DataFrame(columns=["mean", "std", "count"])
+    of_loss = found.groupby("loss")[asked.columns[0]].agg(["mean", "std", "count"])
+    return of_loss.dropna(subset="mean").sort_values("mean", ascending=asked.lower)
+
+
+def verdict(plan: Plan, data: str, question: str, ours: str) -> str:
+    """Place of one of our losses among all that are not ours, in words, with the difference from the best of them.
+
+    The spread of a difference is the root of the sum of both variances over seeds. Level is within it.
+    """
+    table = ranked(plan, data, question)
+    others = table[~table.index.isin(OURS)]
+    if ours not in table.index or others.empty:
+        return ""
+    mine, best = table.loc[ours], others.iloc[0]
+    sign = -1 if QUESTIONS[question].lower else 1
+    difference = sign * (mine["mean"] - best["mean"])
+    width = math.sqrt(np.nan_to_num(mine["std"]) ** 2 + np.nan_to_num(best["std"]) ** 2)
+    place = "level with" if abs(difference) <= width else "ahead of" if difference > 0 else "behind"
+    return f"{place} {plan.losses[best.name]['title']}, {difference:+.3g} (spread {width:.2g})"
+
+
+def table(plan: Plan, data: str, question: str) -> list[str]:
+    """Markdown of one question on one data set: mean ± standard deviation over seeds, the best first."""
+    asked, found = QUESTIONS[question], scores(plan, data, question)
+    columns = [name for name in asked.columns if name in found]
+    if found.empty or not columns:
+        return []
+    digits = 1 if question == "speed" else 4 if question == "calibration" or data == "tiny_imagenet" else 3
+    order = [*ranked(plan, data, question).index]
+    order += [loss for loss in found["loss"].unique() if loss not in order]
+    rows = []
+    for loss in order:
+        own = found[found["loss"] == loss]
+        cells = [_cell(own[name], digits) for name in columns]
+        rows.append([plan.losses[loss]["title"], str(len(own)), *cells])
+    return markdown_table(["loss", "seeds", *(name.replace("_", " ") for name in columns)], rows)
+
+
+def _cell(values: "pd.Series[float]", digits: int) -> str:
+    return "" if values.isna().all() else "not in every seed" if values.isna().any() else spread(values, digits)
+
+
+def settings(plan: Plan, data: str) -> list[str]:
+    """Markdown of the sweeps: what was chosen for each loss, and MAP@R among validation images at each setting."""
+    rows = []
+    for loss, entry in plan.losses.items():
+        found, best = plan.sweep(data, loss), plan.best(data, loss)
+        if best is None:
+            continue
+        swept = found[found["variant"] == ""].sort_values("rate")
+        others = found[found["variant"] != ""]
+        edge = "\\*" if len(swept) > 1 and best[1] in (swept["rate"].min(), swept["rate"].max()) else ""
+        rates = ", ".join(
+            f"{rate:g}: {_value(value)}" for rate, value in zip(swept["rate"], swept["val_map_at_r"], strict=True)
+        )
+        tried = ", ".join(
+            f"{_words(name)}: {_value(value)}"
+            for name, value in zip(others["variant"], others["val_map_at_r"], strict=True)
+        )
+        rows.append([entry["title"], f"{best[1]:g}{edge}", _words(best[0]) or "default", rates, tried])
+    return (
+        markdown_table(["loss", "rate", "setting", "MAP@R at each rate", "and at other settings"], rows) if rows else []
+    )
+
+
+def _value(value: float) -> str:
+    return "diverged" if pd.isna(value) else f"{float(value):.4f}"
+
+
+def _words(variant: str) -> str:
+    for sign in '{}"':
+        variant = variant.replace(sign, "")
+    return variant.replace("arguments: ", "")
+
+
+def page(plan: Plan) -> str:
+    """All tables of the results in a folder."""
+    runs = plan.runs()
+    if runs.empty:
+        return "no run has been made"
+    seconds = runs["seconds"].astype(float).sum() / 3600
+    parts = [*common(runs, MACHINE), f"- runs: {len(runs)}, {seconds:.1f} hours of one process"]
+    for data, entry in plan.data.items():
+        chosen = settings(plan, data)
+        if chosen:
+            parts += ["", f"## {entry['title']}: {entry['about']}", "", "### Settings", "", *chosen]
+        for name, asked in QUESTIONS.items():
+            rows = table(plan, data, name)
+            if rows:
+                told = [f"{plan.losses[ours]['title']}: {verdict(plan, data, name, ours)}." for ours in OURS]
+                parts += ["", f"### {asked.title}", "", *rows, "", " ".join(each for each in told if ": ." not in each)]
+    return "\n".join(parts)
+
+
+def figure(plan: Plan) -> Figure:
+    """The first score of every question and data set: each loss as a point, ours filled, with the spread of seeds."""
+    data = [name for name in plan.data if len(scores(plan, name, "closed"))]
+    drawn = Figure(figsize=(3.2 * len(QUESTIONS) / 2, 2.4 * max(1, len(data)) * 2), layout="constrained")
+    axes = drawn.subplots(2 * max(1, len(data)), math.ceil(len(QUESTIONS) / 2), squeeze=False)
+    losses = list(plan.losses)
+    for row, name in enumerate(data):
+        for index, (question, asked) in enumerate(QUESTIONS.items()):
+            axis = axes[2 * row + index // axes.shape[1], index % axes.shape[1]]
+            found = ranked(plan, name, question)
+            if found.empty:
+                axis.set_axis_off()
+                continue
+            shown = found.iloc[::-1]
+            for place, (loss, values) in enumerate(shown.iterrows()):
+                style = {"color": f"C{losses.index(str(loss))}", "marker": "o" if loss in OURS else "x"}
+                axis.errorbar(values["mean"], place, xerr=np.nan_to_num(values["std"]), markersize=5, **style)
+            axis.set_yticks(range(len(shown)), [plan.losses[str(loss)]["title"] for loss in shown.index], fontsize=6)
+            axis.set_title(f"{plan.data[name]['title']}: {asked.title}", fontsize=7)
+            axis.tick_params(axis="x", labelsize=6)
+            axis.set_xlabel(asked.columns[0].replace("_", " "), fontsize=6)
+    return drawn
+
+
+def main() -> None:
+    """Print the tables, or draw the figure."""
+    own = argparse.ArgumentParser("python -m benchmarks.tasks.tables", description=__doc__)
+    own.add_argument("--out", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the shipped results")
+    own.add_argument(
+        "--table", type=Path, default=TABLE, metavar="FILE", help="another table of data, losses and tasks"
+    )
+    own.add_argument("--gpu", action="store_true", help="the runs with --gpu")
+    own.add_argument("--figure", type=Path, metavar="FILE", help="draw the figure instead")
+    given = own.parse_args()
+    plan = Plan(given.out, given.table, given.gpu)
+    if given.figure is None:
+        print(page(plan))
+    else:
+        figure(plan).savefig(given.figure, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
