@@ -58,13 +58,13 @@ def drive(plan: Plan, given: argparse.Namespace) -> bool:
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.tasks.work"])
     with ProcessPoolExecutor(given.workers, mp_context=context, max_tasks_per_child=1) as pool:
-        for index, stage in enumerate(plan.stages(list(folders), tasks, losses)):
-            scored, made = plan.scored(), plan.runs()
-            if index % 3 < 2:  # a sweep, of which only the setting that is chosen will be scored
-                jobs = [(run, False) for run in stage if not plan.made(run, made)]
-            else:
-                jobs = [(run, True) for run in stage if not plan.made(run, scored)]
-            whole &= make(plan, pool, [plan.job(run, folders[run.data], given.threads, how) for run, how in jobs], end)
+        for stage, score in plan.stages(list(folders), tasks, losses):
+            made = plan.scored() if score else plan.runs()
+            missing = [run for run in stage if not plan.made(run, made)]
+            jobs = [plan.job(run, folders[run.data], given.threads, score) for run in missing]
+            whole &= make(plan, pool, jobs, end)
+            if time.monotonic() > end:
+                break
     return whole
 
 

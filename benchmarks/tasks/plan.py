@@ -15,6 +15,7 @@ from benchmarks.experiments import SHIPPED, read
 TABLE = Path(__file__).with_name("tasks.yaml")
 OF_THE_RUN = ("loss_lr_factor", "embedding_dim", "classes_per_batch", "samples_per_class")  # not arguments of the loss
 KEYS = ["data", "task", "loss", "variant", "rate", "seed", "config"]
+WIDEN = 8  # a sweep ends at this factor beyond its first rates
 PROTOCOL = 1  # raise it when training changes what a number means: all runs are then made again
 
 
@@ -112,23 +113,46 @@ class Plan:
         row = frame.loc[frame["val_map_at_r"].astype(float).idxmax()]
         return str(row["variant"]), float(row["rate"])
 
-    def stages(self, data: Sequence[str], tasks: Sequence[str], losses: Sequence[str]) -> Iterator[list[Run]]:
-        """Runs in the order in which they can be made; each stage depends on the results of those before.
-
-        Every run but those of the sweep is of a chosen setting.
+    def stages(
+        self, data: Sequence[str], tasks: Sequence[str], losses: Sequence[str]
+    ) -> Iterator[tuple[list[Run], bool]]:
+        """Runs in the order in which they can be made, since each stage depends on the results of those before; and
+        whether they are scored, as those of a chosen setting are.
         """
         first = self.seeds[0]
         for each in data:
-            rates = self.data[each].get("rates", self.rates)
-            yield [Run(each, "closed", loss, "", float(rate), first) for loss in losses for rate in rates]
+            yield [Run(each, "closed", loss, "", rate, first) for loss in losses for rate in self.rates], False
+            while True:
+                further = {loss: self.next_rate(each, loss) for loss in losses}
+                runs = [
+                    Run(each, "closed", loss, "", rate, first) for loss, rate in further.items() if rate is not None
+                ]
+                if not runs:
+                    break
+                yield runs, False
             at_best = {loss: self.best(each, loss, default_only=True) for loss in losses}
-            yield [
-                Run(each, "closed", loss, variant, found[1], first)
-                for loss, found in at_best.items()
-                if found is not None
-                for variant in self.variants(loss)[1:]
-            ]
-            yield self.chosen(each, tasks, losses)
+            yield (
+                [
+                    Run(each, "closed", loss, variant, found[1], first)
+                    for loss, found in at_best.items()
+                    if found is not None
+                    for variant in self.variants(loss)[1:]
+                ],
+                False,
+            )
+            yield self.chosen(each, tasks, losses), True
+
+    def next_rate(self, data: str, loss: str) -> float | None:
+        """The rate to try next, where the best one so far is the largest or the smallest; None where it is between."""
+        found, best = self.sweep(data, loss), self.best(data, loss, default_only=True)
+        tried = sorted(found.loc[found["variant"] == "", "rate"].astype(float))
+        if best is None or not set(self.rates) <= set(tried):
+            return None
+        if best[1] == tried[-1] and tried[-1] < max(self.rates) * WIDEN:
+            return tried[-1] * 2
+        if best[1] == tried[0] and tried[0] > min(self.rates) / WIDEN:
+            return tried[0] / 2
+        return None
 
     def chosen(self, data: str, tasks: Sequence[str], losses: Sequence[str]) -> list[Run]:
         """All runs by which the losses are judged: at the chosen setting, those of a task side by side."""

@@ -140,8 +140,8 @@ def calibration(
     test: tuple[Tensor, Tensor],
     head: tuple[Tensor, Tensor] | None,
 ) -> Scores:
-    """Expected calibration error of class probabilities: the orthogonal shares as they are, and their logarithms and the
-    cosines to the class means with a temperature that is fitted to validation images; a linear classifier's too.
+    """Expected calibration error of class probabilities: the orthogonal shares as they are; and with a temperature that
+    is fitted to validation images their logarithms, the cosines to the class means, and a linear classifier's logits.
     """
     means = class_means(bank, bank_labels, int(bank_labels.max()) + 1)
 
