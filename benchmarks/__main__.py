@@ -13,15 +13,14 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.experiments import append
-from benchmarks.machine import Row, about
+from benchmarks.machine import Row, about, in_process
 from benchmarks.tasks.plan import KEYS, TABLE, Plan
 from benchmarks.tasks.tables import page
 from benchmarks.tasks.work import work
@@ -55,9 +54,7 @@ def drive(plan: Plan, given: argparse.Namespace) -> bool:
     tasks, losses = given.tasks or list(plan.tasks), given.losses or list(plan.losses)
     end = float("inf") if given.minutes is None else time.monotonic() + 60 * given.minutes
     whole = True
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.tasks.work"])
-    with ProcessPoolExecutor(given.workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ThreadPoolExecutor(given.workers) as pool:  # each thread waits for the process of a run
         for stage, score in plan.stages(list(folders), tasks, losses):
             made = plan.scored() if score else plan.runs()
             missing = [run for run in stage if not plan.made(run, made)]
@@ -68,16 +65,16 @@ def drive(plan: Plan, given: argparse.Namespace) -> bool:
     return whole
 
 
-def make(plan: Plan, pool: ProcessPoolExecutor, jobs: Iterable[dict[str, Any]], end: float) -> bool:
+def make(plan: Plan, pool: ThreadPoolExecutor, jobs: Iterable[dict[str, Any]], end: float) -> bool:
     """Make these runs; False if the time was up or one failed."""
     waiting, going, whole = list(jobs), dict[Future[Result], dict[str, Any]](), True
     while waiting or going:
-        while waiting and len(going) < pool._max_workers:  # type: ignore[attr-defined]
+        while waiting and len(going) < pool._max_workers:
             if time.monotonic() > end:
                 waiting, whole = [], False
                 break
             job = waiting.pop(0)
-            going[pool.submit(work, job)] = job
+            going[pool.submit(in_process, work, job=job)] = job
         if not going:
             break
         for future in wait(going, return_when=FIRST_COMPLETED).done:

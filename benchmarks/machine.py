@@ -64,8 +64,9 @@ def milliseconds(step: Callable[[], Any], seconds: float = 1.0) -> tuple[float, 
 
 
 def in_process(function: Callable[..., Result], **arguments: Any) -> Result:
-    """Call a function in a process of its own, forked from one that has imported ``benchmarks.timing``."""
+    """Call a function in a process of its own, forked from one that has imported what the function needs."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.timing"])
+    is_timing = function.__module__.startswith("benchmarks.timing")
+    context.set_forkserver_preload(["benchmarks.timing" if is_timing else function.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, **arguments).result()

@@ -109,9 +109,8 @@ def _course(text: str) -> list[tuple[float, float]]:
 
 def mark(runs: pd.DataFrame) -> float:
     """The MAP@R whose time is compared: nine tenths of what cross-entropy has among validation images at its end."""
-    return 0.9 * float(
-        runs.loc[runs["loss"] == "cross_entropy", "course"].map(lambda text: _course(text)[-1][1]).mean()
-    )
+    courses = runs.loc[runs["loss"] == "cross_entropy", "course"]
+    return 0.9 * float(np.mean([_course(text)[-1][1] for text in courses])) if len(courses) else math.nan
 
 
 def seconds_to(course: str, goal: float) -> float:
@@ -210,7 +209,10 @@ def page(plan: Plan) -> str:
     if runs.empty:
         return "no run has been made"
     seconds = runs["seconds"].astype(float).sum() / 3600
-    parts = [*common(runs, MACHINE), f"- runs: {len(runs)}, {seconds:.1f} hours of one process"]
+    parts = [
+        *common(runs, [name for name in MACHINE if name != "load_before"]),
+        f"- runs: {len(runs)}, {seconds:.1f} hours of one process",
+    ]
     for data, entry in plan.data.items():
         chosen = settings(plan, data)
         if chosen:
@@ -218,8 +220,9 @@ def page(plan: Plan) -> str:
         for name, asked in QUESTIONS.items():
             rows = table(plan, data, name)
             if rows:
-                told = [f"{plan.losses[ours]['title']}: {verdict(plan, data, name, ours)}." for ours in OURS]
-                parts += ["", f"### {asked.title}", "", *rows, "", " ".join(each for each in told if ": ." not in each)]
+                told = {ours: verdict(plan, data, name, ours) for ours in OURS if ours in plan.losses}
+                words = [f"{plan.losses[ours]['title']}: {words}." for ours, words in told.items() if words]
+                parts += ["", f"### {asked.title}", "", *rows, "", " ".join(words)]
     return "\n".join(parts)
 
 

@@ -101,7 +101,7 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
         What the run measured, with ``error`` where it diverged; and the embeddings of each split by name, in float16,
         with a linear classifier's ``weight`` and ``bias`` where the loss is one.
     """
-    rank_zero_only.rank = 1  # no lines about the machine
+    rank_zero_only.rank = 1  # type: ignore[attr-defined]  # no lines about the machine
     warnings.filterwarnings("ignore")
     about, setting = job["about"], job["setting"]
     seed_everything(job["seed"], verbose=False)

@@ -1,0 +1,311 @@
+"""The protocol of ``python -m benchmarks``: its tasks, scores and sweeps, and the command itself on digits."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scipy.optimize import minimize_scalar
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy, normalize
+
+from benchmarks.experiments import append
+from benchmarks.tasks import data, scores, tables
+from benchmarks.tasks.plan import Plan, Run
+from simo_lightning.functional import map_at_r
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_digits(folder: Path) -> None:
+    """Fifteen training and ten test images of each of the ten digits, as class folders."""
+    digits = load_digits()
+    for label in range(10):
+        for number, index in enumerate(np.flatnonzero(digits.target == label)[:25]):
+            path = folder / ("train" if number < 15 else "test") / f"digit{label}" / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[index] * 15).astype(np.uint8)).resize((16, 16)).save(path)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+ABOUT = {
+    "image_size": 16,
+    "val_fraction": 0.2,
+    "coarse": {"low": [f"digit{i}" for i in range(5)], "high": [f"digit{i}" for i in range(5, 10)]},
+}
+
+
+def test_the_closed_set_holds_validation_images_out_of_training(digits: Path) -> None:
+    closed = data.make("closed", digits, ABOUT, {})
+    assert closed.train.labels.bincount().tolist() == [12] * 10
+    assert closed.val.labels.bincount().tolist() == [3] * 10
+    assert closed.test.labels.bincount().tolist() == [10] * 10
+    train = {image.numpy().tobytes() for image in closed.train.images}
+    assert not any(image.numpy().tobytes() in train for image in closed.val.images)
+
+
+def test_unseen_classes_are_in_no_other_split(digits: Path) -> None:
+    images = data.make("unseen", digits, ABOUT, {"classes": 0.5})
+    assert images.unseen is not None
+    assert len(images.train.class_names) == len(images.unseen.class_names) == 5
+    assert not {*images.train.class_names} & {*images.unseen.class_names}
+    assert images.train.class_names == images.val.class_names == images.test.class_names
+    assert len(images.unseen) == 50
+
+
+def test_coarse_labels_train_and_true_ones_judge(digits: Path) -> None:
+    images = data.make("coarse", digits, ABOUT, {})
+    assert images.train.labels.bincount().tolist() == [60, 60]
+    assert images.bank_labels.bincount().tolist() == [12] * 10
+    high, low = images.train.labels[images.bank_labels == 9], images.train.labels[images.bank_labels == 0]
+    assert high.unique().tolist() != low.unique().tolist()
+    with pytest.raises(ValueError, match="coarse must name every class, got none for digit5"):
+        data.make("coarse", digits, {**ABOUT, "coarse": {"low": ABOUT["coarse"]["low"]}}, {})
+
+
+def test_a_long_tail_falls_exponentially_by_the_factor() -> None:
+    kept = data.tail(torch.arange(10).repeat(500), 50)
+    counts = torch.arange(10).repeat(500)[kept].bincount().sort(descending=True).values
+    wanted = [round(500 * 50 ** (-rank / 9)) for rank in range(10)]
+    assert counts.tolist() == wanted
+    assert wanted[0] == 50 * wanted[-1]
+
+
+def test_wrong_labels_are_a_share_of_every_class() -> None:
+    labels = torch.arange(10).repeat_interleave(100)
+    changed = data.wrong_labels(labels, 10, 0.4)
+    assert (changed != labels).view(10, 100).sum(1).tolist() == [40] * 10
+    assert changed.min() == 0
+    assert changed.max() == 9
+
+
+def test_a_part_of_the_images_and_classes(digits: Path) -> None:
+    images = data.make("closed", digits, ABOUT, {"images_per_class": 4, "number_of_classes": 3})
+    assert images.train.labels.bincount().tolist() == [4, 4, 4]
+    assert images.test.labels.bincount().tolist() == [10, 10, 10]
+
+
+def test_few_shot_accuracy_is_that_of_plain_loops() -> None:
+    labels = torch.arange(6).repeat_interleave(20)
+    embeddings = normalize(torch.eye(6)[labels] + 0.7 * draw(120, 6))
+    found = scores.few_shot(embeddings, labels, ways=3, shots=2)
+    random, hits = np.random.default_rng(0), []
+    rows = embeddings.double().numpy()
+    for _ in range(4000):
+        classes = random.choice(6, 3, replace=False)
+        drawn = [random.permutation(np.flatnonzero(labels.numpy() == each)) for each in classes]
+        means = [rows[each[:2]].mean(0) for each in drawn]
+        means = [each / np.linalg.norm(each) for each in means]
+        own = [
+            np.argmax([rows[index] @ mean for mean in means]) == place
+            for place, each in enumerate(drawn)
+            for index in each[2:17]
+        ]
+        hits.append(np.mean(own))
+    half = found["few_shot_3_way_2_shot_interval"]
+    error = math.hypot(half / 1.96, np.std(hits) / math.sqrt(len(hits)))
+    assert abs(found["few_shot_3_way_2_shot"] - np.mean(hits)) < 4 * error
+    assert half == pytest.approx(1.96 * np.std(hits) / math.sqrt(scores.EPISODES), rel=0.15)
+    assert scores.few_shot(embeddings, labels, ways=7, shots=1) == {}
+
+
+def test_the_temperature_has_the_smallest_cross_entropy() -> None:
+    labels = torch.arange(200) % 5
+    logits = torch.eye(5)[labels] + 0.6 * draw(200, 5)
+    best = minimize_scalar(
+        lambda x: float(cross_entropy(logits.double() * math.exp(x), labels)), bounds=(-5, 7), method="bounded"
+    )
+    assert scores.temperature(logits, labels) == pytest.approx(math.exp(best.x), rel=1e-3)
+
+
+def test_probabilities_that_are_right_have_a_small_calibration_error() -> None:
+    probability = 0.5 + 0.5 * torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    labels = (torch.rand(20_000, generator=torch.Generator().manual_seed(1)) > probability).long()
+    pairs = torch.stack((probability, 1 - probability), dim=1)
+    error, accuracy = scores.calibration_error(pairs, labels)
+    assert error < 0.02  # 15 bins of which 8 are filled: sampling alone gives about 0.008
+    assert accuracy == pytest.approx(0.75, abs=0.01)
+    wrong, _ = scores.calibration_error(pairs.square() / pairs.square().sum(1, keepdim=True), labels)
+    assert wrong > 0.05
+
+
+def test_compression_keeps_what_lies_in_the_leading_directions() -> None:
+    labels = torch.arange(120) % 6
+    embeddings = torch.zeros(120, 40)
+    embeddings[:, :6] = torch.eye(6)[labels] + 0.3 * draw(120, 6)
+    rotation = torch.linalg.qr(draw(40, 40, seed=1)).Q
+    found = scores.compression(embeddings @ rotation, embeddings @ rotation, labels)
+    whole = float(map_at_r(embeddings, labels))
+    assert set(found) == {"map_at_r_8", "map_at_r_16", "map_at_r_32", "map_at_r_int8", "map_at_r_binary"}
+    assert found["map_at_r_8"] == pytest.approx(whole, abs=1e-4)  # six directions have everything
+    assert found["map_at_r_int8"] == pytest.approx(whole, abs=0.01)
+    assert found["map_at_r_binary"] < whole
+
+
+def test_unknown_images_are_scored_by_a_half_that_did_not_choose() -> None:
+    means = torch.eye(8)
+    bank_labels, known_labels = torch.arange(200) % 4, torch.arange(80) % 4
+    bank, known = means[bank_labels] + 0.1 * draw(200, 8), means[known_labels] + 0.1 * draw(80, 8, seed=1)
+    other_labels = torch.arange(40) % 4
+    others = means[4 + other_labels] + 0.1 * draw(40, 8, seed=2)
+    found = scores.unknown(bank, bank_labels, known, others, other_labels)
+    assert found["auroc_best"] == found["auroc_cosine"] == 1.0  # all others are orthogonal to the known classes
+    assert found["fpr95_best"] == 0.0
+    mixed = others.clone()
+    mixed[other_labels % 2 == 1] = known[:20]  # the half that is judged looks known, the other half does not
+    assert scores.unknown(bank, bank_labels, known, mixed, other_labels)["auroc_best"] < 0.75
+
+
+def test_accuracy_by_frequency_is_a_mean_over_classes() -> None:
+    bank_labels = torch.repeat_interleave(torch.arange(6), torch.tensor([60, 50, 20, 10, 4, 2]))
+    labels = torch.arange(6).repeat(5)
+    test = torch.eye(6)[labels]
+    test[labels == 5] = torch.eye(6)[0]  # the rarest is always taken for the most frequent
+    found = scores.by_frequency(torch.eye(6)[bank_labels], bank_labels, test, labels)
+    assert found == {
+        "accuracy_balanced": pytest.approx(5 / 6),
+        "accuracy_frequent": 1.0,
+        "accuracy_middle": 1.0,
+        "accuracy_rare": 0.5,
+    }
+
+
+TABLE = {
+    "data": {
+        "digits": {
+            "title": "Digits",
+            "about": "10 classes",
+            "embedding_dim": 10,
+            "classes_per_batch": 10,
+            "samples_per_class": 3,
+            "epochs": 2,
+            "augment": {"crop_padding": 1, "flip": 0.0},
+            **ABOUT,
+        }
+    },
+    "encoder": {"backbone": "resnet10", "width": 0.125, "stem": "small"},
+    "rates": [0.004, 0.008],
+    "seeds": [0, 1],
+    "losses": {
+        "simo": {"title": "SimO", "loss": {"class_path": "simo_lightning.SimOLoss"}, "variants": [{"eps": 0.1}]},
+        "cross_entropy": {
+            "title": "cross-entropy",
+            "loss": {"class_path": "simo_lightning.losses.ClassifierLoss"},
+            "variants": [{"label_smoothing": 0.1}],
+        },
+    },
+    "tasks": {"closed": {"title": "closed set"}, "unseen": {"title": "unseen classes", "classes": 0.5}},
+}
+
+
+def write_runs(plan: Plan, values: dict[tuple[str, float, str], float | None]) -> None:
+    """Finished runs of the first seed, by loss, rate and variant: MAP@R among validation images, None: diverged."""
+    rows = [
+        {
+            **plan.keys(Run("digits", "closed", loss, variant, rate, 0)),
+            "error": None if value is not None else "diverged",
+            "val_map_at_r": value,
+            "seconds": 1.0,
+            "course": "1.0:0.1",
+        }
+        for (loss, rate, variant), value in values.items()
+    ]
+    append(plan.out / "tasks.csv", rows)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    table = tmp_path / "table.yaml"
+    table.write_text(yaml.safe_dump(TABLE))
+    return Plan(tmp_path / "out", table)
+
+
+def test_a_sweep_widens_until_its_best_rate_is_between_others(plan: Plan) -> None:
+    stages = plan.stages(["digits"], ["closed"], ["simo"])
+    runs, scored = next(stages)
+    assert [(run.rate, run.seed, scored) for run in runs] == [(0.004, 0, False), (0.008, 0, False)]
+    write_runs(plan, {("simo", 0.004, ""): 0.2, ("simo", 0.008, ""): 0.3})
+    assert [run.rate for run in next(stages)[0]] == [0.016]
+    write_runs(plan, {("simo", 0.016, ""): None})  # diverged, which ends the sweep there
+    variants, scored = next(stages)
+    assert [(run.rate, json.loads(run.variant), scored) for run in variants] == [(0.008, {"eps": 0.1}, False)]
+    write_runs(plan, {("simo", 0.008, '{"eps": 0.1}'): 0.25})
+    chosen, scored = next(stages)
+    assert [(run.variant, run.rate, run.seed, scored) for run in chosen] == [("", 0.008, 0, True), ("", 0.008, 1, True)]
+    assert plan.setting(variants[0])["init_args"] == {"eps": 0.1}
+
+
+def test_runs_of_a_changed_table_do_not_count(plan: Plan, tmp_path: Path) -> None:
+    write_runs(plan, {("simo", 0.004, ""): 0.2, ("cross_entropy", 0.004, ""): 0.1})
+    assert len(plan.runs()) == 2
+    changed = json.loads(json.dumps(TABLE))
+    changed["losses"]["simo"]["loss"]["init_args"] = {"eps": 0.5}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(changed))
+    assert Plan(plan.out, tmp_path / "table.yaml").runs()["loss"].tolist() == ["cross_entropy"]
+
+
+def test_a_difference_within_the_spread_of_seeds_is_level(plan: Plan) -> None:
+    write_runs(plan, {("simo", 0.004, ""): 0.2, ("cross_entropy", 0.004, ""): 0.1})
+    values = {"simo": (0.50, 0.52), "cross_entropy": (0.49, 0.51)}
+
+    def score(**given: tuple[float, float]) -> None:
+        rows = [
+            {**plan.keys(Run("digits", "closed", loss, "", 0.004, seed)), "error": None, "map_at_r": value}
+            for loss, pair in given.items()
+            for seed, value in enumerate(pair)
+        ]
+        append(plan.out / "tasks_scores.csv", rows)
+
+    score(**values)
+    assert tables.verdict(plan, "digits", "closed", "simo").startswith("level with cross-entropy, +0.01 (spread 0.02)")
+    score(cross_entropy=(0.40, 0.41))  # the latest counts
+    assert tables.verdict(plan, "digits", "closed", "simo").startswith("ahead of cross-entropy, +0.105")
+
+
+def test_seconds_to_a_score_are_interpolated() -> None:
+    assert tables.seconds_to("2.0:0.2 4.0:0.4 6.0:0.8", 0.6) == pytest.approx(5.0)
+    assert tables.seconds_to("2.0:0.2", 0.1) == pytest.approx(1.0)
+    assert math.isnan(tables.seconds_to("2.0:0.2", 0.3))
+
+
+@pytest.mark.slow
+def test_the_command_trains_resumes_and_prints_its_tables(digits: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "table.yaml", tmp_path / "out"
+    table.write_text(yaml.safe_dump(TABLE))
+    words = [sys.executable, "-m", "benchmarks", "--table", str(table), "--digits", str(digits), "--out", str(out)]
+    first = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    for words_of_the_page in (
+        "## Digits",
+        "### Closed set",
+        "### Unseen classes",
+        "### Unknown images",
+        "### Calibration",
+    ):
+        assert words_of_the_page in first.stdout
+    made = len(Plan(out, table).runs())
+    again = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert len(Plan(out, table).runs()) == made
+    assert "lr 0" not in again.stdout.split("- machine")[0]
+    scored = Plan(out, table).scored()
+    assert len(scored) == 2 * 2 * 2  # tasks, losses, seeds
+    assert scored["map_at_r"].between(0, 1).all()
+    assert scored["few_shot_5_way_1_shot"].notna().sum() == 4
