@@ -50,11 +50,13 @@ class Plan:
     def about(self, data: str) -> dict[str, Any]:
         """The entry of a data set, with the encoder."""
         entry = self.data[data]
-        return {**entry, "encoder": {**self.encoder, **entry.get("encoder", {})}}
+        own = {key: value for key, value in entry.items() if key != "batches"}
+        return {**own, "encoder": {**self.encoder, **entry.get("encoder", {})}}
 
-    def variants(self, loss: str) -> list[str]:
-        """The default, "", and the others of a loss, as JSON."""
-        return ["", *(json.dumps(each, sort_keys=True) for each in self.losses[loss].get("variants", []))]
+    def variants(self, data: str, loss: str) -> list[str]:
+        """What is swept of a loss besides its rate, as JSON: its own variants, and the batches of the data set."""
+        swept = [*self.losses[loss].get("variants", []), *self.data[data].get("batches", [])]
+        return [json.dumps(each, sort_keys=True) for each in swept]
 
     def setting(self, run: Run) -> dict[str, Any]:
         """Class path and arguments of the run's loss, and what else it sets."""
@@ -136,7 +138,7 @@ class Plan:
                     Run(each, "closed", loss, variant, found[1], first)
                     for loss, found in at_best.items()
                     if found is not None
-                    for variant in self.variants(loss)[1:]
+                    for variant in self.variants(each, loss)
                 ],
                 False,
             )
