@@ -291,7 +291,8 @@ def centroid_terms(
         Time O(N C D), memory O(N D + C D).
 
     Source:
-        Ours; the softmax form is the multi-class likelihood whose two-class case is the log form's.
+        Ours; the softmax form is the likelihood of the log form's classifiers, up to eps, given that exactly one class
+        is the right one (docs/theory.md).
     """
     origin = centers.mean(dim=0).detach()  # for the distances, which would lose digits far from 0
     counted = torch.ones_like(classes.counts) if singles else (classes.counts > 1).long()  # (C,)
