@@ -140,7 +140,7 @@ class SemiSupervisedLoss(InitArgumentsMixin, nn.Module):
             centers = loss.class_centers(embeddings[known].detach(), labels[known])
             views = loss.normalized(embeddings[~known])
             term, _ = pseudo_label_term(
-                views, labels[~known], centers, loss.similarity, self.confidence, loss.label_smoothing
+                views, labels[~known], centers, loss.similarity(len(centers)), self.confidence, loss.label_smoothing
             )
         return term
 

@@ -119,14 +119,17 @@ def centroid(
     eps: float,
     leaning: float,
     smoothing: float,
-    prototype_weight: float,
+    prototype_weight: float | None,
 ) -> dict[str, Tensor]:
     f, similar_losses, dissimilar_losses, entropies = shape(form), [], [], []
     classes = sorted(set(labels))
     means = {label: class_mean(embeddings, labels, label) for label in classes}
+    if prototype_weight is None:  # a prototype counts as twelve embeddings of its class
+        share = {label: 12 / (12 + labels.count(label)) for label in classes}
+    else:
+        share = dict.fromkeys(classes, prototype_weight)
     means = {
-        label: (1 - prototype_weight) * mean + prototype_weight * axis(label, len(mean))
-        for label, mean in means.items()
+        label: (1 - share[label]) * mean + share[label] * axis(label, len(mean)) for label, mean in means.items()
     }
     for row, own in zip(embeddings, labels, strict=True):
         logits = {}
@@ -135,9 +138,9 @@ def centroid(
             logits[label] = torch.log((eps + o) / (eps + d))
             if label != own:
                 dissimilar_losses.append(f(o / (eps + d)))
-            elif labels.count(own) > 1 or prototype_weight > 0:
+            elif labels.count(own) > 1 or share[own] > 0:
                 similar_losses.append(f(d / (eps + o)))
-        if labels.count(own) > 1 or prototype_weight > 0:
+        if labels.count(own) > 1 or share[own] > 0:
             normaliser = torch.log(sum(torch.exp(logit) for logit in logits.values()))
             every = sum(normaliser - logit for logit in logits.values()) / len(classes)
             entropies.append((1 - smoothing) * (normaliser - logits[own]) + smoothing * every)
@@ -189,7 +192,7 @@ def simo(
     eps: float = 0.01,
     leaning: float = 1.0,
     smoothing: float = 0.0,
-    prototype_weight: float = 0.0,
+    prototype_weight: float | None = 0.0,
 ) -> dict[str, Tensor]:
     """Terms of the loss, unweighted, with the class-means term."""
     if level in ("group", "class"):

@@ -38,10 +38,13 @@ def gradient(loss: Tensor, embeddings: Tensor) -> Tensor:
 @pytest.mark.parametrize("dim", [3, 8])
 @pytest.mark.parametrize(
     ("level", "form", "prototype_weight"),
-    [*((*each, 0.0) for each in FORMS), *(("centroid", form, 0.3) for form in ("ratio", "log", "softmax"))],
+    [
+        *((*each, 0.0) for each in FORMS),
+        *(("centroid", form, weight) for form in ("ratio", "log", "softmax") for weight in (0.3, None)),
+    ],
 )
 def test_value_and_gradient_equal_the_loops(
-    level: str, form: str, prototype_weight: float, dim: int, labels: list[int]
+    level: str, form: str, prototype_weight: float | None, dim: int, labels: list[int]
 ) -> None:
     embeddings = draw(len(labels), dim).requires_grad_()
     smoothing = 0.2 if form == "softmax" else 0.0
@@ -345,23 +348,42 @@ def test_in_the_log_form_each_other_class_counts_as_much_as_the_own(classes: int
 
 
 def test_the_default_is_the_form_that_trained_best() -> None:
-    """Written out for a batch of ten classes, where the dissimilar side has the weight 9."""
+    """Written out for a batch of 10 classes of 12, where the dissimilar side has the weight 9 and prototypes a half."""
     written = SimOLoss(
-        level="centroid", form="log", eps=0.01, orthogonality_leaning=1.0, normalize=True, similar_weight=1.0,
+        level="centroid", form="log", eps=0.025, orthogonality_leaning=1.0, normalize=True, similar_weight=1.0,
         dissimilar_weight=9.0, mean_weight=0.3, label_smoothing=0.0, prototype_weight=0.5,
     )  # fmt: skip
-    embeddings, labels = draw(30, 16), torch.arange(30) % 10
+    embeddings, labels = draw(120, 16), torch.arange(120) % 10
     torch.testing.assert_close(SimOLoss()(embeddings, labels), written(embeddings, labels), rtol=0, atol=0)
     expected = reference.simo(
         torch.nn.functional.normalize(embeddings, dim=1),
         labels.tolist(),
         "centroid",
         "log",
-        eps=0.01,
-        prototype_weight=0.5,
+        eps=0.025,
+        prototype_weight=None,
     )
     value = expected["similar"] + 9 * expected["dissimilar"] + 0.3 * expected["mean"]
     torch.testing.assert_close(SimOLoss()(embeddings, labels), value, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("level", "form", "classes", "eps"),
+    [
+        ("centroid", "log", 4, 0.01),
+        ("centroid", "log", 40, 0.1),
+        ("centroid", "log", 90, 0.1),
+        ("centroid", "ratio", 40, 0.01),
+        ("centroid", "softmax", 40, 0.01),
+        ("pair", "log", 40, 0.01),
+    ],
+)
+def test_eps_follows_from_the_classes_of_a_batch(level: str, form: str, classes: int, eps: float) -> None:
+    embeddings, labels = draw(3 * classes, 16), torch.arange(3 * classes) % classes
+    value = SimOLoss(level, form)(embeddings, labels)
+    torch.testing.assert_close(value, SimOLoss(level, form, eps=eps)(embeddings, labels), rtol=0, atol=0)
+    other = SimOLoss(level, form, eps=1.5 * eps)(embeddings, labels)
+    assert not torch.isclose(value, other)
 
 
 def test_prototypes_lead_out_of_merged_classes() -> None:

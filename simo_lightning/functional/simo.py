@@ -111,13 +111,13 @@ def class_means(embeddings: Tensor, classes: Classes, total: Total = _of_this_pr
     return total(class_sums(embeddings, classes.labels, len(classes.counts))) / classes.counts.unsqueeze(1)
 
 
-def class_centers(means: Tensor, prototypes: Tensor | None, prototype_weight: float) -> Tensor:
+def class_centers(means: Tensor, prototypes: Tensor | None, prototype_weight: float | Tensor) -> Tensor:
     """Class centers ``(1 - prototype_weight) * means + prototype_weight * prototypes``.
 
     Args:
         means: Class means, ``(C, D)``.
         prototypes: ``(C, D)``; None where ``prototype_weight`` is 0.
-        prototype_weight: In 0..1.
+        prototype_weight: In 0..1, of all classes or of each, ``(C, 1)``.
 
     Returns:
         ``(C, D)``.

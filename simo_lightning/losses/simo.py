@@ -28,6 +28,11 @@ from simo_lightning.functional.simo import (
     pair_terms,
 )
 
+#: ``eps`` for each class of a batch, and the largest, where it is None, in the log form at the level centroid.
+EPS_PER_CLASS, LARGEST_EPS = 1 / 400, 0.1
+#: Embeddings of its class that a prototype counts as, where ``prototype_weight`` is None.
+PROTOTYPE_COUNT = 12
+
 Level = Literal["group", "class", "centroid", "pair"]
 Reduce = Literal["auto", "gather", "sums"]
 
@@ -59,7 +64,10 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
     Args:
         level: Resolution at which the ratio is taken.
         form: Function of the ratio; "softmax" only at the levels centroid and pair.
-        eps: Added to every denominator, in units of d and o, > 0.
+        eps: Added to every denominator, in units of d and o, > 0. None is, in the log form at the level centroid,
+            C / 400 for a batch of C classes, at most 0.1, and 0.01 elsewhere. The pull on an embedding that is nearly
+            orthogonal to its class center is up to ``1 / sqrt(eps)``: with many classes more embeddings are, and a
+            smaller pull trained better.
         orthogonality_leaning: In 0..1: o becomes leaning * o + (1 - leaning); 0 leaves distance alone.
         normalize: Divide each embedding by its length first.
         similar_weight: Weight of the similar side, >= 0; in the softmax form of the whole.
@@ -72,8 +80,9 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             0..1.
         prototype_weight: At the level centroid, share of the class's prototype in its center
             (:func:`~simo_lightning.functional.prototypes.class_prototypes`), in 0..1; 0 is the class mean alone, 1 the
-            prototype alone. None is 0.5 at the level centroid and 0 elsewhere. Prototypes have length 1: they are meant
-            for normalized embeddings.
+            prototype alone. None is 0 except at the level centroid, where the prototype counts as 12 embeddings of its
+            class: its share is ``12 / (12 + n)`` for n of them in the batch, since the mean of fewer is noisier.
+            Prototypes have length 1: they are meant for normalized embeddings.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -95,7 +104,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         self,
         level: Level = "centroid",
         form: Form = "log",
-        eps: float = 0.01,
+        eps: float | None = None,
         orthogonality_leaning: float = 1.0,
         normalize: bool = True,
         similar_weight: float = 1.0,
@@ -107,8 +116,8 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         super().__init__()
         if mean_weight is None:
             mean_weight = 0.3 if level == "centroid" else 0.0
-        if prototype_weight is None:
-            prototype_weight = 0.5 if level == "centroid" else 0.0
+        if prototype_weight is None and level != "centroid":
+            prototype_weight = 0.0
         self.level, self.form, self.normalize, self.prototype_weight = level, form, normalize, prototype_weight
         self.eps, self.orthogonality_leaning, self.label_smoothing = eps, orthogonality_leaning, label_smoothing
         self.similar_weight, self.dissimilar_weight, self.mean_weight = similar_weight, dissimilar_weight, mean_weight
@@ -135,7 +144,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         normalize: bool = True,
         mean_weight: float = 0.2,
         label_smoothing: float = 0.1,
-        prototype_weight: float = 0.5,
+        prototype_weight: float | None = None,
     ) -> Self:
         """The softmax form at the level centroid: cross-entropy over the classes of the batch.
 
@@ -225,7 +234,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             return {"softmax" if self.form == "softmax" else "similar": embeddings.sum()}
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         prototypes = None
-        if self.prototype_weight:
+        if self.prototype_weight != 0:
             prototypes = class_prototypes(numbers, embeddings.shape[1], embeddings.dtype)
         with torch.autocast(embeddings.device.type, enabled=False):
             return self._terms(embeddings, shared, prototypes, total_over_ranks)
@@ -249,7 +258,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             ``(C, D)`` for the C classes that occur.
         """
         classes, prototypes = self._number_classes(embeddings, labels)
-        return class_centers(class_means(self.normalized(embeddings), classes), prototypes, self.prototype_weight)
+        return self._centers(class_means(self.normalized(embeddings), classes), classes, prototypes)
 
     def normalized(self, embeddings: Tensor) -> Tensor:
         """The embeddings ``(N, D)`` as the loss sees them: divided by their length where ``normalize`` is True."""
@@ -277,15 +286,18 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         """Copies and pickles are not compiled."""
         return {**super().__getstate__(), "_compiled": None}
 
-    @property
-    def similarity(self) -> Similarity:
-        """The elementwise functions of d and o of this loss."""
-        return Similarity(self.form, self.eps, self.orthogonality_leaning)
+    def similarity(self, num_classes: int) -> Similarity:
+        """The elementwise functions of d and o of this loss, for a batch of that many classes."""
+        eps = self.eps
+        if eps is None:
+            depends = self.form == "log" and self.level == "centroid"
+            eps = min(num_classes * EPS_PER_CLASS, LARGEST_EPS) if depends else 0.01
+        return Similarity(self.form, eps, self.orthogonality_leaning)
 
     def _number_classes(self, embeddings: Tensor, labels: Tensor) -> tuple[Classes, Tensor | None]:
         """The numbered classes and, where they are needed, the prototypes ``(C, D)``."""
         classes = number_classes(labels, blocks=self.level in ("group", "class"))
-        if not self.prototype_weight:
+        if self.prototype_weight == 0:
             return classes, None
         numbers = torch.empty_like(classes.counts).scatter_(0, classes.labels, labels.long())  # (C,) labels of classes
         return classes, class_prototypes(numbers, embeddings.shape[1], embeddings.dtype)
@@ -297,7 +309,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
 
         ``total`` sums over the processes, each of which has some of the embeddings; None: this one has all of them.
         """
-        embeddings, similarity = self.normalized(embeddings), self.similarity
+        embeddings, similarity = self.normalized(embeddings), self.similarity(len(classes.counts))
         shared: dict[str, Any] = {} if total is None else {"total": total}
         means = class_means(embeddings, classes, **shared)
         if total is not None:
@@ -311,7 +323,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             of_level = group_terms if self.level == "group" else class_terms
             terms = of_level(embeddings, classes, means, similarity, second, **shared)
         elif self.level == "centroid":
-            centers = class_centers(means, prototypes, self.prototype_weight)
+            centers = self._centers(means, classes, prototypes)
             singles = prototypes is not None
             terms = centroid_terms(embeddings, classes, centers, similarity, self.label_smoothing, singles, **shared)
         else:
@@ -320,6 +332,12 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
             terms["mean"] = mean_term(means, similarity)
         weights = {"dissimilar": self._dissimilar_weight(len(means)), "mean": self.mean_weight}
         return {name: weights.get(name, self.similar_weight) * term for name, term in terms.items()}
+
+    def _centers(self, means: Tensor, classes: Classes, prototypes: Tensor | None) -> Tensor:
+        """Class centers ``(C, D)`` of class means."""
+        counts = classes.counts.to(means.dtype).unsqueeze(1)  # (C, 1)
+        share = PROTOTYPE_COUNT / (PROTOTYPE_COUNT + counts) if self.prototype_weight is None else self.prototype_weight
+        return class_centers(means, prototypes, share)
 
     def _dissimilar_weight(self, classes: int) -> float:
         if self.dissimilar_weight is not None:
@@ -331,11 +349,12 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         for name, value, known in (("level", self.level, Level), ("form", self.form, Form)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
-        if not 0 < self.eps < math.inf:
+        if self.eps is not None and not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be finite and > 0, got {self.eps}")
         for name in ("orthogonality_leaning", "label_smoothing", "prototype_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {share}")
         for name in ("similar_weight", "dissimilar_weight", "mean_weight"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
