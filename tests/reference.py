@@ -128,9 +128,7 @@ def centroid(
         share = {label: 12 / (12 + labels.count(label)) for label in classes}
     else:
         share = dict.fromkeys(classes, prototype_weight)
-    means = {
-        label: (1 - share[label]) * mean + share[label] * axis(label, len(mean)) for label, mean in means.items()
-    }
+    means = {label: (1 - share[label]) * mean + share[label] * axis(label, len(mean)) for label, mean in means.items()}
     for row, own in zip(embeddings, labels, strict=True):
         logits = {}
         for label in classes:
