@@ -370,7 +370,7 @@ def test_the_default_is_the_form_that_trained_best() -> None:
 @pytest.mark.parametrize(
     ("level", "form", "classes", "eps"),
     [
-        ("centroid", "log", 5, 0.0025),
+        ("centroid", "log", 5, 0.01),
         ("centroid", "log", 20, 0.04),
         ("centroid", "log", 40, 0.1),
         ("centroid", "log", 90, 0.1),

@@ -28,8 +28,8 @@ from simo_lightning.functional.simo import (
     pair_terms,
 )
 
-#: Largest ``eps`` where it is None.
-LARGEST_EPS = 0.1
+#: Smallest and largest ``eps`` where it is None.
+EPS, LARGEST_EPS = 0.01, 0.1
 #: Embeddings of its class that a prototype counts as, where ``prototype_weight`` is None.
 PROTOTYPE_COUNT = 12
 
@@ -64,9 +64,9 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
     Args:
         level: Resolution at which the ratio is taken.
         form: Function of the ratio; "softmax" only at the levels centroid and pair.
-        eps: Added to every denominator, in units of d and o, > 0. None is ``(C / 100)^2``, at most 0.1, in the log form at
-            the level centroid for a batch of C classes, and 0.01 elsewhere. The largest pull on an embedding towards
-            its class, ``1 / sqrt(eps)``, is then ``100 / C``: a smaller pull trained better with more classes.
+        eps: Added to every denominator, in units of d and o, > 0. None is 0.01, and more in the log form at the level
+            centroid for a batch of more than ten classes: ``(C / 100)^2``, at most 0.1. The largest pull on an
+            embedding towards its class, ``1 / sqrt(eps)``, is then ``100 / C``: smaller pulls trained better there.
         orthogonality_leaning: In 0..1: o becomes leaning * o + (1 - leaning); 0 leaves distance alone.
         normalize: Divide each embedding by its length first.
         similar_weight: Weight of the similar side, >= 0; in the softmax form of the whole.
@@ -290,7 +290,7 @@ class SimOLoss(InitArgumentsMixin, nn.Module):
         eps = self.eps
         if eps is None:
             depends = self.form == "log" and self.level == "centroid"
-            eps = min(num_classes**2 / 10_000, LARGEST_EPS) if depends else 0.01
+            eps = min(max(num_classes**2 / 10_000, EPS), LARGEST_EPS) if depends else EPS
         return Similarity(self.form, eps, self.orthogonality_leaning)
 
     def _number_classes(self, embeddings: Tensor, labels: Tensor) -> tuple[Classes, Tensor | None]:
