@@ -56,9 +56,12 @@ def drive(plan: Plan, given: argparse.Namespace) -> bool:
     whole = True
     with ThreadPoolExecutor(given.workers) as pool:  # each thread waits for the process of a run
         for stage, score in plan.stages(list(folders), tasks, losses):
-            made = plan.scored() if score else plan.runs()
-            missing = [run for run in stage if not plan.made(run, made)]
-            jobs = [plan.job(run, folders[run.data], given.threads, score) for run in missing]
+            trained, scored = plan.runs(), plan.scored()
+            jobs = []
+            for run in stage:
+                made = plan.made(run, trained)
+                if not (plan.made(run, scored) if score else made):
+                    jobs.append(plan.job(run, folders[run.data], given.threads, made, score))
             whole &= make(plan, pool, jobs, end)
             if time.monotonic() > end:
                 break

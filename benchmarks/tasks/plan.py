@@ -168,12 +168,12 @@ class Plan:
             if found is not None
         ]
 
-    def job(self, run: Run, folder: Path, threads: int, score: bool) -> dict[str, Any]:
-        """Everything a process needs to make a run, or to score its embeddings."""
+    def job(self, run: Run, folder: Path, threads: int, made: bool, score: bool) -> dict[str, Any]:
+        """Everything a process needs to make a run, or to score the embeddings of one that has been made."""
         accelerator = "gpu" if self.gpu else "cpu"
         common = {"about": self.about(run.data), "given": self.tasks[run.task], "setting": self.setting(run)}
         place = {"folder": str(folder), "file": str(self.file(run)), "accelerator": accelerator, "threads": threads}
-        return {**self.keys(run), **common, **place, "score": score}
+        return {**self.keys(run), **common, **place, "made": made, "score": score}
 
 
 def results(path: Path) -> pd.DataFrame:

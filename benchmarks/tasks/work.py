@@ -17,12 +17,13 @@ def work(job: dict[str, Any]) -> tuple[Row | None, Row | None]:
     """Make a run of :meth:`benchmarks.tasks.plan.Plan.job`.
 
     Returns:
-        What training measured, None if the embeddings were there; and the scores, None unless ``job["score"]``.
+        What training measured, None if it has been made and its embeddings are there; and the scores, None unless
+        ``job["score"]``.
     """
     torch.set_num_threads(job["threads"])
     images = make(job["task"], Path(job["folder"]), job["about"], job["given"])
     file, row = Path(job["file"]), None
-    kept = read(file)
+    kept = read(file) if job["made"] else None  # a file without its row is of a run that was stopped
     if kept is None:
         row, kept = train(job, images)
         if kept:
