@@ -36,15 +36,18 @@ class Plan:
 
     Args:
         out: Folder of ``tasks.csv`` (runs), ``tasks_scores.csv`` and the embeddings.
-        table: YAML file as ``tasks.yaml``.
+        table: YAML file as ``tasks.yaml``; what it lacks is that of the file that it names as ``base``.
         gpu: Whether to train ResNet-18 at full width.
     """
 
     def __init__(self, out: Path = SHIPPED, table: Path = TABLE, gpu: bool = False) -> None:
         content: dict[str, Any] = yaml.safe_load(table.read_text())
+        if "base" in content:
+            content = {**yaml.safe_load((table.parent / content["base"]).read_text()), **content}
         self.out, self.gpu = out, gpu
         self.data, self.losses, self.tasks = content["data"], content["losses"], content["tasks"]
         self.rates, self.seeds = [float(rate) for rate in content["rates"]], content["seeds"]
+        self.widen = content.get("widen", WIDEN)
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
 
     def about(self, data: str) -> dict[str, Any]:
@@ -150,9 +153,9 @@ class Plan:
         tried = sorted(found.loc[found["variant"] == "", "rate"].astype(float))
         if best is None or not set(self.rates) <= set(tried):
             return None
-        if best[1] == tried[-1] and tried[-1] < max(self.rates) * WIDEN:
+        if best[1] == tried[-1] and tried[-1] < max(self.rates) * self.widen:
             return tried[-1] * 2
-        if best[1] == tried[0] and tried[0] > min(self.rates) / WIDEN:
+        if best[1] == tried[0] and tried[0] > min(self.rates) / self.widen:
             return tried[0] / 2
         return None
 

@@ -112,7 +112,8 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
     )
     module, course = make_module(about, setting, job["rate"]), Course(images.val, data)
     trainer = pl.Trainer(
-        max_epochs=about["epochs"],
+        max_epochs=-1 if "steps" in job["given"] else about["epochs"],
+        max_steps=job["given"].get("steps", -1),
         precision="bf16-mixed",
         accelerator=job["accelerator"],
         devices=1,
