@@ -38,6 +38,7 @@ def load(folder: Path, about: dict[str, Any]) -> TaskImages:
     for name in ("train", "val", "test"):
         if (folder / name).is_dir():  # a split may lack a class
             found = load_image_folder(folder / name, about["image_size"], workers=1)
+            assert isinstance(found, LabelledImages)  # of less than 4 GiB
             number = torch.tensor([names.index(each) for each in found.class_names])
             splits[name] = LabelledImages(found.images, number[found.labels], names)
     parts = [splits[name] for name in ("train", "val") if name in splits]

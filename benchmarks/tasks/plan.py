@@ -51,15 +51,19 @@ class Plan:
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
 
     def about(self, data: str) -> dict[str, Any]:
-        """The entry of a data set, with the encoder."""
+        """The entry of a data set without what is not of a run, and with the encoder."""
         entry = self.data[data]
-        own = {key: value for key, value in entry.items() if key != "batches"}
+        own = {key: value for key, value in entry.items() if key not in ("title", "about", "batches")}
         return {**own, "encoder": {**self.encoder, **entry.get("encoder", {})}}
 
-    def variants(self, data: str, loss: str) -> list[str]:
-        """What is swept of a loss besides its rate, as JSON: its own variants, and the batches of the data set."""
-        swept = [*self.losses[loss].get("variants", []), *self.data[data].get("batches", [])]
-        return [json.dumps(each, sort_keys=True) for each in swept]
+    def variants(self, loss: str) -> list[str]:
+        """What is swept of a loss besides its rate, as JSON."""
+        return [json.dumps(each, sort_keys=True) for each in self.losses[loss].get("variants", [])]
+
+    def batches(self, data: str, variant: str) -> list[str]:
+        """A variant with the other batches of a data set, as JSON."""
+        given = json.loads(variant) if variant else {}
+        return [json.dumps({**given, **each}, sort_keys=True) for each in self.data[data].get("batches", [])]
 
     def setting(self, run: Run) -> dict[str, Any]:
         """Class path and arguments of the run's loss, and what else it sets."""
@@ -71,7 +75,8 @@ class Plan:
 
     def keys(self, run: Run) -> dict[str, Any]:
         """The columns of a run that identify it; ``config`` is a digest of all that determines its result."""
-        content = [PROTOCOL, self.about(run.data), self.tasks[run.task], self.setting(run)]
+        task = {key: value for key, value in self.tasks[run.task].items() if key not in ("title", "data")}
+        content = [PROTOCOL, self.about(run.data), task, self.setting(run)]
         digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
         return {**run.__dict__, "config": digest}
 
@@ -109,10 +114,17 @@ class Plan:
         at = (frame["data"] == data) & (frame["loss"] == loss) & (frame["task"] == "closed")
         return frame[at & (frame["seed"] == self.seeds[0])]
 
-    def best(self, data: str, loss: str, default_only: bool = False) -> tuple[str, float] | None:
-        """Variant and rate with the best MAP@R among the validation images; None if none has converged."""
+    def best(self, data: str, loss: str, among: Sequence[str] | None = None) -> tuple[str, float] | None:
+        """Variant and rate with the best MAP@R among the validation images; None if none has converged.
+
+        Args:
+            data: Data set.
+            loss: Loss.
+            among: Variants to choose from; None: all.
+        """
         frame = self.sweep(data, loss)
-        frame = frame[frame["error"].isna() & (~default_only | (frame["variant"] == ""))]
+        frame = frame[frame["error"].isna()]
+        frame = frame if among is None else frame[frame["variant"].isin(among)]
         if frame.empty:
             return None
         row = frame.loc[frame["val_map_at_r"].astype(float).idxmax()]
@@ -135,21 +147,20 @@ class Plan:
                 if not runs:
                     break
                 yield runs, False
-            at_best = {loss: self.best(each, loss, default_only=True) for loss in losses}
-            yield (
-                [
-                    Run(each, "closed", loss, variant, found[1], first)
-                    for loss, found in at_best.items()
-                    if found is not None
-                    for variant in self.variants(each, loss)
-                ],
-                False,
-            )
+            # the loss's own variants at the best rate, then other batches with the best of these
+            for step in ("variants", "batches"):
+                runs = []
+                for loss in losses:
+                    found = self.best(each, loss, ["", *self.variants(loss)])
+                    if found is not None:
+                        others = self.variants(loss) if step == "variants" else self.batches(each, found[0])
+                        runs += [Run(each, "closed", loss, other, found[1], first) for other in others]
+                yield runs, False
             yield self.chosen(each, tasks, losses), True
 
     def next_rate(self, data: str, loss: str) -> float | None:
         """The rate to try next, where the best one so far is the largest or the smallest; None where it is between."""
-        found, best = self.sweep(data, loss), self.best(data, loss, default_only=True)
+        found, best = self.sweep(data, loss), self.best(data, loss, [""])
         tried = sorted(found.loc[found["variant"] == "", "rate"].astype(float))
         if best is None or not set(self.rates) <= set(tried):
             return None
