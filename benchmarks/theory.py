@@ -161,7 +161,8 @@ def optimum() -> str:
     plain = {"mean_weight": 0.0, "prototype_weight": 0.0}
     simplex = f"{-1 / (CLASSES - 1):.4f}"
     rows: list[tuple[str, Loss, str]] = [
-        ("`SimOLoss()`", lambda x: SimOLoss()(x, labels), "0.0000"),
+        ("`SimOLoss(prototype_weight=0.5)`", lambda x: SimOLoss(prototype_weight=0.5)(x, labels), "0.0000"),
+        ("`SimOLoss()`, prototype weight 0.86", lambda x: SimOLoss()(x, labels), "0.0000"),
         ("log, no prototypes", lambda x: SimOLoss(prototype_weight=0.0)(x, labels), "0.0000"),
     ]
     for eps in (EPS, 0.1):
@@ -215,7 +216,7 @@ def frames() -> str:
 
 def collapse() -> str:
     """Log form without prototypes, class means at equal angles in the plane: points, and one of four reversed."""
-    lines, loss = [], SimOLoss(mean_weight=0.0, prototype_weight=0.0)
+    lines, loss = [], SimOLoss(eps=EPS, mean_weight=0.0, prototype_weight=0.0)
     for classes in (4, 6, 8, 10, 20):
         angles = torch.arange(classes, dtype=torch.float64) * (2 * math.pi / classes)
         labels = torch.arange(classes).repeat_interleave(4)
@@ -270,7 +271,7 @@ def figure() -> Figure:
     angles = [x / 2 for x in range(-180, 181)]
     labels = torch.arange(2).repeat_interleave(2)
     for weight, color in ((0.0, "#D55E00"), (0.1, "#E69F00"), (0.5, "#0072B2")):
-        loss = SimOLoss(mean_weight=0.0, prototype_weight=weight)
+        loss = SimOLoss(eps=EPS, mean_weight=0.0, prototype_weight=weight)
         values = [float(loss(at_angle(torch.tensor(math.radians(x), dtype=torch.float64), 2), labels)) for x in angles]
         left.plot(angles, values, color=color, label=f"prototype_weight {weight:g}")
     left.set(xlabel="angle between two classes, degrees", ylabel="loss, log form", xticks=range(-90, 91, 45))
