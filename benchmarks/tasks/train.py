@@ -110,10 +110,13 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
     data = TensorPairDataModule(
         images.train, val_fraction=0.0, seed=job["seed"], augment=BatchAugment(**about["augment"]), **own
     )
+    steps = job["given"].get("steps")
+    if job["given"].get("length") == "images":
+        steps = about["epochs"] * len(images.train) // (own["classes_per_batch"] * own["samples_per_class"])
     module, course = make_module(about, setting, job["rate"]), Course(images.val, data)
     trainer = pl.Trainer(
-        max_epochs=-1 if "steps" in job["given"] else about["epochs"],
-        max_steps=job["given"].get("steps", -1),
+        max_epochs=about["epochs"] if steps is None else -1,
+        max_steps=-1 if steps is None else steps,
         precision="bf16-mixed",
         accelerator=job["accelerator"],
         devices=1,
