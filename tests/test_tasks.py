@@ -309,3 +309,9 @@ def test_the_command_trains_resumes_and_prints_its_tables(digits: Path, tmp_path
     assert len(scored) == 2 * 2 * 2  # tasks, losses, seeds
     assert scored["map_at_r"].between(0, 1).all()
     assert scored["few_shot_5_way_1_shot"].notna().sum() == 4
+
+
+def test_the_page_has_the_tables_of_the_shipped_results() -> None:
+    printed = tables.page(Plan())
+    assert len(Plan().runs()) > 100
+    assert printed in (ROOT / "benchmarks" / "TASKS.md").read_text()

@@ -61,7 +61,15 @@ QUESTIONS = {
     "calibration": Question(
         "Calibration",
         "closed",
-        ("ece_softmax", "ece_shares", "ece_shares_fitted", "ece_classifier", "accuracy_softmax", "accuracy_shares"),
+        (
+            "ece",
+            "ece_shares",
+            "ece_shares_fitted",
+            "ece_softmax",
+            "ece_classifier",
+            "accuracy_softmax",
+            "accuracy_shares",
+        ),
         lower=True,
     ),
     "compression": Question(
@@ -87,12 +95,23 @@ def scores(plan: Plan, data: str, question: str) -> pd.DataFrame:
         if question == "speed":
             part = own[1].drop_duplicates("seed", keep="last").set_index("seed")
             part["train_seconds"] = part["course"].map(lambda text: _course(text)[-1][0])
+        if question == "calibration":
+            part["ece"] = own_error(part, loss)
         parts.append(part.assign(loss=loss))
     found = pd.concat(parts) if parts else pd.DataFrame(columns=["loss"])
     if question == "speed" and len(found):
         goal = mark(found)
         found["seconds_to_mark"] = found["course"].map(lambda text: seconds_to(text, goal))
     return found.reindex(columns=["loss", *asked.columns]).dropna(axis=1, how="all")
+
+
+def own_error(scored: pd.DataFrame, loss: str) -> "pd.Series[float]":
+    """Calibration error of a loss's own probabilities: SimO's shares; else, with a fitted temperature, the logits of the
+    classifier that the loss trains, or the cosines to the class means.
+    """
+    if loss in OURS:
+        return scored["ece_shares"]
+    return scored.get("ece_classifier", scored["ece_softmax"]).fillna(scored["ece_softmax"])
 
 
 def _at(frame: pd.DataFrame, data: str, task: str, loss: str, variant: str, rate: float) -> "pd.Series[bool]":
