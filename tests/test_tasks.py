@@ -195,6 +195,7 @@ TABLE = {
             "embedding_dim": 10,
             "classes_per_batch": 10,
             "samples_per_class": 3,
+            "batches": [{"classes_per_batch": 5}],
             "epochs": 2,
             "augment": {"crop_padding": 1, "flip": 0.0},
             **ABOUT,
@@ -246,9 +247,14 @@ def test_a_sweep_widens_until_its_best_rate_is_between_others(plan: Plan) -> Non
     write_runs(plan, {("simo", 0.016, ""): None})  # diverged, which ends the sweep there
     variants, scored = next(stages)
     assert [(run.rate, json.loads(run.variant), scored) for run in variants] == [(0.008, {"eps": 0.1}, False)]
-    write_runs(plan, {("simo", 0.008, '{"eps": 0.1}'): 0.25})
+    write_runs(plan, {("simo", 0.008, '{"eps": 0.1}'): 0.35})
+    batches, scored = next(stages)  # with the best variant
+    assert [json.loads(run.variant) for run in batches] == [{"eps": 0.1, "classes_per_batch": 5}]
+    assert plan.setting(batches[0])["classes_per_batch"] == 5
+    write_runs(plan, {("simo", 0.008, batches[0].variant): 0.2})
     chosen, scored = next(stages)
-    assert [(run.variant, run.rate, run.seed, scored) for run in chosen] == [("", 0.008, 0, True), ("", 0.008, 1, True)]
+    assert [(run.rate, run.seed, scored) for run in chosen] == [(0.008, 0, True), (0.008, 1, True)]
+    assert {run.variant for run in chosen} == {'{"eps": 0.1}'}
     assert plan.setting(variants[0])["init_args"] == {"eps": 0.1}
 
 

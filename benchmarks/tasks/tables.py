@@ -106,8 +106,8 @@ def scores(plan: Plan, data: str, question: str) -> pd.DataFrame:
 
 
 def own_error(scored: pd.DataFrame, loss: str) -> "pd.Series[float]":
-    """Calibration error of a loss's own probabilities: SimO's shares; else, with a fitted temperature, the logits of the
-    classifier that the loss trains, or the cosines to the class means.
+    """Calibration error of a loss's own probabilities: SimO's shares; else, with a fitted temperature, the logits of
+    the classifier that the loss trains, or the cosines to the class means.
     """
     if loss in OURS:
         return scored["ece_shares"]
