@@ -311,7 +311,9 @@ def test_every_table_of_the_page_is_printed_from_the_shipped_files(capsys: pytes
     pages = (ROOT / "benchmarks" / "RECIPES.md").read_text() + (ROOT / "benchmarks" / "SPEED.md").read_text()
     commands = re.findall(r"^    python -m benchmarks\.tables ((?:\w+ ?)+)$", pages, flags=re.M)
     assert {name for words in commands for name in words.split()} >= {
-        path.stem for path in SHIPPED.glob("[!_]*.csv") if "snapshots" not in path.stem
+        path.stem
+        for path in SHIPPED.glob("[!_]*.csv")
+        if "snapshots" not in path.stem and not path.stem.startswith("tasks")  # of another command: test_tasks.py
     }
     printed = []
     for words in commands:
