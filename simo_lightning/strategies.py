@@ -79,10 +79,15 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         path = Path(self.broadcast(filepath))
         unfinished = unfinished_of(path)
-        self._on_all(path, partial(self._clear, path, unfinished))
-        self._on_all(path, partial(_check_folder, unfinished))
-        self._on_all(path, partial(self._write, checkpoint, unfinished))
-        self._on_all(path, partial(self._replace, path, unfinished))
+        try:
+            self._on_all(path, partial(self._clear, path, unfinished))
+            self._on_all(path, partial(_check_folder, unfinished))
+            self._on_all(path, partial(self._write, checkpoint, unfinished))
+            self._on_all(path, partial(self._replace, path, unfinished))
+        except Exception:  # on all processes, so that none is still writing
+            if self.is_global_zero:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load weights and optimizer states into this process's shards, from any number of shards or one file.
