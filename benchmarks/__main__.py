@@ -31,7 +31,10 @@ Result = tuple[Row | None, Row | None]
 def parser(plan: Plan) -> argparse.ArgumentParser:
     """The command's arguments; each data set has one for its folder."""
     own = argparse.ArgumentParser(
-        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for name, entry in plan.data.items():
         own.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"{entry['title']}: {entry['about']}")
@@ -62,17 +65,17 @@ def drive(plan: Plan, given: argparse.Namespace) -> bool:
                 made = plan.made(run, trained)
                 if not (plan.made(run, scored) if score else made):
                     jobs.append(plan.job(run, folders[run.data], given.threads, made, score))
-            whole &= make(plan, pool, jobs, end)
+            whole &= make(plan, pool, given.workers, jobs, end)
             if time.monotonic() > end:
                 break
     return whole
 
 
-def make(plan: Plan, pool: ThreadPoolExecutor, jobs: Iterable[dict[str, Any]], end: float) -> bool:
-    """Make these runs; False if the time was up or one failed."""
+def make(plan: Plan, pool: ThreadPoolExecutor, workers: int, jobs: Iterable[dict[str, Any]], end: float) -> bool:
+    """Make these runs, as many at a time as there are workers; False if the time was up or one failed."""
     waiting, going, whole = list(jobs), dict[Future[Result], dict[str, Any]](), True
     while waiting or going:
-        while waiting and len(going) < pool._max_workers:
+        while waiting and len(going) < workers:
             if time.monotonic() > end:
                 waiting, whole = [], False
                 break
@@ -103,9 +106,21 @@ def main(words: Sequence[str] | None = None) -> int:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--table", type=Path, default=TABLE)
     table = first.parse_known_args(words)[0].table
-    given = parser(Plan(table=table)).parse_args(words)
+    if not table.is_file():
+        first.error(f"--table must be a file, got {table}")
+    plan = Plan(table=table)
+    command = parser(plan)
+    given = command.parse_args(words)
+    folders = {name: getattr(given, name) for name in plan.data}
+    if not any(folders.values()):
+        command.error(f"a folder of images is needed: {', '.join(f'--{name} DIR' for name in folders)}")
+    for name, folder in folders.items():
+        if folder is not None and not ((folder / "train").is_dir() and (folder / "test").is_dir()):
+            command.error(f"--{name} must hold folders train and test, got {folder}")
+    if given.workers < 1 or given.threads < 1:
+        command.error(f"--workers and --threads must be at least 1, got {given.workers} and {given.threads}")
     if given.gpu and not torch.cuda.is_available():
-        parser(Plan(table=table)).error("--gpu needs a GPU, found none")
+        command.error("--gpu needs a GPU, found none")
     plan = Plan(given.out, table, given.gpu)
     whole = drive(plan, given)
     print(page(plan))

@@ -16,6 +16,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks.__main__ import main
 from benchmarks.experiments import append
 from benchmarks.tasks import data, scores, tables
 from benchmarks.tasks.plan import Plan, Run
@@ -256,6 +257,30 @@ def test_a_sweep_widens_until_its_best_rate_is_between_others(plan: Plan) -> Non
     assert [(run.rate, run.seed, scored) for run in chosen] == [(0.008, 0, True), (0.008, 1, True)]
     assert {run.variant for run in chosen} == {'{"eps": 0.1}'}
     assert plan.setting(variants[0])["init_args"] == {"eps": 0.1}
+
+
+def test_a_sweep_whose_run_fails_ends(plan: Plan) -> None:
+    stages = plan.stages(["digits"], ["closed"], ["simo"])
+    next(stages)
+    write_runs(plan, {("simo", 0.004, ""): 0.2, ("simo", 0.008, ""): 0.3})
+    assert [run.rate for run in next(stages)[0]] == [0.016]
+    assert [run.variant for run in next(stages)[0]] == ['{"eps": 0.1}']  # the run at 0.016 left no result
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "a folder of images is needed: --cifar10 DIR, --tiny_imagenet DIR, --grocery DIR"),
+        (["--grocery", "nowhere"], "--grocery must hold folders train and test, got nowhere"),
+        (["--table", "nothing.yaml"], "--table must be a file, got nothing.yaml"),
+        (["--loses", "simo"], "unrecognized arguments: --loses simo"),
+    ],
+)
+def test_wrong_arguments_are_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", "out", *words])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(f"error: {told}")
 
 
 def test_runs_of_a_changed_table_do_not_count(plan: Plan, tmp_path: Path) -> None:

@@ -139,13 +139,16 @@ class Plan:
         first = self.seeds[0]
         for each in data:
             yield [Run(each, "closed", loss, "", rate, first) for loss in losses for rate in self.rates], False
+            asked: set[Run] = set()  # a run that failed is not asked for again
             while True:
                 further = {loss: self.next_rate(each, loss) for loss in losses}
                 runs = [
                     Run(each, "closed", loss, "", rate, first) for loss, rate in further.items() if rate is not None
                 ]
+                runs = [run for run in runs if run not in asked]
                 if not runs:
                     break
+                asked |= set(runs)
                 yield runs, False
             # the loss's own variants at the best rate, then other batches with the best of these
             for step in ("variants", "batches"):
