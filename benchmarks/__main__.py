@@ -10,6 +10,7 @@ and not its embeddings, is repeated only if a score of it is missing.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -130,6 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     try:
         sys.exit(main())
     except KeyboardInterrupt:
