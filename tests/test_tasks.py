@@ -62,6 +62,14 @@ def test_the_closed_set_holds_validation_images_out_of_training(digits: Path) ->
     assert not any(image.numpy().tobytes() in train for image in closed.val.images)
 
 
+def test_a_split_of_validation_images_stays_apart(digits: Path, tmp_path: Path) -> None:
+    for split, source in (("train", "train"), ("val", "test"), ("test", "test")):
+        (tmp_path / split).symlink_to(digits / source)
+    closed = data.make("closed", tmp_path, {**ABOUT, "val_fraction": None}, {})
+    assert closed.train.labels.bincount().tolist() == [15] * 10
+    assert torch.equal(closed.val.images, closed.test.images)
+
+
 def test_unseen_classes_are_in_no_other_split(digits: Path) -> None:
     images = data.make("unseen", digits, ABOUT, {"classes": 0.5})
     assert images.unseen is not None

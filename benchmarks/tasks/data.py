@@ -32,7 +32,9 @@ class TaskImages(NamedTuple):
 
 
 def load(folder: Path, about: dict[str, Any]) -> TaskImages:
-    """The closed set of a data set in class folders ``train`` and ``test``, with its own ``val`` added to ``train``."""
+    """The closed set of a data set in class folders ``train`` and ``test``, and ``val`` where there is no
+    ``val_fraction``.
+    """
     names = load_image_folder(folder / "train", about["image_size"], workers=1).class_names
     splits = {}
     for name in ("train", "val", "test"):
@@ -41,11 +43,12 @@ def load(folder: Path, about: dict[str, Any]) -> TaskImages:
             assert isinstance(found, LabelledImages)  # of less than 4 GiB
             number = torch.tensor([names.index(each) for each in found.class_names])
             splits[name] = LabelledImages(found.images, number[found.labels], names)
-    parts = [splits[name] for name in ("train", "val") if name in splits]
-    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
-    stay, held = stratified_split(labels, about["val_fraction"], SPLIT_SEED)
-    train = LabelledImages(images[stay], labels[stay], names)
-    return TaskImages(train, train.labels, LabelledImages(images[held], labels[held], names), splits["test"])
+    train, test, share = splits["train"], splits["test"], about["val_fraction"]
+    if share is None:
+        return TaskImages(train, train.labels, splits["val"], test)
+    stay, held = stratified_split(train.labels, share, SPLIT_SEED)
+    train, val = train.subset(stay), train.subset(held)
+    return TaskImages(train, train.labels, val, test)
 
 
 def make(task: str, folder: Path, about: dict[str, Any], given: dict[str, Any]) -> TaskImages:

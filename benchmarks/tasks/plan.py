@@ -16,7 +16,7 @@ TABLE = Path(__file__).with_name("tasks.yaml")
 OF_THE_RUN = ("loss_lr_factor", "embedding_dim", "classes_per_batch", "samples_per_class")  # not arguments of the loss
 KEYS = ["data", "task", "loss", "variant", "rate", "seed", "config"]
 WIDEN = 8  # a sweep ends at this factor beyond its first rates
-PROTOCOL = 1  # raise it when training changes what a number means: all runs are then made again
+PROTOCOL = 2  # raise it when training changes what a number means: all runs are then made again
 
 
 @dataclass(frozen=True)
