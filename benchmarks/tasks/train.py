@@ -25,13 +25,13 @@ POINTS = 5  # of the course of training, the last one at its end
 
 
 class Course(pl.Callback):
-    """Validation score at equal parts of training, and the seconds of training until then.
+    """MAP@R among the validation images at equal parts of training, and the seconds of training until then.
 
     Seconds are those of a GPU, or on a CPU those that the process computed, so that other processes do not count.
     """
 
-    def __init__(self, images: TaskImages, own: bool, data: TensorPairDataModule) -> None:
-        self.images, self.own, self.data = images, own, data
+    def __init__(self, images: LabelledImages, data: TensorPairDataModule) -> None:
+        self.images, self.data = images, data
         self.points: list[tuple[float, float]] = []
         self._seconds, self._since = 0.0, 0.0
 
@@ -48,18 +48,10 @@ class Course(pl.Callback):
         total = int(trainer.estimated_stepping_batches)
         if trainer.global_step in {round(total * part / POINTS) for part in range(1, POINTS + 1)}:
             self._seconds += self._now() - self._since
-            self.points.append((self._seconds, self._score(trainer, pl_module)))
+            # each image against all others, as the test images are judged: what every choice is made by
+            score = map_at_r(embed(trainer, pl_module, self.data, self.images), self.images.labels)
+            self.points.append((self._seconds, float(score)))
             self._since = self._now()
-
-    def _score(self, trainer: pl.Trainer, module: pl.LightningModule) -> float:
-        """MAP@R of the validation images, what every choice is made by: each against all others where they are a part
-        of the training set; against the training images where they are a split of their own, from other places.
-        """
-        found = embed(trainer, module, self.data, self.images.val)
-        if not self.own:
-            return float(map_at_r(found, self.images.val.labels))
-        bank = embed(trainer, module, self.data, self.images.train)
-        return float(map_at_r(found, self.images.val.labels, bank, self.images.bank_labels))
 
 
 @torch.no_grad()
@@ -117,7 +109,7 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
     # As many images as the epochs have, whatever the batches; an epoch of the sampler ends with the smallest class
     batch = own["classes_per_batch"] * own["samples_per_class"]
     steps = job["given"].get("steps", about["epochs"] * len(images.train) // batch)
-    module, course = make_module(about, setting, job["rate"]), Course(images, about["val_fraction"] is None, data)
+    module, course = make_module(about, setting, job["rate"]), Course(images.val, data)
     trainer = pl.Trainer(
         max_epochs=-1,
         max_steps=steps,
