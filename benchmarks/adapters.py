@@ -1,11 +1,13 @@
 """Losses of the baselines that no library provides as ``(embeddings, labels) -> scalar``."""
 
 import math
+from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
 
+from simo_lightning import SimOLoss
 from simo_lightning.losses import ClassifierLoss
 
 
@@ -58,18 +60,25 @@ class SimO2Loss(nn.Module):
 
 
 class JointLoss(nn.Module):
-    """Cross-entropy of a linear classifier, plus ``weight`` times SupCon, both on the embedding."""
+    """Cross-entropy of a linear classifier, plus ``weight`` times another loss, both on the embedding.
 
-    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1, temperature: float = 0.1) -> None:
+    Args:
+        weight: Of the other loss.
+        label_smoothing: Of the classifier.
+        other: "supcon" or "simo".
+        arguments: Of the other loss.
+    """
+
+    def __init__(self, weight: float, label_smoothing: float, other: str, **arguments: Any) -> None:
         super().__init__()
         self.weight = weight
         self.classifier = ClassifierLoss(label_smoothing=label_smoothing)
-        self.supcon = SupConLoss(temperature=temperature)
+        self.other: nn.Module = {"supcon": SupConLoss, "simo": SimOLoss}[other](**arguments)
 
     def configure(self, num_classes: int | None, embedding_dim: int | None) -> None:
         """Create the classifier."""
         self.classifier.configure(num_classes, embedding_dim)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        value: Tensor = self.classifier(embeddings, labels) + self.weight * self.supcon(embeddings, labels)
+        value: Tensor = self.classifier(embeddings, labels) + self.weight * self.other(embeddings, labels)
         return value
