@@ -316,6 +316,10 @@ def test_a_difference_within_the_spread_of_seeds_is_level(plan: Plan) -> None:
     assert tables.verdict(plan, "digits", "closed", "simo").startswith("level with cross-entropy, +0.01 (spread 0.02)")
     score(cross_entropy=(0.40, 0.41))  # the latest counts
     assert tables.verdict(plan, "digits", "closed", "simo").startswith("ahead of cross-entropy, +0.105")
+    assert tables.preferred(plan, "digits") == "simo"
+    titles, _, row, *_ = tables.summary(plan)
+    assert titles == "| question | Digits: SimO |"
+    assert row.startswith("| Closed set | ahead of cross-entropy, +0.105")
 
 
 def test_seconds_to_a_score_are_interpolated() -> None:

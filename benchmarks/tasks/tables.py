@@ -109,9 +109,8 @@ def own_error(scored: pd.DataFrame, loss: str) -> "pd.Series[float]":
     """Calibration error of a loss's own probabilities: SimO's shares; else, with a fitted temperature, the logits of
     the classifier that the loss trains, or the cosines to the class means.
     """
-    if loss in OURS:
-        return scored["ece_shares"]
-    return scored.get("ece_classifier", scored["ece_softmax"]).fillna(scored["ece_softmax"])
+    scored = scored.reindex(columns=["ece_shares", "ece_classifier", "ece_softmax"])
+    return scored["ece_shares"] if loss in OURS else scored["ece_classifier"].fillna(scored["ece_softmax"])
 
 
 def _at(frame: pd.DataFrame, data: str, task: str, loss: str, variant: str, rate: float) -> "pd.Series[bool]":
@@ -149,6 +148,13 @@ def ranked(plan: Plan, data: str, question: str) -> pd.DataFrame:
         return pd.DataFrame(columns=["mean", "std", "count"])
     of_loss = found.groupby("loss")[asked.columns[0]].agg(["mean", "std", "count"])
     return of_loss.dropna(subset="mean").sort_values("mean", ascending=asked.lower)
+
+
+def preferred(plan: Plan, data: str) -> str | None:
+    """Which of our losses has the best MAP@R among the validation images; None if none has been run."""
+    found = {loss: plan.sweep(data, loss)["val_map_at_r"].astype(float).max() for loss in OURS if loss in plan.losses}
+    found = {loss: value for loss, value in found.items() if not pd.isna(value)}
+    return max(found, key=lambda loss: found[loss]) if found else None
 
 
 def verdict(plan: Plan, data: str, question: str, ours: str) -> str:
@@ -222,6 +228,19 @@ def _words(variant: str) -> str:
     return variant.replace("arguments: ", "")
 
 
+def summary(plan: Plan) -> list[str]:
+    """Markdown: for every question and data set, where the form of SimO that validation prefers stands."""
+    ours = {data: preferred(plan, data) for data in plan.data}
+    ours = {data: loss for data, loss in ours.items() if loss is not None}
+    rows = []
+    for name, asked in QUESTIONS.items():
+        cells = [verdict(plan, data, name, str(loss)) for data, loss in ours.items()]
+        if any(cells):
+            rows.append([asked.title, *cells])
+    titles = [f"{plan.data[data]['title']}: {plan.losses[str(loss)]['title']}" for data, loss in ours.items()]
+    return markdown_table(["question", *titles], rows) if rows else []
+
+
 def page(plan: Plan) -> str:
     """All tables of the results in a folder."""
     runs = plan.runs()
@@ -232,6 +251,9 @@ def page(plan: Plan) -> str:
         *common(runs, [name for name in MACHINE if name != "load_before"]),
         f"- runs: {len(runs)}, {seconds:.1f} hours of one process",
     ]
+    brief = summary(plan)
+    if brief:
+        parts += ["", "## The form of SimO that validation prefers, against the best other loss", "", *brief]
     for data, entry in plan.data.items():
         chosen = settings(plan, data)
         if chosen:
