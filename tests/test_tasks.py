@@ -322,6 +322,24 @@ def test_a_difference_within_the_spread_of_seeds_is_level(plan: Plan) -> None:
     assert row.startswith("| Closed set | ahead of cross-entropy, +0.105")
 
 
+def test_the_figure_of_sizes_has_a_line_for_each_loss(tmp_path: Path) -> None:
+    sizes = {"images_5": {"images_per_class": 5}, "images_10": {"images_per_class": 10}, "classes_3": {}}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**TABLE, "tasks": {"closed": {}, **sizes}}))
+    plan = Plan(tmp_path / "out", tmp_path / "table.yaml")
+    write_runs(plan, {("simo", 0.004, ""): 0.2, ("cross_entropy", 0.004, ""): 0.1})
+    rows = [
+        {**plan.keys(Run("digits", task, loss, "", 0.004, seed)), "error": None, "map_at_r": value + seed / 10}
+        for seed in (0, 1)
+        for loss in ("simo", "cross_entropy")
+        for task, value in zip(sizes, (0.2, 0.4, 0.5), strict=True)
+    ]
+    append(plan.out / "tasks_scores.csv", rows)
+    left, right = tables.size_figure(plan).axes
+    assert {line.get_label() for line in left.containers} == {"SimO", "cross-entropy"}
+    assert left.containers[0].lines[0].get_xydata().round(9).tolist() == [[5.0, 0.25], [10.0, 0.45]]
+    assert right.containers[0].lines[0].get_xydata().round(9).tolist() == [[3.0, 0.55]]
+
+
 def test_seconds_to_a_score_are_interpolated() -> None:
     assert tables.seconds_to("2.0:0.2 4.0:0.4 6.0:0.8", 0.6) == pytest.approx(5.0)
     assert tables.seconds_to("2.0:0.2", 0.1) == pytest.approx(1.0)

@@ -291,6 +291,46 @@ def figure(plan: Plan) -> Figure:
     return drawn
 
 
+def sizes(plan: Plan, data: str, kind: str) -> pd.DataFrame:
+    """MAP@R of the tasks that differ in one size: a row per loss, size and seed.
+
+    Args:
+        plan: With a table as ``sizes.yaml``.
+        data: Data set.
+        kind: "images" (of a class) or "classes": tasks ``{kind}_{number}``.
+    """
+    rows = []
+    for loss in plan.losses:
+        best = plan.best(data, loss)
+        for task in plan.tasks:
+            name, _, number = task.partition("_")
+            if name == kind and best is not None:
+                found = plan.scored()
+                own = found[_at(found, data, task, loss, *best)].drop_duplicates("seed", keep="last")
+                rows += [{"loss": loss, kind: int(number), "map_at_r": value} for value in own["map_at_r"]]
+    return pd.DataFrame(rows, columns=["loss", kind, "map_at_r"])
+
+
+def size_figure(plan: Plan) -> Figure:
+    """MAP@R against images of a class and against classes, a line for each loss, with the spread of seeds."""
+    data = str(plan.scored()["data"].iloc[0])
+    drawn = Figure(figsize=(9, 4), layout="constrained")
+    for axis, kind in zip(drawn.subplots(1, 2), ("images", "classes"), strict=True):
+        found = sizes(plan, data, kind)
+        for loss, own in found.groupby("loss", sort=False):
+            values = own.groupby(kind)["map_at_r"].agg(["mean", "std"])
+            style = {"marker": "o" if loss in OURS else "x", "color": f"C{list(plan.losses).index(str(loss))}"}
+            label = plan.losses[str(loss)]["title"]
+            axis.errorbar(values.index, values["mean"], yerr=np.nan_to_num(values["std"]), label=label, **style)
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(found[kind].unique()), [str(size) for size in sorted(found[kind].unique())])
+        axis.minorticks_off()
+        axis.set_xlabel({"images": "training images of a class", "classes": "classes"}[kind])
+        axis.set_ylabel("MAP@R, test images")
+    axis.legend(fontsize=7)
+    return drawn
+
+
 def main() -> None:
     """Print the tables, or draw the figure."""
     own = argparse.ArgumentParser("python -m benchmarks.tasks.tables", description=__doc__)
@@ -304,6 +344,8 @@ def main() -> None:
     plan = Plan(given.out, given.table, given.gpu)
     if given.figure is None:
         print(page(plan))
+    elif any(task.startswith("images_") for task in plan.tasks):
+        size_figure(plan).savefig(given.figure, dpi=130)
     else:
         figure(plan).savefig(given.figure, dpi=130)
 
