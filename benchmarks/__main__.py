@@ -96,7 +96,10 @@ def make(plan: Plan, pool: ThreadPoolExecutor, workers: int, jobs: Iterable[dict
             keys = {key: job[key] for key in KEYS}
             for name, found in (("tasks", run), ("tasks_scores", scores)):
                 if found is not None:
-                    append(plan.out / f"{name}.csv", [{**keys, **found, **(about() if name == "tasks" else {})}])
+                    append(
+                        plan.out / f"{name}.csv",
+                        [{**keys, **found, **({**about(), "threads": job["threads"]} if name == "tasks" else {})}],
+                    )
             told = "scored" if run is None else run["error"] or f"{run['val_map_at_r']:.4f} in {run['seconds']:.0f} s"
             print(f"{what}: {told}", flush=True)
     return whole
