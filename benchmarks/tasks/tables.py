@@ -14,7 +14,7 @@ from benchmarks.machine import MACHINE
 from benchmarks.tables import common, markdown_table, spread
 from benchmarks.tasks.plan import TABLE, Plan
 
-OURS = ("simo", "simo_softmax", "simo_cross_entropy")  # rows that are ours
+OURS = ("simo", "simo_softmax", "simo_pair", "simo_cross_entropy")  # rows that are ours
 
 
 @dataclass(frozen=True)
