@@ -165,7 +165,8 @@ def calibration(
 
 def compression(bank: Tensor, test: Tensor, labels: Tensor) -> Scores:
     """MAP@R after cutting to the leading axes of the training embeddings' second moment, in int8, and in one bit each:
-    whether a coordinate is above its mean among the training embeddings.
+    whether a coordinate is above its mean among the training embeddings, as they are and after a random rotation, which
+    keeps all cosines.
     """
     units, rows = normalize(bank), normalize(test)
     # Not centered: the cosines of what is left are compared, as those of the whole embeddings are
@@ -174,7 +175,10 @@ def compression(bank: Tensor, test: Tensor, labels: Tensor) -> Scores:
     found = {f"map_at_r_{size}": float(map_at_r(rows @ axes[:, :size], labels)) for size in sizes}
     scale = rows.abs().amax(1, keepdim=True) / 127
     found["map_at_r_int8"] = float(map_at_r((rows / scale).round(), labels))
-    found["map_at_r_binary"] = float(map_at_r((rows > units.mean(0)).float() * 2 - 1, labels))
+    rotation = torch.linalg.qr(torch.randn(len(axes), len(axes), generator=torch.Generator().manual_seed(0))).Q
+    for name, turned in (("binary", torch.eye(len(axes))), ("rotated_binary", rotation)):
+        bits = rows @ turned > units.mean(0) @ turned
+        found[f"map_at_r_{name}"] = float(map_at_r(bits.float() * 2 - 1, labels))
     return found
 
 

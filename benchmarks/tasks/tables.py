@@ -75,7 +75,7 @@ QUESTIONS = {
     "compression": Question(
         "Compression",
         "closed",
-        ("map_at_r_8", "map_at_r_16", "map_at_r_32", "map_at_r_int8", "map_at_r_binary"),
+        ("map_at_r_8", "map_at_r_16", "map_at_r_32", "map_at_r_int8", "map_at_r_binary", "map_at_r_rotated_binary"),
     ),
     "speed": Question("Speed", "closed", ("seconds_to_mark", "train_seconds"), lower=True),
 }
