@@ -119,8 +119,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if not any(folders.values()):
         command.error(f"a folder of images is needed: {', '.join(f'--{name} DIR' for name in folders)}")
     for name, folder in folders.items():
-        if folder is not None and not ((folder / "train").is_dir() and (folder / "test").is_dir()):
-            command.error(f"--{name} must hold folders train and test, got {folder}")
+        needed = ["train", "test"] if plan.data[name]["val_fraction"] is not None else ["train", "val", "test"]
+        if folder is not None and not all((folder / split).is_dir() for split in needed):
+            command.error(f"--{name} must hold folders {', '.join(needed)}, got {folder}")
     if given.workers < 1 or given.threads < 1:
         command.error(f"--workers and --threads must be at least 1, got {given.workers} and {given.threads}")
     if given.gpu and not torch.cuda.is_available():

@@ -283,7 +283,7 @@ def test_a_sweep_whose_run_fails_ends(plan: Plan) -> None:
     ("words", "told"),
     [
         ([], "a folder of images is needed: --cifar10 DIR, --tiny_imagenet DIR, --grocery DIR"),
-        (["--grocery", "nowhere"], "--grocery must hold folders train and test, got nowhere"),
+        (["--grocery", "nowhere"], "--grocery must hold folders train, val, test, got nowhere"),
         (["--table", "nothing.yaml"], "--table must be a file, got nothing.yaml"),
         (["--loses", "simo"], "unrecognized arguments: --loses simo"),
     ],
@@ -321,6 +321,10 @@ def test_a_difference_within_the_spread_of_seeds_is_level(plan: Plan) -> None:
     score(cross_entropy=(0.40, 0.41))  # the latest counts
     assert tables.verdict(plan, "digits", "closed", "simo").startswith("ahead of cross-entropy, +0.105")
     assert tables.preferred(plan, "digits") == "simo"
+    score(simo=(math.nan, 0.6))
+    assert "simo" not in tables.ranked(plan, "digits", "closed").index
+    score(**values)
+    score(cross_entropy=(0.40, 0.41))
     titles, _, row, *_ = tables.summary(plan)
     assert titles == "| question | Digits: SimO |"
     assert row.startswith("| Closed set | ahead of cross-entropy, +0.105")

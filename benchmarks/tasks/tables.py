@@ -142,12 +142,15 @@ def seconds_to(course: str, goal: float) -> float:
 
 
 def ranked(plan: Plan, data: str, question: str) -> pd.DataFrame:
-    """Mean and standard deviation over seeds of the first score of each loss, the best first."""
+    """Mean and standard deviation over seeds of the first score of each loss, the best first; without those that lack
+    it in one of their seeds.
+    """
     asked, found = QUESTIONS[question], scores(plan, data, question)
     if found.empty or asked.columns[0] not in found:
         return pd.DataFrame(columns=["mean", "std", "count"])
-    of_loss = found.groupby("loss")[asked.columns[0]].agg(["mean", "std", "count"])
-    return of_loss.dropna(subset="mean").sort_values("mean", ascending=asked.lower)
+    of_loss = found.groupby("loss")[asked.columns[0]].agg(["mean", "std", "count", "size"])
+    whole = of_loss[of_loss["count"] == of_loss["size"]]
+    return whole.drop(columns="size").sort_values("mean", ascending=asked.lower)
 
 
 def preferred(plan: Plan, data: str) -> str | None:
@@ -255,11 +258,10 @@ def page(plan: Plan) -> str:
 
 
 def figure(plan: Plan) -> Figure:
-    """The first score of every question and data set: each loss as a point, ours filled, with the spread of seeds."""
+    """The first score of every question and data set: each loss as a point, ours in color, with the spread of seeds."""
     data = [name for name in plan.data if len(scores(plan, name, "closed"))]
     drawn = Figure(figsize=(3.2 * len(QUESTIONS) / 2, 2.4 * max(1, len(data)) * 2), layout="constrained")
     axes = drawn.subplots(2 * max(1, len(data)), math.ceil(len(QUESTIONS) / 2), squeeze=False)
-    losses = list(plan.losses)
     for row, name in enumerate(data):
         for index, (question, asked) in enumerate(QUESTIONS.items()):
             axis = axes[2 * row + index // axes.shape[1], index % axes.shape[1]]
@@ -269,12 +271,14 @@ def figure(plan: Plan) -> Figure:
                 continue
             shown = found.iloc[::-1]
             for place, (loss, values) in enumerate(shown.iterrows()):
-                style = {"color": f"C{losses.index(str(loss))}", "marker": "o" if loss in OURS else "x"}
+                own = loss in OURS
+                style = {"color": f"C{OURS.index(str(loss))}" if own else "0.5", "marker": "o" if own else "x"}
                 axis.errorbar(values["mean"], place, xerr=np.nan_to_num(values["std"]), markersize=5, **style)
             axis.set_yticks(range(len(shown)), [plan.losses[str(loss)]["title"] for loss in shown.index], fontsize=6)
             axis.set_title(f"{plan.data[name]['title']}: {asked.title}", fontsize=7)
             axis.tick_params(axis="x", labelsize=6)
-            axis.set_xlabel(asked.columns[0].replace("_", " "), fontsize=6)
+            better = ", lower is better" if asked.lower else ""
+            axis.set_xlabel(asked.columns[0].replace("_", " ") + better, fontsize=6)
     return drawn
 
 
