@@ -77,20 +77,21 @@ def table(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"(val/\w+)\W+?([\d.]+(?:e-?\d+)?)\s", text)}
 
 
-def validate(output: Path, *words: str) -> None:
-    """The command in this process; the first process of several prints the table."""
+def validate(outputs: dict[Path, list[str]]) -> None:
+    """The command in this process, with the words of each output; the first process of several prints the table."""
     warnings.simplefilter("ignore")
     sys.argv = ["simo"]  # LightningCLI warns of two sources of words
-    with (output.with_suffix(f".{os.environ.get('RANK', '0')}")).open("w") as file, redirect_stdout(file):
-        main(["validate", *words])
+    for output, words in outputs.items():
+        with (output.with_suffix(f".{os.environ.get('RANK', '0')}")).open("w") as file, redirect_stdout(file):
+            main(["validate", *words])
 
 
 def test_validation_on_two_processes_counts_every_image_once(digits_run: Path, tmp_path: Path) -> None:
     words = [*SMALL, "--data.val_fraction", str(FRACTION), "--data.eval_batch_size", "20", "--plots", "null"]
     words += ["--ckpt_path", str(copy_of(digits_run).absolute() / "checkpoints" / "last.ckpt")]
-    assert start_ranks(1, validate, tmp_path / "one", *words) == [0]
-    assert start_ranks(2, validate, tmp_path / "two", *words, *DDP, "2") == [0, 0]
-    assert start_ranks(1, validate, tmp_path / "exact", *words, "--trainer.precision", "64-true") == [0]
+    alone = {tmp_path / "one": words, tmp_path / "exact": [*words, "--trainer.precision", "64-true"]}
+    assert start_ranks(1, validate, alone) == [0]
+    assert start_ranks(2, validate, {tmp_path / "two": [*words, *DDP, "2"]}) == [0, 0]
     one, two, exact = (table((tmp_path / f"{name}.0").read_text()) for name in ("one", "two", "exact"))
     assert {"val/knn", "val/class_cosine", "val/effective_rank"} <= one.keys() == two.keys() == exact.keys()
     counts = {name for name, value in one.items() if abs(value * IMAGES - round(value * IMAGES)) < 1e-3}
@@ -136,6 +137,7 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
+@pytest.mark.slow  # a quarter of a minute: torchrun and its process import torch one after the other
 def test_torchrun_starts_without_nvidias_tools_at_an_address_that_the_hosts_name_does_not_resolve_to() -> None:
     address = own_address()
     with socket.socket() as free:

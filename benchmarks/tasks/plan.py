@@ -49,6 +49,8 @@ class Plan:
         self.rates, self.seeds = [float(rate) for rate in content["rates"]], content["seeds"]
         self.widen = content.get("widen", WIDEN)
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
+        self._digests: dict[tuple[str, ...], str] = {}
+        self._frames: dict[str, tuple[int, pd.DataFrame]] = {}
 
     def about(self, data: str) -> dict[str, Any]:
         """The entry of a data set without what is not of a run, and with the encoder."""
@@ -75,10 +77,13 @@ class Plan:
 
     def keys(self, run: Run) -> dict[str, Any]:
         """The columns of a run that identify it; ``config`` is a digest of all that determines its result."""
-        task = {key: value for key, value in self.tasks[run.task].items() if key not in ("title", "data")}
-        content = [PROTOCOL, self.about(run.data), task, self.setting(run)]
-        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
-        return {**run.__dict__, "config": digest}
+        same = (run.data, run.task, run.loss, run.variant)
+        if same not in self._digests:
+            task = {key: value for key, value in self.tasks[run.task].items() if key not in ("title", "data")}
+            content = [PROTOCOL, self.about(run.data), task, self.setting(run)]
+            digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
+            self._digests[same] = digest
+        return {**run.__dict__, "config": self._digests[same]}
 
     def file(self, run: Run) -> Path:
         """Where the run keeps its embeddings."""
@@ -87,15 +92,20 @@ class Plan:
 
     def runs(self) -> pd.DataFrame:
         """The finished runs of the present table."""
-        return self._current(results(self.out / "tasks.csv"))
+        return self._current("tasks.csv")
 
     def scored(self) -> pd.DataFrame:
         """The scores of the present table."""
-        return self._current(results(self.out / "tasks_scores.csv"))
+        return self._current("tasks_scores.csv")
 
-    def _current(self, frame: pd.DataFrame) -> pd.DataFrame:
-        known = [self._is_current(row) for row in frame[KEYS].to_dict("records")]
-        return frame[pd.Series(known, index=frame.index, dtype=bool)]
+    def _current(self, name: str) -> pd.DataFrame:
+        path = self.out / name
+        size = path.stat().st_size if path.is_file() else 0  # a file of results only grows
+        if self._frames.get(name, (-1, None))[0] != size:
+            frame = results(path)
+            known = [self._is_current(row) for row in frame[KEYS].to_dict("records")]
+            self._frames[name] = size, frame[pd.Series(known, index=frame.index, dtype=bool)]
+        return self._frames[name][1]
 
     def _is_current(self, row: dict[str, Any]) -> bool:
         if row["data"] not in self.data or row["task"] not in self.tasks or row["loss"] not in self.losses:
