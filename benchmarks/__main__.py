@@ -94,12 +94,10 @@ def make(plan: Plan, pool: ThreadPoolExecutor, workers: int, jobs: Iterable[dict
                 whole = False
                 continue
             keys = {key: job[key] for key in KEYS}
-            for name, found in (("tasks", run), ("tasks_scores", scores)):
-                if found is not None:
-                    append(
-                        plan.out / f"{name}.csv",
-                        [{**keys, **found, **({**about(), "threads": job["threads"]} if name == "tasks" else {})}],
-                    )
+            if run is not None:
+                append(plan.out / "tasks.csv", [{**keys, **run, **about(), "threads": job["threads"]}])
+            if scores is not None:
+                append(plan.out / "tasks_scores.csv", [{**keys, **scores}])
             told = "scored" if run is None else run["error"] or f"{run['val_map_at_r']:.4f} in {run['seconds']:.0f} s"
             print(f"{what}: {told}", flush=True)
     return whole
@@ -119,7 +117,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not any(folders.values()):
         command.error(f"a folder of images is needed: {', '.join(f'--{name} DIR' for name in folders)}")
     for name, folder in folders.items():
-        needed = ["train", "test"] if plan.data[name]["val_fraction"] is not None else ["train", "val", "test"]
+        needed = ["train", "val", "test"] if plan.data[name]["val_fraction"] is None else ["train", "test"]
         if folder is not None and not all((folder / split).is_dir() for split in needed):
             command.error(f"--{name} must hold folders {', '.join(needed)}, got {folder}")
     if given.workers < 1 or given.threads < 1:

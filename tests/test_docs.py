@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -36,10 +37,8 @@ def public(module: ModuleType) -> dict[str, Any]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages, built with warnings as errors and every reference followed."""
     folder = tmp_path_factory.mktemp("docs")
-    without_source = (
-        "extensions=sphinx.ext.autodoc,sphinx.ext.napoleon,myst_parser"  # whose pages take half of the time
-    )
-    options = ["-W", "--keep-going", "-n", "-q", "-D", without_source]
+    extensions = {*runpy.run_path(str(DOCS / "conf.py"))["extensions"]} - {"sphinx.ext.viewcode"}  # half of the time
+    options = ["-W", "--keep-going", "-n", "-q", "-D", f"extensions={','.join(extensions)}"]
     options += ["-d", str(folder / "doctrees"), str(DOCS), str(folder / "html")]
     # a process of its own: Sphinx changes the defaults of the signatures that it reads
     done = subprocess.run([sys.executable, "-m", "sphinx", *options], capture_output=True, text=True, check=False)

@@ -172,7 +172,7 @@ def test_loss_and_gradients_are_those_of_one_process(results: list[Any], name: s
     assert largest <= allowed
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # eight processes import torch
 @pytest.mark.parametrize("name", OF_EIGHT)
 def test_eight_processes_of_which_two_have_no_rows(results_of_eight: list[Any], name: str) -> None:
     exact = train(name, torch.float64)

@@ -12,14 +12,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pytorch_metric_learning.losses import SupConLoss
 from scipy.optimize import minimize_scalar
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.__main__ import main
+from benchmarks.adapters import JointLoss
 from benchmarks.experiments import append
 from benchmarks.tasks import data, scores, tables
 from benchmarks.tasks.plan import Plan, Run
+from simo_lightning import SimOLoss
 from simo_lightning.functional import map_at_r
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,6 +296,29 @@ def test_wrong_arguments_are_one_line(words: list[str], told: str, capsys: pytes
         main(["--out", "out", *words])
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith(f"error: {told}")
+
+
+def test_no_results_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tables", "--out", str(tmp_path), "--figure", "sizes.png"])
+    with pytest.raises(SystemExit) as stop:
+        tables.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"got none in {tmp_path}")
+
+
+def test_a_joint_loss_is_the_sum_of_both() -> None:
+    embeddings, labels = draw(12, 8), torch.arange(12) % 3
+    others = {"simo": (SimOLoss, {"eps": 0.1}), "supcon": (SupConLoss, {"temperature": 0.2})}
+    for name, (make, arguments) in others.items():
+        other, joint = make(**arguments), JointLoss(weight=0.3, label_smoothing=0.1, other=name, **arguments)
+        joint.configure(3, 8)
+        weight, bias = joint.classifier.weight, joint.classifier.bias
+        wanted = cross_entropy(embeddings @ weight.T + bias, labels, label_smoothing=0.1) + 0.3 * other(
+            embeddings, labels
+        )
+        torch.testing.assert_close(joint(embeddings, labels), wanted)
 
 
 def test_runs_of_a_changed_table_do_not_count(plan: Plan, tmp_path: Path) -> None:

@@ -37,18 +37,18 @@ def load(folder: Path, about: dict[str, Any]) -> TaskImages:
     """
     names = load_image_folder(folder / "train", about["image_size"], workers=1).class_names
     splits = {}
-    for name in ("train", "val", "test"):
-        if (folder / name).is_dir():  # a split may lack a class
-            found = load_image_folder(folder / name, about["image_size"], workers=1)
-            assert isinstance(found, LabelledImages)  # of less than 4 GiB
-            number = torch.tensor([names.index(each) for each in found.class_names])
-            splits[name] = LabelledImages(found.images, number[found.labels], names)
-    train, test, share = splits["train"], splits["test"], about["val_fraction"]
+    share = about["val_fraction"]
+    for name in ("train", "val", "test") if share is None else ("train", "test"):
+        found = load_image_folder(folder / name, about["image_size"], workers=1)
+        assert isinstance(found, LabelledImages)  # of less than 4 GiB
+        number = torch.tensor([names.index(each) for each in found.class_names])  # a split may lack a class
+        splits[name] = LabelledImages(found.images, number[found.labels], names)
+    train = splits["train"]
     if share is None:
-        return TaskImages(train, train.labels, splits["val"], test)
+        return TaskImages(train, train.labels, splits["val"], splits["test"])
     stay, held = stratified_split(train.labels, share, SPLIT_SEED)
     train, val = train.subset(stay), train.subset(held)
-    return TaskImages(train, train.labels, val, test)
+    return TaskImages(train, train.labels, val, splits["test"])
 
 
 def make(task: str, folder: Path, about: dict[str, Any], given: dict[str, Any]) -> TaskImages:

@@ -49,7 +49,6 @@ class Plan:
         self.rates, self.seeds = [float(rate) for rate in content["rates"]], content["seeds"]
         self.widen = content.get("widen", WIDEN)
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
-        self._digests: dict[tuple[str, ...], str] = {}
         self._frames: dict[str, tuple[int, pd.DataFrame]] = {}
 
     def about(self, data: str) -> dict[str, Any]:
@@ -77,13 +76,10 @@ class Plan:
 
     def keys(self, run: Run) -> dict[str, Any]:
         """The columns of a run that identify it; ``config`` is a digest of all that determines its result."""
-        same = (run.data, run.task, run.loss, run.variant)
-        if same not in self._digests:
-            task = {key: value for key, value in self.tasks[run.task].items() if key not in ("title", "data")}
-            content = [PROTOCOL, self.about(run.data), task, self.setting(run)]
-            digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
-            self._digests[same] = digest
-        return {**run.__dict__, "config": self._digests[same]}
+        task = {key: value for key, value in self.tasks[run.task].items() if key not in ("title", "data")}
+        content = [PROTOCOL, self.about(run.data), task, self.setting(run)]
+        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
+        return {**run.__dict__, "config": digest}
 
     def file(self, run: Run) -> Path:
         """Where the run keeps its embeddings."""
@@ -99,9 +95,10 @@ class Plan:
         return self._current("tasks_scores.csv")
 
     def _current(self, name: str) -> pd.DataFrame:
+        """Rows of a CSV that are of the present table, read again only if the file has grown: rows are only added."""
         path = self.out / name
-        size = path.stat().st_size if path.is_file() else 0  # a file of results only grows
-        if self._frames.get(name, (-1, None))[0] != size:
+        size = path.stat().st_size if path.is_file() else 0
+        if name not in self._frames or self._frames[name][0] != size:
             frame = results(path)
             known = [self._is_current(row) for row in frame[KEYS].to_dict("records")]
             self._frames[name] = size, frame[pd.Series(known, index=frame.index, dtype=bool)]

@@ -290,13 +290,12 @@ def sizes(plan: Plan, data: str, kind: str) -> pd.DataFrame:
         data: Data set.
         kind: "images" (of a class) or "classes": tasks ``{kind}_{number}``.
     """
-    rows = []
+    rows, found = [], plan.scored()
     for loss in plan.losses:
         best = plan.best(data, loss)
         for task in plan.tasks:
             name, _, number = task.partition("_")
             if name == kind and best is not None:
-                found = plan.scored()
                 own = found[_at(found, data, task, loss, *best)].drop_duplicates("seed", keep="last")
                 rows += [{"loss": loss, kind: int(number), "map_at_r": value} for value in own["map_at_r"]]
     return pd.DataFrame(rows, columns=["loss", kind, "map_at_r"])
@@ -310,7 +309,10 @@ def size_figure(plan: Plan) -> Figure:
         found = sizes(plan, data, kind)
         for loss, own in found.groupby("loss", sort=False):
             values = own.groupby(kind)["map_at_r"].agg(["mean", "std"])
-            style = {"marker": "o" if loss in OURS else "x", "color": f"C{list(plan.losses).index(str(loss))}"}
+            style = {
+                "marker": "o" if loss in OURS else "x",
+                "color": f"C{OURS.index(str(loss))}" if loss in OURS else None,
+            }
             label = plan.losses[str(loss)]["title"]
             axis.errorbar(values.index, values["mean"], yerr=np.nan_to_num(values["std"]), label=label, **style)
         axis.set_xscale("log")
@@ -333,6 +335,8 @@ def main() -> None:
     own.add_argument("--figure", type=Path, metavar="FILE", help="draw the figure instead")
     given = own.parse_args()
     plan = Plan(given.out, given.table, given.gpu)
+    if (plan.runs() if given.figure is None else plan.scored()).empty:
+        own.error(f"--out must have results of the runs of {given.table}, got none in {given.out}")
     if given.figure is None:
         print(page(plan))
     elif any(task.startswith("images_") for task in plan.tasks):

@@ -108,7 +108,7 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
     )
     # As many images as the epochs have, whatever the batches; an epoch of the sampler ends with the smallest class
     batch = own["classes_per_batch"] * own["samples_per_class"]
-    steps = job["given"].get("steps", about["epochs"] * len(images.train) // batch)
+    steps = job["given"].get("steps", max(1, about["epochs"] * len(images.train) // batch))
     module, course = make_module(about, setting, job["rate"]), Course(images.val, data)
     trainer = pl.Trainer(
         max_epochs=-1,
