@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.experiments import SHIPPED
@@ -309,10 +310,8 @@ def size_figure(plan: Plan) -> Figure:
         found = sizes(plan, data, kind)
         for loss, own in found.groupby("loss", sort=False):
             values = own.groupby(kind)["map_at_r"].agg(["mean", "std"])
-            style = {
-                "marker": "o" if loss in OURS else "x",
-                "color": f"C{OURS.index(str(loss))}" if loss in OURS else None,
-            }
+            color = colormaps["tab20"](list(plan.losses).index(str(loss)))
+            style = {"marker": "o" if loss in OURS else "x", "color": color}
             label = plan.losses[str(loss)]["title"]
             axis.errorbar(values.index, values["mean"], yerr=np.nan_to_num(values["std"]), label=label, **style)
         axis.set_xscale("log")
