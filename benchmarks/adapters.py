@@ -7,8 +7,7 @@ import torch
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
 
-from simo_lightning import SimOLoss
-from simo_lightning.losses import ClassifierLoss
+from simo_lightning import ClassifierLoss, SimOLoss, losses
 
 
 class MinedLoss(nn.Module):
@@ -59,8 +58,8 @@ class SimO2Loss(nn.Module):
         return pairs.triu(diagonal=1).sum() / len(units)
 
 
-class JointLoss(nn.Module):
-    """Cross-entropy of a linear classifier, plus ``weight`` times another loss, both on the embedding.
+class JointLoss(losses.JointLoss):
+    """Cross-entropy of a linear classifier, plus ``weight`` times another loss, with one list of arguments to sweep.
 
     Args:
         weight: Of the other loss.
@@ -70,15 +69,6 @@ class JointLoss(nn.Module):
     """
 
     def __init__(self, weight: float, label_smoothing: float, other: str, **arguments: Any) -> None:
-        super().__init__()
-        self.weight = weight
-        self.classifier = ClassifierLoss(label_smoothing=label_smoothing)
-        self.other: nn.Module = {"supcon": SupConLoss, "simo": SimOLoss}[other](**arguments)
-
-    def configure(self, num_classes: int | None, embedding_dim: int | None) -> None:
-        """Create the classifier."""
-        self.classifier.configure(num_classes, embedding_dim)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        value: Tensor = self.classifier(embeddings, labels) + self.weight * self.other(embeddings, labels)
-        return value
+        make = {"supcon": SupConLoss, "simo": SimOLoss}[other]
+        parts = {"classifier": ClassifierLoss(label_smoothing=label_smoothing), other: make(**arguments)}
+        super().__init__(parts, {other: weight})

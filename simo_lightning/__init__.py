@@ -10,7 +10,7 @@ from simo_lightning.data import (
 )
 from simo_lightning.embedder import Embedder
 from simo_lightning.encoders import ImageEncoder
-from simo_lightning.losses import ClassifierLoss, MetricLearningLoss, SimOLoss
+from simo_lightning.losses import ClassifierLoss, JointLoss, MetricLearningLoss, ProjectionHeadLoss, SimOLoss
 from simo_lightning.module import SimOModule
 from simo_lightning.parameter_groups import ParameterGroups
 from simo_lightning.preprocessing import Preprocessing
@@ -28,12 +28,14 @@ __all__ = [
     "HubPairDataModule",
     "ImageEncoder",
     "ImageFolderPairDataModule",
+    "JointLoss",
     "MetricLearningLoss",
     "OneCycle",
     "PairDataModule",
     "ParameterGroups",
     "Preprocessing",
     "ProbeModule",
+    "ProjectionHeadLoss",
     "ShardedStrategy",
     "SimOLoss",
     "SimOModule",

@@ -22,6 +22,7 @@ from benchmarks.adapters import JointLoss
 from benchmarks.experiments import append
 from benchmarks.tasks import data, scores, tables
 from benchmarks.tasks.plan import Plan, Run
+from benchmarks.tasks.train import make_module
 from simo_lightning import SimOLoss
 from simo_lightning.functional import map_at_r
 
@@ -314,11 +315,49 @@ def test_a_joint_loss_is_the_sum_of_both() -> None:
     for name, (make, arguments) in others.items():
         other, joint = make(**arguments), JointLoss(weight=0.3, label_smoothing=0.1, other=name, **arguments)
         joint.configure(3, 8)
-        weight, bias = joint.classifier.weight, joint.classifier.bias
+        classifier = joint.losses["classifier"]
+        weight, bias = classifier.weight, classifier.bias
         wanted = cross_entropy(embeddings @ weight.T + bias, labels, label_smoothing=0.1) + 0.3 * other(
             embeddings, labels
         )
         torch.testing.assert_close(joint(embeddings, labels), wanted)
+
+
+def test_a_projection_head_is_tried_last_at_rates_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**TABLE, "projection_heads": True}))
+    plan = Plan(tmp_path / "out", tmp_path / "table.yaml")
+    stages = plan.stages(["digits"], ["closed"], ["simo"])
+    next(stages)
+    write_runs(plan, {("simo", 0.004, ""): 0.2, ("simo", 0.008, ""): 0.4, ("simo", 0.016, ""): 0.3})
+    assert [json.loads(run.variant) for run in next(stages)[0]] == [{"eps": 0.1}]
+    write_runs(plan, {("simo", 0.008, '{"eps": 0.1}'): 0.5})
+    assert [json.loads(run.variant) for run in next(stages)[0]] == [{"eps": 0.1, "classes_per_batch": 5}]
+    heads, scored = next(stages)
+    wanted = {"eps": 0.1, "projection_head": True}
+    assert [(run.rate, json.loads(run.variant)) for run in heads] == [(0.008, wanted), (0.016, wanted)]
+    assert not scored
+    setting = plan.setting(heads[0])
+    assert setting["projection_head"]
+    assert "projection_head" not in setting["init_args"]
+    write_runs(plan, {("simo", 0.008, heads[0].variant): 0.6, ("simo", 0.016, heads[0].variant): 0.7})
+    assert [(run.rate, json.loads(run.variant)) for run in next(stages)[0]] == [(0.032, wanted)]
+    write_runs(plan, {("simo", 0.032, heads[0].variant): 0.65})
+    chosen, scored = next(stages)
+    assert {(run.rate, run.variant) for run in chosen} == {(0.016, heads[0].variant)}
+    again = [runs for runs, _ in plan.stages(["digits"], ["closed"], ["simo"])]  # once all results are there
+    assert [run.rate for runs in again for run in runs if run.variant == heads[0].variant][:2] == [0.008, 0.016]
+
+
+def test_behind_a_projection_head_the_embeddings_are_the_features() -> None:
+    about = {**ABOUT, "embedding_dim": 6, "encoder": {"backbone": "resnet10", "width": 0.125, "stem": "small"}}
+    setting = {"class_path": "simo_lightning.SimOLoss", "init_args": {"eps": 0.1}}
+    module = make_module(about, {**setting, "projection_head": True}, 0.01)
+    images = torch.zeros(2, 3, 16, 16)
+    assert torch.equal(module.encoder(images), module.encoder.features(images))
+    module._configure_loss(10, 64)
+    assert module.loss.head(torch.zeros(2, 64)).shape == (2, 6)
+    assert module.loss.loss.eps == 0.1
+    assert make_module(about, setting, 0.01).encoder(images).shape == (2, 6)
 
 
 def test_runs_of_a_changed_table_do_not_count(plan: Plan, tmp_path: Path) -> None:

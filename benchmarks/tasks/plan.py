@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import yaml
 from benchmarks.experiments import SHIPPED, read
 
 TABLE = Path(__file__).with_name("tasks.yaml")
-OF_THE_RUN = ("loss_lr_factor", "embedding_dim", "classes_per_batch", "samples_per_class")  # not arguments of the loss
+# not arguments of the loss
+OF_THE_RUN = ("loss_lr_factor", "embedding_dim", "classes_per_batch", "samples_per_class", "projection_head")
 KEYS = ["data", "task", "loss", "variant", "rate", "seed", "config"]
 WIDEN = 8  # a sweep ends at this factor beyond its first rates
 PROTOCOL = 2  # raise it when training changes what a number means: all runs are then made again
@@ -47,7 +48,7 @@ class Plan:
         self.out, self.gpu = out, gpu
         self.data, self.losses, self.tasks = content["data"], content["losses"], content["tasks"]
         self.rates, self.seeds = [float(rate) for rate in content["rates"]], content["seeds"]
-        self.widen = content.get("widen", WIDEN)
+        self.widen, self.heads = content.get("widen", WIDEN), content.get("projection_heads", False)
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
         self._frames: dict[str, tuple[int, pd.DataFrame]] = {}
 
@@ -65,6 +66,15 @@ class Plan:
         """A variant with the other batches of a data set, as JSON."""
         given = json.loads(variant) if variant else {}
         return [json.dumps({**given, **each}, sort_keys=True) for each in self.data[data].get("batches", [])]
+
+    def with_head(self, variant: str) -> str:
+        """A variant behind a projection head, as JSON."""
+        return json.dumps({**(json.loads(variant) if variant else {}), "projection_head": True}, sort_keys=True)
+
+    def without_head(self, data: str, loss: str) -> list[str]:
+        """The variants that have been tried without a projection head."""
+        tried = self.sweep(data, loss)["variant"].unique()
+        return [variant for variant in tried if "projection_head" not in variant]
 
     def setting(self, run: Run) -> dict[str, Any]:
         """Class path and arguments of the run's loss, and what else it sets."""
@@ -146,16 +156,7 @@ class Plan:
         first = self.seeds[0]
         for each in data:
             yield [Run(each, "closed", loss, "", rate, first) for loss in losses for rate in self.rates], False
-            asked: set[Run] = set()  # a run that failed is not asked for again
-            while True:
-                further = {loss: self.next_rate(each, loss) for loss in losses}
-                runs = [
-                    Run(each, "closed", loss, "", rate, first) for loss, rate in further.items() if rate is not None
-                ]
-                runs = [run for run in runs if run not in asked]
-                if not runs:
-                    break
-                asked |= set(runs)
+            for runs in self.further_rates(each, dict.fromkeys(losses, "")):
                 yield runs, False
             # the loss's own variants at the best rate, then other batches with the best of these
             for step in ("variants", "batches"):
@@ -166,13 +167,40 @@ class Plan:
                         others = self.variants(loss) if step == "variants" else self.batches(each, found[0])
                         runs += [Run(each, "closed", loss, other, found[1], first) for other in others]
                 yield runs, False
+            if self.heads:  # the best of all with a projection head, which may need another rate
+                heads, runs = {}, []
+                for loss in losses:
+                    found = self.best(each, loss, self.without_head(each, loss))
+                    if found is not None:
+                        heads[loss] = self.with_head(found[0])
+                        rates = (found[1], 2 * found[1])
+                        runs += [Run(each, "closed", loss, heads[loss], rate, first) for rate in rates]
+                yield runs, False
+                for runs in self.further_rates(each, heads):
+                    yield runs, False
             yield self.chosen(each, tasks, losses), True
 
-    def next_rate(self, data: str, loss: str) -> float | None:
+    def further_rates(self, data: str, variants: Mapping[str, str]) -> Iterator[list[Run]]:
+        """More runs of a variant of each loss, while the best rate so far is the largest or the smallest."""
+        asked: set[Run] = set()  # a run that failed is not asked for again
+        while True:
+            rates = {loss: self.next_rate(data, loss, variant) for loss, variant in variants.items()}
+            runs = [
+                Run(data, "closed", loss, variants[loss], rate, self.seeds[0])
+                for loss, rate in rates.items()
+                if rate is not None
+            ]
+            runs = [run for run in runs if run not in asked]
+            if not runs:
+                return
+            asked |= set(runs)
+            yield runs
+
+    def next_rate(self, data: str, loss: str, variant: str = "") -> float | None:
         """The rate to try next, where the best one so far is the largest or the smallest; None where it is between."""
-        found, best = self.sweep(data, loss), self.best(data, loss, [""])
-        tried = sorted(found.loc[found["variant"] == "", "rate"].astype(float))
-        if best is None or not set(self.rates) <= set(tried):
+        found, best = self.sweep(data, loss), self.best(data, loss, [variant])
+        tried = sorted(found.loc[found["variant"] == variant, "rate"].astype(float))
+        if best is None or (not variant and not set(self.rates) <= set(tried)):
             return None
         if best[1] == tried[-1] and tried[-1] < max(self.rates) * self.widen:
             return tried[-1] * 2

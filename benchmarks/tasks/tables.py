@@ -108,10 +108,14 @@ def scores(plan: Plan, data: str, question: str) -> pd.DataFrame:
 
 def own_error(scored: pd.DataFrame, loss: str) -> "pd.Series[float]":
     """Calibration error of a loss's own probabilities: SimO's shares; else, with a fitted temperature, the logits of
-    the classifier that the loss trains, or the cosines to the class means.
+    the classifier that the loss trains, or the cosines to the class means. Behind a projection head these are the
+    cosines for every loss, since no loss shapes the embeddings themselves.
     """
-    scored = scored.reindex(columns=["ece_shares", "ece_classifier", "ece_softmax"])
-    return scored["ece_shares"] if loss in OURS else scored["ece_classifier"].fillna(scored["ece_softmax"])
+    shares, classifier, cosines = (
+        scored.reindex(columns=[f"ece_{name}"])[f"ece_{name}"] for name in ("shares", "classifier", "softmax")
+    )
+    own = shares if loss in OURS else classifier.fillna(cosines)
+    return own.where(~scored["variant"].str.contains("projection_head"), cosines)
 
 
 def _at(frame: pd.DataFrame, data: str, task: str, loss: str, variant: str, rate: float) -> "pd.Series[bool]":

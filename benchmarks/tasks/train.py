@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from benchmarks.machine import Row
 from benchmarks.tasks.data import TaskImages
-from simo_lightning import ImageEncoder, OneCycle, SimOModule
+from simo_lightning import ImageEncoder, JointLoss, OneCycle, ProjectionHeadLoss, SimOModule
 from simo_lightning.class_paths import import_class
 from simo_lightning.data import BatchAugment, LabelledImages, TensorPairDataModule
 from simo_lightning.functional import map_at_r
@@ -68,15 +68,18 @@ def embed(trainer: pl.Trainer, module: Any, data: TensorPairDataModule, images: 
 
 
 def make_module(about: dict[str, Any], setting: dict[str, Any], rate: float) -> SimOModule:
-    """The encoder with a loss: ``setting`` has the class path and arguments of the loss, and a factor of its rate."""
-    encoder = ImageEncoder(
-        image_size=about["image_size"],
-        embedding_dim=setting.get("embedding_dim", about["embedding_dim"]),
-        **about["encoder"],
-    )
+    """The encoder with a loss: ``setting`` has the class path and arguments of the loss, a factor of its rate, and
+    whether it sees the embeddings through a projection head.
+    """
+    loss = import_class(setting["class_path"], ("benchmarks",))(**setting["init_args"])
+    dimension = setting.get("embedding_dim", about["embedding_dim"])
+    projector: dict[str, Any] = {"embedding_dim": dimension}
+    if setting.get("projection_head"):  # the embeddings are the features of the backbone
+        loss, projector = ProjectionHeadLoss(loss, dimension), {"embedding_dim": None, "projector": "none"}
+    encoder = ImageEncoder(image_size=about["image_size"], **projector, **about["encoder"])
     module = SimOModule(
         encoder,
-        import_class(setting["class_path"], ("benchmarks",))(**setting["init_args"]),
+        loss,
         optimizer=partial(AdamW, lr=rate),
         lr_scheduler=OneCycle,
         channels_last=True,
@@ -137,7 +140,8 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
     row: Row = {"error": None, "seconds": time.perf_counter() - start, "steps": trainer.global_step}
     row |= {"val_map_at_r": course.points[-1][1], "course": " ".join(f"{s:.1f}:{v:.4f}" for s, v in course.points)}
     kept: dict[str, Any] = {name: each.half().numpy() for name, each in found.items()}
-    head = getattr(module.loss, "classifier", module.loss)
+    # of a classifier behind a projection head nothing is kept, since it sees other embeddings
+    head = module.loss.losses["classifier"] if isinstance(module.loss, JointLoss) else module.loss
     for name in ("weight", "bias"):
         if isinstance(getattr(head, name, None), Tensor):
             kept[name] = getattr(head, name).detach().float().cpu().numpy()
