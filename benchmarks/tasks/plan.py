@@ -51,6 +51,7 @@ class Plan:
         self.widen, self.heads = content.get("widen", WIDEN), content.get("projection_heads", False)
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
         self._frames: dict[str, tuple[int, pd.DataFrame]] = {}
+        self.known: dict[Any, Any] = {}  # what has been read from the results, until they grow
 
     def about(self, data: str) -> dict[str, Any]:
         """The entry of a data set without what is not of a run, and with the encoder."""
@@ -112,6 +113,7 @@ class Plan:
             frame = results(path)
             known = [self._is_current(row) for row in frame[KEYS].to_dict("records")]
             self._frames[name] = size, frame[pd.Series(known, index=frame.index, dtype=bool)]
+            self.known.clear()
         return self._frames[name][1]
 
     def _is_current(self, row: dict[str, Any]) -> bool:
@@ -139,13 +141,16 @@ class Plan:
             loss: Loss.
             among: Variants to choose from; None: all.
         """
-        frame = self.sweep(data, loss)
-        frame = frame[frame["error"].isna()]
-        frame = frame if among is None else frame[frame["variant"].isin(among)]
-        if frame.empty:
-            return None
-        row = frame.loc[frame["val_map_at_r"].astype(float).idxmax()]
-        return str(row["variant"]), float(row["rate"])
+        self.runs()
+        key = data, loss, None if among is None else tuple(among)
+        if key not in self.known:
+            frame = self.sweep(data, loss)
+            frame = frame[frame["error"].isna()]
+            frame = frame if among is None else frame[frame["variant"].isin(among)]
+            row = None if frame.empty else frame.loc[frame["val_map_at_r"].astype(float).idxmax()]
+            self.known[key] = None if row is None else (str(row["variant"]), float(row["rate"]))
+        found: tuple[str, float] | None = self.known[key]
+        return found
 
     def stages(
         self, data: Sequence[str], tasks: Sequence[str], losses: Sequence[str]

@@ -86,6 +86,9 @@ def scores(plan: Plan, data: str, question: str) -> pd.DataFrame:
     """The scores of every chosen run: one row per loss and seed, a column per score of the question."""
     asked = QUESTIONS[question]
     frame, runs = plan.scored(), plan.runs()
+    if (data, question) in plan.known:
+        known: pd.DataFrame = plan.known[data, question]
+        return known
     parts = []
     for loss in plan.losses:
         best = plan.best(data, loss)
@@ -103,7 +106,9 @@ def scores(plan: Plan, data: str, question: str) -> pd.DataFrame:
     if question == "speed" and len(found):
         goal = mark(found)
         found["seconds_to_mark"] = found["course"].map(lambda text: seconds_to(text, goal))
-    return found.reindex(columns=["loss", *asked.columns]).dropna(axis=1, how="all")
+    found = found.reindex(columns=["loss", *asked.columns]).dropna(axis=1, how="all")
+    plan.known[data, question] = found
+    return found
 
 
 def own_error(scored: pd.DataFrame, loss: str) -> "pd.Series[float]":
