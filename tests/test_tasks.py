@@ -21,6 +21,7 @@ from benchmarks.__main__ import main
 from benchmarks.adapters import JointLoss
 from benchmarks.experiments import append
 from benchmarks.tasks import data, scores, tables
+from benchmarks.tasks.geometry import geometry
 from benchmarks.tasks.plan import Plan, Run
 from benchmarks.tasks.train import make_module
 from simo_lightning import SimOLoss
@@ -174,6 +175,33 @@ def test_compression_keeps_what_lies_in_the_leading_directions() -> None:
     # one axis for each class: without a rotation 34 bits of 40 are noise alone
     found = scores.compression(*(embeddings + 0.01 * draw(120, 40, seed=2),) * 2, labels)
     assert found["map_at_r_binary"] < found["map_at_r_rotated_binary"]
+
+
+def test_the_geometry_of_class_means_is_that_of_loops() -> None:
+    labels, test_labels = torch.arange(30) % 5, torch.arange(20) % 5
+    train = torch.eye(5, 3)[labels] + 0.4 * draw(30, 3)  # five classes in three dimensions
+    test = torch.eye(5, 3)[test_labels] + 0.4 * draw(20, 3, seed=1)
+    found = geometry(train, labels, test, test_labels)
+
+    def means(embeddings: torch.Tensor, of: torch.Tensor) -> list[np.ndarray]:
+        rows = [np.array(row) / np.linalg.norm(row) for row in embeddings.double().tolist()]
+        return [np.mean([row for row, label in zip(rows, of, strict=True) if label == c], axis=0) for c in range(5)]
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    for name, own in (("cosine", means(train, labels)), ("test_cosine", means(test, test_labels))):
+        pairs = [cosine(own[i], own[j]) for i in range(5) for j in range(5) if i != j]
+        assert found[name] == pytest.approx(math.sqrt(np.mean(np.square(pairs))), rel=1e-5)
+    own = means(train, labels)
+    pairs = [cosine(own[i], own[j]) for i in range(5) for j in range(5) if i != j]
+    assert found["largest"] == pytest.approx(max(pairs), rel=1e-5)
+    assert found["shortest"] == pytest.approx(min(np.linalg.norm(each) for each in own), rel=1e-5)
+    against = [cosine(row, own[label]) < 0 for row, label in zip(train.double().numpy(), labels, strict=True)]
+    assert found["opposite"] == np.mean(against)
+    assert 0 < found["opposite"] < 1
+    assert found["bound"] == pytest.approx(math.sqrt(2 / (3 * 4)))  # (C - D) / (D (C - 1))
+    assert found["bound"] <= found["cosine"]
 
 
 def test_unknown_images_are_scored_by_a_half_that_did_not_choose() -> None:
