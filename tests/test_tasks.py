@@ -367,11 +367,15 @@ def test_a_projection_head_is_tried_last_at_rates_of_its_own(tmp_path: Path) -> 
     setting = plan.setting(heads[0])
     assert setting["projection_head"]
     assert "projection_head" not in setting["init_args"]
-    write_runs(plan, {("simo", 0.008, heads[0].variant): 0.6, ("simo", 0.016, heads[0].variant): 0.7})
+    write_runs(plan, {("simo", 0.008, heads[0].variant): 0.36, ("simo", 0.016, heads[0].variant): 0.37})
     assert [(run.rate, json.loads(run.variant)) for run in next(stages)[0]] == [(0.032, wanted)]
-    write_runs(plan, {("simo", 0.032, heads[0].variant): 0.65})
+    write_runs(plan, {("simo", 0.032, heads[0].variant): 0.35})
     chosen, scored = next(stages)
-    assert {(run.rate, run.variant) for run in chosen} == {(0.016, heads[0].variant)}
+    assert {(run.rate, run.variant) for run in chosen} == {(0.016, heads[0].variant)}  # the best of those with a head
+    (tmp_path / "without.yaml").write_text(yaml.safe_dump(TABLE))
+    without = Plan(plan.out, tmp_path / "without.yaml")
+    assert without.best("digits", "simo") == ('{"eps": 0.1}', 0.008)
+    assert len(without.runs()) == len(plan.runs()) - 3
     again = [runs for runs, _ in plan.stages(["digits"], ["closed"], ["simo"])]  # once all results are there
     assert [run.rate for runs in again for run in runs if run.variant == heads[0].variant][:2] == [0.008, 0.016]
 

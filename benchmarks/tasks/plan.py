@@ -72,10 +72,9 @@ class Plan:
         """A variant behind a projection head, as JSON."""
         return json.dumps({**(json.loads(variant) if variant else {}), "projection_head": True}, sort_keys=True)
 
-    def without_head(self, data: str, loss: str) -> list[str]:
-        """The variants that have been tried without a projection head."""
-        tried = self.sweep(data, loss)["variant"].unique()
-        return [variant for variant in tried if "projection_head" not in variant]
+    def tried(self, data: str, loss: str, head: bool) -> list[str]:
+        """The variants that have been tried, with or without a projection head."""
+        return [each for each in self.sweep(data, loss)["variant"].unique() if ("projection_head" in each) == head]
 
     def setting(self, run: Run) -> dict[str, Any]:
         """Class path and arguments of the run's loss, and what else it sets."""
@@ -119,6 +118,8 @@ class Plan:
     def _is_current(self, row: dict[str, Any]) -> bool:
         if row["data"] not in self.data or row["task"] not in self.tasks or row["loss"] not in self.losses:
             return False
+        if "projection_head" in row["variant"] and not self.heads:
+            return False
         run = Run(**{name: row[name] for name in KEYS[:-1]})
         return bool(self.keys(run)["config"] == row["config"])
 
@@ -139,14 +140,14 @@ class Plan:
         Args:
             data: Data set.
             loss: Loss.
-            among: Variants to choose from; None: all.
+            among: Variants to choose from; None: all with a projection head where the table has it, else all without.
         """
         self.runs()
         key = data, loss, None if among is None else tuple(among)
         if key not in self.known:
             frame = self.sweep(data, loss)
             frame = frame[frame["error"].isna()]
-            frame = frame if among is None else frame[frame["variant"].isin(among)]
+            frame = frame[frame["variant"].isin(self.tried(data, loss, self.heads) if among is None else among)]
             row = None if frame.empty else frame.loc[frame["val_map_at_r"].astype(float).idxmax()]
             self.known[key] = None if row is None else (str(row["variant"]), float(row["rate"]))
         found: tuple[str, float] | None = self.known[key]
@@ -172,10 +173,10 @@ class Plan:
                         others = self.variants(loss) if step == "variants" else self.batches(each, found[0])
                         runs += [Run(each, "closed", loss, other, found[1], first) for other in others]
                 yield runs, False
-            if self.heads:  # the best of all with a projection head, which may need another rate
+            if self.heads:  # the best of all behind a projection head, which may need another rate
                 heads, runs = {}, []
                 for loss in losses:
-                    found = self.best(each, loss, self.without_head(each, loss))
+                    found = self.best(each, loss, self.tried(each, loss, head=False))
                     if found is not None:
                         heads[loss] = self.with_head(found[0])
                         rates = (found[1], 2 * found[1])
