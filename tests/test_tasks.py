@@ -248,6 +248,8 @@ TABLE = {
     },
     "encoder": {"backbone": "resnet10", "width": 0.125, "stem": "small"},
     "rates": [0.004, 0.008],
+    "sweep_batches": True,
+    "projection_heads": False,
     "seeds": [0, 1],
     "losses": {
         "simo": {"title": "SimO", "loss": {"class_path": "simo_lightning.SimOLoss"}, "variants": [{"eps": 0.1}]},
@@ -427,9 +429,9 @@ def test_a_difference_within_the_spread_of_seeds_is_level(plan: Plan) -> None:
     assert row.startswith("| Closed set | ahead of cross-entropy, +0.105")
 
 
-def test_the_figure_of_sizes_has_a_line_for_each_loss(tmp_path: Path) -> None:
+def test_the_sizes_have_a_table_and_a_figure_with_a_line_for_each_loss(tmp_path: Path) -> None:
     sizes = {"images_5": {"images_per_class": 5}, "images_10": {"images_per_class": 10}, "classes_3": {}}
-    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**TABLE, "tasks": {"closed": {}, **sizes}}))
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**TABLE, "tasks": {"closed": {}, **sizes}}, sort_keys=False))
     plan = Plan(tmp_path / "out", tmp_path / "table.yaml")
     write_runs(plan, {("simo", 0.004, ""): 0.2, ("cross_entropy", 0.004, ""): 0.1})
     rows = [
@@ -439,6 +441,8 @@ def test_the_figure_of_sizes_has_a_line_for_each_loss(tmp_path: Path) -> None:
         for task, value in zip(sizes, (0.2, 0.4, 0.5), strict=True)
     ]
     append(plan.out / "tasks_scores.csv", rows)
+    assert "| MAP@R | images_5 | images_10 | classes_3 |" in tables.page(plan)
+    assert "| SimO | 0.250 ± 0.071 | 0.450 ± 0.071 | 0.550 ± 0.071 |" in tables.page(plan)
     left, right = tables.size_figure(plan).axes
     assert {line.get_label() for line in left.containers} == {"SimO", "cross-entropy"}
     assert left.containers[0].lines[0].get_xydata().round(9).tolist() == [[5.0, 0.25], [10.0, 0.45]]

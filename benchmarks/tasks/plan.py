@@ -48,7 +48,8 @@ class Plan:
         self.out, self.gpu = out, gpu
         self.data, self.losses, self.tasks = content["data"], content["losses"], content["tasks"]
         self.rates, self.seeds = [float(rate) for rate in content["rates"]], content["seeds"]
-        self.widen, self.heads = content.get("widen", WIDEN), content.get("projection_heads", False)
+        self.widen, self.heads = content.get("widen", WIDEN), content["projection_heads"]
+        self.sweeps_batches = content["sweep_batches"]
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
         self._frames: dict[str, tuple[int, pd.DataFrame]] = {}
         self.known: dict[Any, Any] = {}  # what has been read from the results, until they grow
@@ -65,8 +66,8 @@ class Plan:
 
     def batches(self, data: str, variant: str) -> list[str]:
         """A variant with the other batches of a data set, as JSON."""
-        given = json.loads(variant) if variant else {}
-        return [json.dumps({**given, **each}, sort_keys=True) for each in self.data[data].get("batches", [])]
+        given, others = json.loads(variant) if variant else {}, self.data[data].get("batches", [])
+        return [json.dumps({**given, **each}, sort_keys=True) for each in others if self.sweeps_batches]
 
     def with_head(self, variant: str) -> str:
         """A variant behind a projection head, as JSON."""

@@ -204,6 +204,19 @@ def table(plan: Plan, data: str, question: str) -> list[str]:
     return markdown_table(["loss", "seeds", *(name.replace("_", " ") for name in columns)], rows)
 
 
+def parts(plan: Plan, data: str) -> list[str]:
+    """Markdown of the tasks that are no question of their own, such as parts of a data set: MAP@R by loss and task."""
+    tasks = [task for task in plan.tasks if task not in {asked.task for asked in QUESTIONS.values()}]
+    rows, scored, digits = [], plan.scored(), 4 if data == "tiny_imagenet" else 3
+    for loss, entry in plan.losses.items():
+        best = plan.best(data, loss)
+        if best is not None:
+            own = [scored[_at(scored, data, task, loss, *best)].drop_duplicates("seed", keep="last") for task in tasks]
+            rows.append([entry["title"], *("" if each.empty else _cell(each["map_at_r"], digits) for each in own)])
+    titles = [plan.tasks[task].get("title", task) for task in tasks]
+    return markdown_table(["MAP@R", *titles], rows) if any(any(row[1:]) for row in rows) else []
+
+
 def _cell(values: "pd.Series[float]", digits: int) -> str:
     return "" if values.isna().all() else "not in every seed" if values.isna().any() else spread(values, digits)
 
@@ -217,7 +230,8 @@ def settings(plan: Plan, data: str) -> list[str]:
             continue
         rates = found.loc[found["variant"] == "", "rate"].astype(float)
         edge = "\\*" if len(rates) > 1 and best[1] in (rates.min(), rates.max()) else ""
-        value = f"{found['val_map_at_r'].astype(float).max():.4f}"
+        of_best = (found["variant"] == best[0]) & (found["rate"].astype(float) == best[1])
+        value = f"{found.loc[of_best, 'val_map_at_r'].astype(float).max():.4f}"
         rows.append([entry["title"], f"{best[1]:g}{edge}", _words(best[0]) or "default", value, str(len(found))])
     return markdown_table(["loss", "rate", "setting", "validation MAP@R", "settings tried"], rows) if rows else []
 
@@ -247,24 +261,27 @@ def page(plan: Plan) -> str:
     if runs.empty:
         return "no run has been made"
     seconds = runs["seconds"].astype(float).sum() / 3600
-    parts = [
+    lines = [
         *common(runs, [name for name in MACHINE if name != "load_before"]),
         f"- runs: {len(runs)}, {seconds:.1f} hours of one process",
     ]
     brief = summary(plan)
     if brief:
-        parts += ["", "## The form of SimO that validation prefers, against the best other loss", "", *brief]
+        lines += ["", "## The form of SimO that validation prefers, against the best other loss", "", *brief]
     for data, entry in plan.data.items():
         chosen = settings(plan, data)
         if chosen:
-            parts += ["", f"## {entry['title']}: {entry['about']}", "", "### Settings", "", *chosen]
+            lines += ["", f"## {entry['title']}: {entry['about']}", "", "### Settings", "", *chosen]
         for name, asked in QUESTIONS.items():
             rows = table(plan, data, name)
             if rows:
                 told = {ours: verdict(plan, data, name, ours) for ours in OURS if ours in plan.losses}
                 words = [f"{plan.losses[ours]['title']}: {words}." for ours, words in told.items() if words]
-                parts += ["", f"### {asked.title}", "", *rows, "", " ".join(words)]
-    return "\n".join(parts)
+                lines += ["", f"### {asked.title}", "", *rows, "", " ".join(words)]
+        rows = parts(plan, data)
+        if rows:
+            lines += ["", "### Parts", "", *rows]
+    return "\n".join(lines)
 
 
 def figure(plan: Plan) -> Figure:
