@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 
 def world_size() -> int:
@@ -117,6 +117,8 @@ def shard_weights(module: nn.Module, mesh: Any) -> None:
                 if next(block.children(), None) is not None and next(block.parameters(), None) is not None:
                     fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    if callable(getattr(module, "terms", None)):  # a loss is called by it, and its weights are gathered in calls alone
+        register_fsdp_forward_method(module, "terms")
 
 
 def exchange_rows(rows: Tensor, counts: Tensor) -> Tensor:
