@@ -15,6 +15,7 @@ from benchmarks.machine import MACHINE
 from benchmarks.tables import common, markdown_table, spread
 from benchmarks.tasks.plan import TABLE, Plan
 
+PANELS = 4  # of a line of the figure
 OURS = ("simo", "simo_softmax", "simo_pair", "simo_cross_entropy")  # rows that are ours
 
 
@@ -286,26 +287,27 @@ def page(plan: Plan) -> str:
 
 def figure(plan: Plan) -> Figure:
     """The first score of every question and data set: each loss as a point, ours in color, with the spread of seeds."""
-    data = [name for name in plan.data if len(scores(plan, name, "closed"))]
-    drawn = Figure(figsize=(3.2 * len(QUESTIONS) / 2, 2.4 * max(1, len(data)) * 2), layout="constrained")
-    axes = drawn.subplots(2 * max(1, len(data)), math.ceil(len(QUESTIONS) / 2), squeeze=False)
-    for row, name in enumerate(data):
-        for index, (question, asked) in enumerate(QUESTIONS.items()):
-            axis = axes[2 * row + index // axes.shape[1], index % axes.shape[1]]
-            found = ranked(plan, name, question)
-            if found.empty:
-                axis.set_axis_off()
-                continue
-            shown = found.iloc[::-1]
+    lines: list[list[tuple[str, str]]] = []  # data set and question of each panel, a data set begins a line
+    for name in plan.data:
+        asked = [(name, question) for question in QUESTIONS if not ranked(plan, name, question).empty]
+        lines += [asked[start : start + PANELS] for start in range(0, len(asked), PANELS)]
+    drawn = Figure(figsize=(3.2 * PANELS, 2.4 * max(1, len(lines))), layout="constrained")
+    axes = drawn.subplots(max(1, len(lines)), PANELS, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, line in enumerate(lines):
+        for column, (name, question) in enumerate(line):
+            axis, shown = axes[row, column], ranked(plan, name, question).iloc[::-1]
+            axis.set_axis_on()
             for place, (loss, values) in enumerate(shown.iterrows()):
                 own = loss in OURS
                 style = {"color": f"C{OURS.index(str(loss))}" if own else "0.5", "marker": "o" if own else "x"}
                 axis.errorbar(values["mean"], place, xerr=np.nan_to_num(values["std"]), markersize=5, **style)
             axis.set_yticks(range(len(shown)), [plan.losses[str(loss)]["title"] for loss in shown.index], fontsize=6)
-            axis.set_title(f"{plan.data[name]['title']}: {asked.title}", fontsize=7)
+            axis.set_title(f"{plan.data[name]['title']}: {QUESTIONS[question].title}", fontsize=7)
             axis.tick_params(axis="x", labelsize=6)
-            better = ", lower is better" if asked.lower else ""
-            axis.set_xlabel(asked.columns[0].replace("_", " ") + better, fontsize=6)
+            better = ", lower is better" if QUESTIONS[question].lower else ""
+            axis.set_xlabel(QUESTIONS[question].columns[0].replace("_", " ") + better, fontsize=6)
     return drawn
 
 
