@@ -73,6 +73,9 @@ def _classes(option: str) -> Iterator[tuple[str, list[str]]]:
     """An option that takes a class, and the options of this package's classes for it."""
     classes = own_classes(option[2:]) or {cls.__name__: cls for cls in (AdamW, SGD)}
     yield option, list(classes)
+    *outer, kind = option[2:].split(".")
+    if kind in outer:  # a loss inside of a loss may hold one again
+        return
     for cls in classes.values():
         yield from _options(option, cls)
 

@@ -292,6 +292,7 @@ def test_a_changed_row_is_made_again_alone_also_after_a_kill(made: Path, tmp_pat
     assert (len(simo), len(head)) == (1, 1)  # the table judges the latest config
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_result_and_one_that_cannot_be_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -440,6 +441,7 @@ def allocate(mib: int) -> float:
     return memory_mib() - before
 
 
+@pytest.mark.slow
 def test_peak_memory_of_many_chunks_is_that_of_a_few() -> None:
     """16 chunks whose matrices have 8 MiB each. 420 MiB where the graph of every chunk is kept, 72 where none is."""
     row = in_process(timing.loss_case, loss="default", rows=16384, dim=16, classes=2000)
@@ -452,6 +454,7 @@ def test_a_profile_names_the_operations_of_the_loss() -> None:
     assert any("mm" in row["operation"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_fit_is_watched_in_its_own_process() -> None:
     words = ["--config", timing_fit.DIGITS, "--model.encoder.width", "0.125", "--trainer.max_epochs", "1"]
     found = timing_fit.simo_fit(*words, "--trainer.accelerator", "cpu", steps=3)

@@ -26,7 +26,7 @@ from simo_lightning import (
 )
 from simo_lightning.checkpoints import load_module
 from simo_lightning.cli import main
-from simo_lightning.testing import check_gradient_parity, check_resume
+from simo_lightning.testing import check_resume
 from tests.checkpoint_parts import Flat, fit, save
 from tests.rank_processes import saved, start_ranks
 
@@ -205,11 +205,6 @@ def test_two_ranks_train_as_one_process_on_the_global_batch(two_ranks: Path, str
     for name, value in module.state_dict().items():
         for after in (first["after"], second["after"]):
             torch.testing.assert_close(after[name], value, rtol=rtol, atol=rtol / 100, check_dtype=False)
-
-
-def test_gradients_are_those_of_one_process_for_two_simo_losses() -> None:
-    pair = JointLoss({"centroid": SimOLoss(), "pair": SimOLoss(level="pair")}, {"pair": 0.5})
-    check_gradient_parity(pair, world_size=2)
 
 
 # ---- the command
