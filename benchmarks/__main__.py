@@ -37,8 +37,7 @@ def parser(plan: Plan) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for name, entry in plan.data.items():
-        own.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"{entry['title']}: {entry['about']}")
+    plan.add_folders(own)
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the CSV files and the embeddings")
     for name, known in (("tasks", plan.tasks), ("losses", plan.losses)):
         own.add_argument(f"--{name}", nargs="+", choices=known, metavar="NAME", help=f"default: {', '.join(known)}")
@@ -113,13 +112,7 @@ def main(words: Sequence[str] | None = None) -> int:
     plan = Plan(table=table)
     command = parser(plan)
     given = command.parse_args(words)
-    folders = {name: getattr(given, name) for name in plan.data}
-    if not any(folders.values()):
-        command.error(f"a folder of images is needed: {', '.join(f'--{name} DIR' for name in folders)}")
-    for name, folder in folders.items():
-        needed = ["train", "val", "test"] if plan.data[name]["val_fraction"] is None else ["train", "test"]
-        if folder is not None and not all((folder / split).is_dir() for split in needed):
-            command.error(f"--{name} must hold folders {', '.join(needed)}, got {folder}")
+    plan.check_folders(command, given)
     if given.workers < 1 or given.threads < 1:
         command.error(f"--workers and --threads must be at least 1, got {given.workers} and {given.threads}")
     if given.gpu and not torch.cuda.is_available():

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from simo_lightning import DigitsPairDataModule, SimOLoss, SimOModule
 from simo_lightning.class_paths import InitArgumentsMixin
@@ -40,6 +41,23 @@ class SavesHyperparameters(SimOModule):
         super().__init__(encoder)
         self.gain = gain
         self.save_hyperparameters()
+
+
+def weights(module: pl.LightningModule) -> dict[str, Tensor]:
+    """A copy of the state of a module, whole where it is sharded."""
+    state = module.state_dict().items()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in state}
+
+
+class Seen(pl.Callback):
+    """Keeps the weights before training, and the batch and the loss of every step of this rank."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.steps: list[Any] = []
+        self.before = weights(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append((*batch, outputs["loss"]))
 
 
 def trainer(folder: Path, **arguments: Any) -> pl.Trainer:

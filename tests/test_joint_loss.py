@@ -27,7 +27,7 @@ from simo_lightning import (
 from simo_lightning.checkpoints import load_module
 from simo_lightning.cli import main
 from simo_lightning.testing import check_resume
-from tests.checkpoint_parts import Flat, fit, save
+from tests.checkpoint_parts import Flat, Seen, fit, save, weights
 from tests.rank_processes import saved, start_ranks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -88,9 +88,13 @@ def test_wrong_arguments() -> None:
             lambda: JointLoss({"a": SimOLoss(), "a_mean": SimOLoss()}),
             "no name of losses may begin with another one and '_', got 'a_mean'",
         ),
+        (
+            lambda: JointLoss({"pop": SimOLoss()}),
+            "no name of losses may be that of an attribute of nn.ModuleDict, got 'pop'",
+        ),
         (lambda: JointLoss({"a": SimOLoss()}, {"b": 1.0}), "weights must be of the losses a, got 'b'"),
-        (lambda: JointLoss({"a": SimOLoss()}, {"a": -1.0}), "weights must be >= 0, got -1.0 for 'a'"),
-        (lambda: JointLoss({"a": SimOLoss()}, {"a": float("nan")}), "weights must be >= 0, got nan for 'a'"),
+        (lambda: JointLoss({"a": SimOLoss()}, {"a": -1.0}), "weights must be finite and >= 0, got -1.0 for 'a'"),
+        (lambda: JointLoss({"a": SimOLoss()}, {"a": float("nan")}), "weights must be finite and >= 0, got nan for 'a'"),
         (lambda: ProjectionHeadLoss(SimOLoss(), 0), "output_dim must be at least 1, or None, got 0"),
         (lambda: projected()(draw(), LABELS), "embedding_dim of ProjectionHeadLoss must be given, or set by"),
         (lambda: projected().configure(4, None), "embedding_dim of ProjectionHeadLoss must be given, since the enc"),
@@ -164,20 +168,6 @@ def fit_two_ranks(folder: Path) -> None:
         assert all(isinstance(each, DTensor) == (name == "sharded") for each in module.loss.parameters())
         content = {"seen": seen.steps, "before": seen.before, "after": weights(module)}
         torch.save(content, folder / f"{name}.{trainer.global_rank}.pt")
-
-
-def weights(module: pl.LightningModule) -> dict[str, Tensor]:
-    state = module.state_dict().items()
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in state}
-
-
-class Seen(pl.Callback):
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.steps: list[Any] = []
-        self.before = weights(pl_module)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.steps.append((*batch, outputs["loss"]))
 
 
 @pytest.fixture(scope="module")

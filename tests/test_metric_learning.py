@@ -19,7 +19,7 @@ from simo_lightning.losses import ClassifierLoss, MetricLearningLoss
 from simo_lightning.losses.metric_learning import WITHOUT_LABELS, _classes
 from simo_lightning.semi_supervised import SemiSupervisedLoss
 from simo_lightning.testing import check_resume
-from tests.checkpoint_parts import Flat, fit, save
+from tests.checkpoint_parts import Flat, Seen, fit, save
 from tests.rank_processes import saved, start_ranks
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
@@ -310,15 +310,6 @@ def fit_two_ranks(folder: Path) -> None:
         trainer.fit(module, DigitsPairDataModule(samples_per_class=6))
         content = {"seen": seen.steps, "before": seen.before, "after": module.state_dict()}
         torch.save(content, folder / f"{name}.{trainer.global_rank}.pt")
-
-
-class Seen(pl.Callback):
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.steps: list[Any] = []
-        self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.steps.append((*batch, outputs["loss"]))
 
 
 @pytest.fixture(scope="module")

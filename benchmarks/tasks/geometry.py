@@ -79,9 +79,9 @@ def main(words: Sequence[str] | None = None) -> None:
     own = argparse.ArgumentParser("python -m benchmarks.tasks.geometry", description=__doc__)
     own.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of python -m benchmarks")
     plan = Plan()
-    for name, entry in plan.data.items():
-        own.add_argument(f"--{name}", type=Path, metavar="DIR", help=entry["title"])
+    plan.add_folders(own)
     given = own.parse_args(words)
+    plan.check_folders(own, given)
     plan = Plan(given.out)
     titles = [
         "loss", "seeds", "Welch's bound", "RMS cosine", "test images", "largest", "shortest class mean",

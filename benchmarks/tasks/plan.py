@@ -1,5 +1,6 @@
 """Which runs the protocol needs, which of them have been made, and what was chosen."""
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,21 @@ class Plan:
         self.encoder = {"backbone": "resnet18", "width": 1.0} if gpu else content["encoder"]
         self._frames: dict[str, tuple[int, pd.DataFrame]] = {}
         self.known: dict[Any, Any] = {}  # what has been read from the results, until they grow
+
+    def add_folders(self, command: argparse.ArgumentParser) -> None:
+        """Give a command an argument for the folder of each data set."""
+        for name, entry in self.data.items():
+            command.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"{entry['title']}: {entry['about']}")
+
+    def check_folders(self, command: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+        """End a command without a folder, or with one that lacks a split, with one line."""
+        folders = {name: getattr(given, name) for name in self.data}
+        if not any(folders.values()):
+            command.error(f"a folder of images is needed: {', '.join(f'--{name} DIR' for name in folders)}")
+        for name, folder in folders.items():
+            needed = ["train", "val", "test"] if self.data[name]["val_fraction"] is None else ["train", "test"]
+            if folder is not None and not all((folder / split).is_dir() for split in needed):
+                command.error(f"--{name} must hold folders {', '.join(needed)}, got {folder}")
 
     def about(self, data: str) -> dict[str, Any]:
         """The entry of a data set without what is not of a run, and with the encoder."""

@@ -16,11 +16,11 @@ class JointLoss(InitArgumentsMixin, nn.Module):
 
     Args:
         losses: Losses ``(embeddings, labels) -> scalar`` by name; the names are those of the logged terms.
-        weights: Weights by name, >= 0; 1 for a loss that is not named. None: 1 for all.
+        weights: Weights by name, finite and >= 0; 1 for a loss that is not named. None: 1 for all.
 
     Raises:
-        ValueError: If there is no loss, a name is no identifier or begins with another one, or a weight is out of its
-            range or names no loss.
+        ValueError: If there is no loss, a name is no identifier, taken or begins with another one, or a weight is out
+            of its range or names no loss.
 
     Example:
         >>> import torch
@@ -37,13 +37,15 @@ class JointLoss(InitArgumentsMixin, nn.Module):
         for name in losses:
             if not name.isidentifier():
                 raise ValueError(f"names of losses must be identifiers, got {name!r}")
+            if hasattr(nn.ModuleDict, name):
+                raise ValueError(f"no name of losses may be that of an attribute of nn.ModuleDict, got {name!r}")
             if any(name.startswith(f"{other}_") for other in losses):  # the names of their terms could be the same
                 raise ValueError(f"no name of losses may begin with another one and '_', got {name!r}")
         for name, weight in (weights or {}).items():
             if name not in losses:
                 raise ValueError(f"weights must be of the losses {', '.join(losses)}, got {name!r}")
             if not 0 <= weight < math.inf:
-                raise ValueError(f"weights must be >= 0, got {weight} for {name!r}")
+                raise ValueError(f"weights must be finite and >= 0, got {weight} for {name!r}")
         self.weights: Mapping[str, float] = {**dict.fromkeys(losses, 1.0), **(weights or {})}
         self.losses = nn.ModuleDict(losses)
 
