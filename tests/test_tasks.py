@@ -23,8 +23,9 @@ from benchmarks.experiments import append
 from benchmarks.tasks import data, scores, tables
 from benchmarks.tasks.geometry import geometry
 from benchmarks.tasks.plan import Plan, Run
-from benchmarks.tasks.train import make_module
+from benchmarks.tasks.train import composition, make_module
 from simo_lightning import SimOLoss
+from simo_lightning.data import LabelledImages
 from simo_lightning.functional import map_at_r
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +115,30 @@ def test_a_part_of_the_images_and_classes(digits: Path) -> None:
     images = data.make("closed", digits, ABOUT, {"images_per_class": 4, "number_of_classes": 3})
     assert images.train.labels.bincount().tolist() == [4, 4, 4]
     assert images.test.labels.bincount().tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "classes", "each", "wanted"),
+    [
+        ((4, 3), {}, 6, 5, (4, 3)),
+        ((4, 3), {}, 2, 5, (2, 3)),  # a smaller batch, as the other tasks have
+        ((4, 3), {"number_of_classes": 2}, 2, 9, (2, 6)),
+        ((4, 3), {"number_of_classes": 2}, 2, 5, (2, 5)),
+        ((4, 3), {"images_per_class": 2}, 9, 2, (6, 2)),
+        ((4, 3), {"images_per_class": 2}, 5, 2, (5, 2)),
+        ((4, 3), {"images_per_class": 4}, 9, 4, (4, 3)),
+    ],
+)
+def test_a_part_keeps_the_images_of_a_batch(
+    setting: tuple[int, int], given: dict[str, int], classes: int, each: int, wanted: tuple[int, int]
+) -> None:
+    names = ("classes_per_batch", "samples_per_class")
+    labels = torch.arange(classes).repeat_interleave(each)
+    images = LabelledImages(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels, [*map(str, range(classes))])
+    about = {"classes_per_batch": 99, "samples_per_class": 99}
+    assert composition(about, dict(zip(names, setting, strict=True)), given, images) == dict(
+        zip(names, wanted, strict=True)
+    )
 
 
 def test_few_shot_accuracy_is_that_of_plain_loops() -> None:

@@ -89,6 +89,23 @@ def make_module(about: dict[str, Any], setting: dict[str, Any], rate: float) -> 
     return module
 
 
+def composition(
+    about: dict[str, Any], setting: dict[str, Any], given: dict[str, Any], images: LabelledImages
+) -> dict[str, int]:
+    """Classes of a batch and images of each: those of the setting or the data set, with no more classes than there are.
+
+    In a task that takes a part of the classes or of their images, a batch keeps about its number of images: with fewer
+    classes it has more images of each, with fewer images of each more classes.
+    """
+    classes, samples = (setting.get(key, about[key]) for key in ("classes_per_batch", "samples_per_class"))
+    size, available = classes * samples, len(images.class_names)
+    if "number_of_classes" in given or "images_per_class" in given:
+        smallest = int(torch.bincount(images.labels, minlength=available).min())
+        classes = min(size // min(samples, smallest), available)
+        samples = min(size // classes, smallest)
+    return {"classes_per_batch": min(classes, available), "samples_per_class": samples}
+
+
 def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]:
     """Train on the images of a task.
 
@@ -104,8 +121,7 @@ def train(job: dict[str, Any], images: TaskImages) -> tuple[Row, dict[str, Any]]
     warnings.filterwarnings("ignore")
     about, setting = job["about"], job["setting"]
     seed_everything(job["seed"], verbose=False)
-    own = {key: setting.get(key, about[key]) for key in ("classes_per_batch", "samples_per_class")}
-    own["classes_per_batch"] = min(own["classes_per_batch"], len(images.train.class_names))
+    own = composition(about, setting, job["given"], images.train)
     data = TensorPairDataModule(
         images.train, val_fraction=0.0, seed=job["seed"], augment=BatchAugment(**about["augment"]), **own
     )
