@@ -454,7 +454,9 @@ def test_a_difference_within_the_spread_of_seeds_is_level(plan: Plan) -> None:
     assert row.startswith("| Closed set | ahead of cross-entropy, +0.105")
 
 
-def test_the_sizes_have_a_table_and_a_figure_with_a_line_for_each_loss(tmp_path: Path) -> None:
+def test_the_sizes_have_a_table_and_a_figure_with_a_line_for_each_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {"images_5": {"images_per_class": 5}, "images_10": {"images_per_class": 10}, "classes_3": {}}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({**TABLE, "tasks": {"closed": {}, **sizes}}, sort_keys=False))
     plan = Plan(tmp_path / "out", tmp_path / "table.yaml")
@@ -465,6 +467,14 @@ def test_the_sizes_have_a_table_and_a_figure_with_a_line_for_each_loss(tmp_path:
         for loss in ("simo", "cross_entropy")
         for task, value in zip(sizes, (0.2, 0.4, 0.5), strict=True)
     ]
+    # the closed set, where the settings were chosen, may be all that has been run
+    closed = {**plan.keys(Run("digits", "closed", "simo", "", 0.004, 0)), "error": None, "map_at_r": 0.9}
+    append(plan.out / "tasks_scores.csv", [closed])
+    words = ["--table", str(tmp_path / "table.yaml"), "--out", str(plan.out), "--figure", str(tmp_path / "sizes.png")]
+    monkeypatch.setattr(sys, "argv", ["tables", *words])
+    with pytest.raises(SystemExit):
+        tables.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"got none in {plan.out}")
     append(plan.out / "tasks_scores.csv", rows)
     assert "| MAP@R | images_5 | images_10 | classes_3 |" in tables.page(plan)
     assert "| SimO | 0.250 ± 0.071 | 0.450 ± 0.071 | 0.550 ± 0.071 |" in tables.page(plan)

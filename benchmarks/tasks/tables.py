@@ -330,9 +330,15 @@ def sizes(plan: Plan, data: str, kind: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["loss", kind, "map_at_r"])
 
 
+def _of_sizes(plan: Plan) -> pd.DataFrame:
+    """The scores of tasks that differ in one size; the closed set, where the settings were chosen, is none of them."""
+    found = plan.scored()
+    return found[found["task"].str.startswith(("images_", "classes_"))]
+
+
 def size_figure(plan: Plan) -> Figure:
     """MAP@R against images of a class and against classes, a line for each loss, with the spread of seeds."""
-    data = str(plan.scored()["data"].iloc[0])
+    data = str(_of_sizes(plan)["data"].iloc[0])
     drawn = Figure(figsize=(9, 4), layout="constrained")
     for axis, kind in zip(drawn.subplots(1, 2), ("images", "classes"), strict=True):
         found = sizes(plan, data, kind)
@@ -362,11 +368,12 @@ def main() -> None:
     own.add_argument("--figure", type=Path, metavar="FILE", help="draw the figure instead")
     given = own.parse_args()
     plan = Plan(given.out, given.table, given.gpu)
-    if (plan.runs() if given.figure is None else plan.scored()).empty:
+    of_sizes = any(task.startswith("images_") for task in plan.tasks)
+    if (plan.runs() if given.figure is None else _of_sizes(plan) if of_sizes else plan.scored()).empty:
         own.error(f"--out must have results of the runs of {given.table}, got none in {given.out}")
     if given.figure is None:
         print(page(plan))
-    elif any(task.startswith("images_") for task in plan.tasks):
+    elif of_sizes:
         size_figure(plan).savefig(given.figure, dpi=130)
     else:
         figure(plan).savefig(given.figure, dpi=130)
